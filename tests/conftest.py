@@ -1,0 +1,102 @@
+"""Loads the pack as the host does, under the package name `subject_patches`, and shares one server with all tests.
+
+Tests import the pack's modules from there (`from subject_patches.patches.call import AttentionCall`), the tools by
+their file names (`from host import Server`), and the host's own modules as the host has them (`import comfy.samplers`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "subject_patches"
+
+
+def _prefer_host() -> None:
+    # At the front, where some ways to start pytest put it, the root's `nodes` folder would hide the host's `nodes.py`.
+    rest = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    sys.path[:] = [*rest, str(ROOT)]
+    if importlib.util.find_spec("comfy") is None:
+        raise pytest.UsageError("ComfyUI cannot be imported here; run the tests with: python tools/test.py")
+
+
+def _choose_device() -> None:
+    import torch
+    from comfy.cli_args import args
+
+    # The host reads this once, when its model management is first imported, and fails without a GPU otherwise.
+    args.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _load_pack() -> None:
+    spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    if spec is None or spec.loader is None:
+        raise pytest.UsageError(f"{ROOT} holds no pack; run the tests from a complete checkout.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = module
+    spec.loader.exec_module(module)
+
+
+def _unwind(_number: int, _frame: object) -> None:
+    # As Ctrl-C does, so that fixtures stop the server.
+    raise KeyboardInterrupt
+
+
+_prefer_host()
+_choose_device()
+_load_pack()
+signal.signal(signal.SIGTERM, _unwind)
+
+from host import Host, Server, find_host  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The ComfyUI that the tests run in."""
+    return find_host(offline=True, development=True)
+
+
+@pytest.fixture(scope="session")
+def server(host: Host) -> Iterator[Server]:
+    """One stock server with this checkout as a custom node, for the whole session."""
+    with Server(host) as running:
+        yield running
+
+
+@pytest.fixture
+def solid_workflow() -> dict[str, Any]:
+    """A workflow in UI format that needs no checkpoint: it saves two red pictures, 48 wide and 32 high."""
+    return {
+        "last_node_id": 2,
+        "last_link_id": 1,
+        "nodes": [
+            {
+                "id": 1,
+                "type": "EmptyImage",
+                "pos": [0, 0],
+                "size": [200, 100],
+                "inputs": [],
+                "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
+                "widgets_values": [48, 32, 2, 16711680],
+            },
+            {
+                "id": 2,
+                "type": "SaveImage",
+                "title": "Red",
+                "pos": [300, 0],
+                "size": [200, 100],
+                "inputs": [{"name": "images", "type": "IMAGE", "link": 1}],
+                "outputs": [],
+                "widgets_values": ["red"],
+            },
+        ],
+        "links": [[1, 1, 0, 2, 0, "IMAGE"]],
+        "version": 0.4,
+    }

@@ -1,0 +1,95 @@
+"""Every shipped workflow, run on a real server by comfy-cli, a client that nobody here wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host import Server
+from hosting.errors import ToolError, WorkflowError
+from hosting.paths import environment_python
+from hosting.private import client_folder, ensure_client
+from hosting.workflows import fetch_groups, find_workflow, load_workflow, use_checkpoint, workflow_files
+from PIL import Image
+
+
+@pytest.mark.parametrize("path", workflow_files(), ids=lambda path: path.stem)
+def test_comfy_cli_runs_workflow(server: Server, path: Path, tmp_path: Path) -> None:
+    """The workflow ends well, and each of its pictures shows something."""
+    before = set((server.base / "output").rglob("*.png"))
+    output = _comfy_run(server, path, tmp_path)
+    written = sorted(set((server.base / "output").rglob("*.png")) - before)
+    assert written, output
+    for picture in written:
+        with Image.open(picture) as image:
+            assert np.asarray(image).std() > 1, f"{picture.name} is blank"
+
+
+def test_comfy_cli_runs_what_to_api_converts(server: Server, solid_workflow: dict[str, Any], tmp_path: Path) -> None:
+    """The client and the tools' own queue give the same picture for the same workflow in UI format."""
+    path = tmp_path / "solid.json"
+    path.write_text(json.dumps(solid_workflow))
+    _comfy_run(server, path, tmp_path)
+    with Image.open(server.base / "output" / "red_00002_.png") as image:
+        by_client = np.asarray(image)
+    # Under the same name the host would give the client's pictures again without running anything.
+    solid_workflow["nodes"][1]["widgets_values"] = ["ours"]
+    groups = fetch_groups(server, solid_workflow, server.queue(server.to_api(solid_workflow), workflow=solid_workflow))
+    assert [(group.caption, len(group.pictures)) for group in groups] == [("Red", 2)]
+    picture = tmp_path / "ours.png"
+    picture.write_bytes(groups[0].pictures[1])
+    with Image.open(picture) as image:
+        ours = np.asarray(image)
+        assert json.loads(image.info["workflow"]) == solid_workflow
+    assert by_client.shape == (32, 48, 3)
+    assert (by_client == [255, 0, 0]).all()
+    assert np.array_equal(by_client, ours)
+
+
+def test_unconvertible_workflow_is_one_sentence(server: Server) -> None:
+    """What is no workflow is refused by the converter with its reason."""
+    with pytest.raises(WorkflowError, match=r"could not be converted.*links"):
+        server.to_api({"nodes": []})
+
+
+def test_find_workflow_lists_the_names() -> None:
+    """A wrong name is answered with the names there are."""
+    with pytest.raises(ToolError, match=r"no workflow 'nonesuch\.json'"):
+        find_workflow("nonesuch.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"1": {"class_type": "SaveImage"}}'])
+def test_load_workflow_refuses_other_files(tmp_path: Path, text: str) -> None:
+    """Broken JSON and API format are refused by name."""
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ToolError, match=re.escape(str(path))):
+        load_workflow(path)
+
+
+def test_use_checkpoint() -> None:
+    """Every loader gets the name, and a workflow without one is refused."""
+    prompt = {"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "toy.safetensors"}}}
+    use_checkpoint(prompt, "other.safetensors")
+    assert prompt["1"]["inputs"]["ckpt_name"] == "other.safetensors"
+    with pytest.raises(ToolError, match="loads no checkpoint"):
+        use_checkpoint({"1": {"class_type": "EmptyImage", "inputs": {}}}, "other.safetensors")
+
+
+def _comfy_run(server: Server, path: Path, home: Path) -> str:
+    ensure_client(offline=True)
+    comfy = environment_python(client_folder() / "environment").with_name("comfy.exe" if os.name == "nt" else "comfy")
+    command = [str(comfy), "--skip-prompt", "--no-enable-telemetry", "run", "--workflow", str(path), "--wait"]
+    command += ["--host", "127.0.0.1", "--port", str(server.port), "--timeout", "120"]
+    # The client keeps its settings in the home folder; the person's own are none of the tests' business.
+    environment = os.environ | {"HOME": str(home), "USERPROFILE": str(home), "DO_NOT_TRACK": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    return output

@@ -1,0 +1,68 @@
+"""Write a workflow file as the page saves it, from a workflow in API or UI format.
+
+    python tools/author.py FILE [--name NAME]
+
+The page itself lays an API workflow out and saves it to workflows/NAME.json (by default the name of FILE); node titles
+come from each node's `_meta.title`. A UI workflow keeps its layout. Seeds are set to stay fixed, so that the file gives
+the same pictures every time. Needs Chromium and its driver, as the browser tests do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from host import Server, ToolError, find_host
+from hosting.command import Parser, enter, run
+from hosting.page import Page
+from hosting.workflows import FOLDER
+
+# Names a workflow's own id after its file, so that writing it again changes nothing.
+_NAMESPACE = uuid.UUID("3f0f7f5e-6f1f-4f3c-9f7e-5a6c1f0b2d11")
+_CHANGING = {"randomize", "increment", "decrement"}
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = Parser(prog="author.py", description="Write a workflow file as the page saves it.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a workflow in API or UI format")
+    parser.add_argument("--name", help="the name in workflows/ (by default that of FILE)")
+    options = parser.parse_args()
+    try:
+        workflow = json.loads(options.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ToolError(
+            f"{options.file} cannot be read as a workflow ({error}); give a workflow's JSON file."
+        ) from error
+    host = find_host(development=True)
+    enter(host, Path(__file__), sys.argv[1:])
+    name = options.name or options.file.stem
+    with Server(host) as server, Page(server.url) as page:
+        saved = save(page, workflow, name)
+        if unknown := page.missing():
+            raise ToolError(f"No node of the host or this pack is called {', '.join(unknown)}; correct {options.file}.")
+    target = FOLDER / f"{name}.json"
+    FOLDER.mkdir(exist_ok=True)
+    target.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(target)
+    return 0
+
+
+def save(page: Page, workflow: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the page saves of `workflow`, with seeds that stay fixed and an id that depends on `name` alone."""
+    if "nodes" not in workflow:
+        page.load_api(workflow, name)
+        _, workflow = page.export()
+    for node in workflow["nodes"]:
+        values = node.get("widgets_values") or []
+        node["widgets_values"] = ["fixed" if isinstance(v, str) and v in _CHANGING else v for v in values]
+    page.load(workflow)
+    _, saved = page.export()
+    return saved | {"id": str(uuid.uuid5(_NAMESPACE, name))}
+
+
+if __name__ == "__main__":
+    run(main)

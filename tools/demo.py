@@ -1,0 +1,121 @@
+"""Run every workflow of the pack in a real server and write the pictures.
+
+    python tools/demo.py [--workflow NAME] [--checkpoint FILE] [--keep-server] [--thumbnails] [--offline]
+
+Does all set-up by itself. The pictures and `contact_sheet.png` go to demo_output/, and the path of each is printed.
+
+A workflow needs nothing special to appear here: the pictures of each Save Image or Preview Image node make one group,
+captioned with the title of the node ("Before: ...", "After: ..."), and the groups come as the nodes lie on the canvas,
+from left to right and then downwards. Its thumbnail shows the first picture of the first and of the last group.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host import ROOT, Host, Progress, Server, ToolError, find_host
+from hosting.command import Parser, enter, run
+from hosting.private import ensure_client
+
+if TYPE_CHECKING:
+    from hosting.sheet import Group
+
+OUTPUT = ROOT / "demo_output"
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = Parser(prog="demo.py", description="Run every workflow of the pack and write the pictures.")
+    parser.add_argument("--workflow", metavar="NAME", help="run only the workflow of this name")
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="use this checkpoint instead of the toy")
+    parser.add_argument("--keep-server", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--thumbnails", action="store_true", help="also refresh workflows/*.jpg")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing; fail if something is missing")
+    options = parser.parse_args()
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        raise ToolError(f"There is no checkpoint {options.checkpoint}; give the path of a .safetensors file.")
+    host = find_host(offline=options.offline)
+    ensure_client(offline=options.offline)
+    enter(host, Path(__file__), sys.argv[1:])
+    _demo(host, options.workflow, options.checkpoint, options.keep_server, options.thumbnails)
+    return 0
+
+
+def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bool, thumbnails: bool) -> None:
+    # Pillow is there only in the host's interpreter.
+    from hosting.sheet import draw_sheet, draw_thumbnail
+    from hosting.workflows import find_workflow, workflow_files
+
+    files = [find_workflow(name)] if name else workflow_files()
+    if not files:
+        raise ToolError(f"There is no workflow in {ROOT / 'workflows'}; get a complete checkout of this pack.")
+    OUTPUT.mkdir(exist_ok=True)
+    print("Starting ComfyUI ...", file=sys.stderr, flush=True)
+    with Server(host, checkpoints=[checkpoint] if checkpoint else []) as server:
+        blocks = []
+        for path in files:
+            groups = _run_workflow(server, path, checkpoint)
+            blocks.append((_words(path.stem), groups))
+            for group in groups:
+                for number, picture in enumerate(group.pictures, start=1):
+                    _write(OUTPUT / f"{path.stem}_{_slug(group.caption)}_{number}.png", picture)
+            if thumbnails:
+                draw_thumbnail(groups).save(path.with_suffix(".jpg"), quality=88)
+        sheet = OUTPUT / "contact_sheet.png"
+        draw_sheet(blocks).save(sheet)
+        print(sheet, flush=True)
+        if keep_server:
+            print(f"{server.url}  (Ctrl-C stops it)", flush=True)
+            while server.running:
+                time.sleep(0.5)
+
+
+def _run_workflow(server: Server, path: Path, checkpoint: Path | None) -> list[Group]:
+    from hosting.workflows import fetch_groups, load_workflow, use_checkpoint
+
+    workflow = load_workflow(path)
+    prompt = server.to_api(workflow)
+    if checkpoint is not None:
+        use_checkpoint(prompt, checkpoint.name)
+    outputs = server.queue(prompt, workflow=workflow, progress=_Line(path.stem), seconds=3600)
+    return fetch_groups(server, workflow, outputs)
+
+
+class _Line:
+    """Shows a run's progress on one line of a terminal, or one line a node where stderr is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._node = ""
+
+    def __call__(self, progress: Progress) -> None:
+        count = f" {progress.done}/{progress.total}" if progress.total else ""
+        text = f"{self._name}: {progress.title}{count}"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif progress.node_id != self._node:
+            print(text, file=sys.stderr, flush=True)
+        self._node = progress.node_id
+
+
+def _write(path: Path, picture: bytes) -> None:
+    path.write_bytes(picture)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(path, flush=True)
+
+
+def _words(stem: str) -> str:
+    return stem.replace("_", " ").capitalize()
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", caption.lower()).strip("_")[:60] or "picture"
+
+
+if __name__ == "__main__":
+    run(main)
