@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host import Host, Server, find_host
+from hosting.device import use_cpu_without_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "subject_patches"
@@ -25,14 +27,6 @@ def _prefer_host() -> None:
     sys.path[:] = [*rest, str(ROOT)]
     if importlib.util.find_spec("comfy") is None:
         raise pytest.UsageError("ComfyUI cannot be imported here; run the tests with: python tools/test.py")
-
-
-def _choose_device() -> None:
-    import torch
-    from comfy.cli_args import args
-
-    # The host reads this once, when its model management is first imported, and fails without a GPU otherwise.
-    args.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _load_pack() -> None:
@@ -50,11 +44,9 @@ def _unwind(_number: int, _frame: object) -> None:
 
 
 _prefer_host()
-_choose_device()
+use_cpu_without_gpu()
 _load_pack()
 signal.signal(signal.SIGTERM, _unwind)
-
-from host import Host, Server, find_host  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,7 @@ def main() -> int:
     try:
         workflow = json.loads(options.file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ToolError(
-            f"{options.file} cannot be read as a workflow ({error}); give a workflow's JSON file."
-        ) from error
+        raise ToolError(f"{options.file} is no readable workflow ({error}); give a workflow's JSON file.") from error
     host = find_host(development=True)
     enter(host, Path(__file__), sys.argv[1:])
     name = options.name or options.file.stem

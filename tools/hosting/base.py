@@ -31,9 +31,8 @@ def prepare(base: Path, checkpoints: Sequence[Path] = ()) -> None:
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"Comfy.TutorialCompleted": true}\n', encoding="utf-8")
     for entry in manifest_entries():
-        weights = ROOT / "toy" / "weights" / entry["file"]
-        if entry["folder"] is not None and weights.is_file():
-            _link_file(weights, base / "models" / entry["folder"] / entry["file"])
+        if entry["path"] is not None and entry["folder"] is not None:
+            _link_file(ROOT / entry["path"], base / "models" / entry["folder"] / entry["file"])
     for checkpoint in checkpoints:
         if not checkpoint.is_file():
             raise ToolError(f"There is no checkpoint {checkpoint}; give the path of a .safetensors file.")

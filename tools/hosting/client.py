@@ -80,7 +80,8 @@ async def _watch(socket: Any, prompt: ApiPrompt, prompt_id: str, progress: Progr
         if data.get("prompt_id") != prompt_id:
             continue
         kind = event["type"]
-        if kind == "execution_success":
+        # The news of success comes before the history has the outputs, and this after.
+        if kind == "executing" and data.get("node") is None:
             return
         if kind == "execution_error":
             raise _failure(data)
