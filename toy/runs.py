@@ -1,0 +1,97 @@
+"""What the toy's trainers share: a wall-clock schedule, an average of the weights, progress, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class Clock:
+    """A budget of minutes that is spent step by step and goes on where a resumed run stopped."""
+
+    def __init__(self, minutes: float, spent: float = 0.0) -> None:
+        self.budget = max(minutes * 60.0, 1.0)
+        self.start = time.monotonic() - spent
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def share(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        return min(self.spent / self.budget, 1.0)
+
+
+def learning_rate(peak: float, step: int, share: float, warmup: int = 200) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine over the budget down to 1% of `peak`."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+class Average:
+    """Exponential moving average of a module's parameters; its memory grows with the steps up to `decay`."""
+
+    def __init__(self, module: torch.nn.Module, decay: float = 0.9995) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine = list(self.module.parameters())
+        torch._foreach_lerp_(mine, [p.detach() for p in module.parameters()], 1 - decay)
+
+
+class Progress:
+    """Prints a line every few seconds: the step, the loss averaged since the last line, speed and time left."""
+
+    def __init__(self, name: str, clock: Clock, every: float = 10.0) -> None:
+        self.name, self.clock, self.every = name, clock, every
+        self.last = time.monotonic()
+        self.losses: list[torch.Tensor] = []
+        self.samples = 0
+
+    def step(self, number: int, loss: torch.Tensor, samples: int) -> None:
+        self.losses.append(loss.detach())
+        self.samples += samples
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        mean = float(torch.stack(self.losses).mean())
+        left = max(self.clock.budget - self.clock.spent, 0)
+        rate = self.samples / (now - self.last)
+        print(f"{self.name}: step {number}, loss {mean:.4f}, {rate:,.0f} samples/s, {left / 60:.1f} min left", flush=True)
+        self.losses, self.samples, self.last = [], 0, now
+
+
+def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file beside its place and moves it there, so a stop never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a trainer's state (modules, optimiser, step, seconds) the same way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state of an earlier run, or None when there is none."""
+    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file as a dictionary."""
+    return load_file(path)

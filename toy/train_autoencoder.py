@@ -1,0 +1,107 @@
+"""Trains the toy's autoencoder: the host's TAESD shape with eight latent channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy.taesd.taesd import TAESD
+from torch.nn import functional
+
+from .data import batches
+from .family import LATENT_CHANNELS
+from .runs import Average, Clock, Progress, learning_rate, load_state, save_state, save_whole
+
+# A latent is stored with unit variance; this is the noise, in that unit, that its decoder must bear.
+LATENT_NOISE = 0.12
+PRIOR_WEIGHT = 1e-3
+# The layers are convolutions, so a part of a picture teaches them as much a pixel as a whole one.
+CROP = 64
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """Kaiming weights for the convolutions: the host's layers are made without any."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            # A residual block starts near the identity.
+            layer.weight.data.mul_(0.7)
+            if layer.bias is not None:
+                torch.nn.init.zeros_(layer.bias)
+
+
+def to_signal(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, h, w) in -1 to 1."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random CROP x CROP part of each of the pictures (n, h, w, 3)."""
+    corners = torch.randint(0, images.shape[1] - CROP + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([image[y : y + CROP, x : x + CROP] for image, (y, x) in zip(images, corners, strict=True)])
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 on the pixels, plus L1 on differences of neighbours, which keeps the edges of textures."""
+    loss = functional.l1_loss(output, target)
+    for axis in (2, 3):
+        loss = loss + functional.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
+    return loss
+
+
+def train(minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool) -> Path:
+    """Trains for `minutes` and writes `folder/autoencoder.safetensors`; gives its path."""
+    torch.manual_seed(seed)
+    model = TAESD(latent_channels=LATENT_CHANNELS).to(device)
+    initialise(model)
+    model.vae_scale.requires_grad_(False)
+    model.vae_shift.requires_grad_(False)
+    average = Average(model, 0.999)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, (0.9, 0.99), weight_decay=1e-3)
+    state_file, step, clock = folder / "autoencoder.state", 0, Clock(minutes)
+    if resume and (state := load_state(state_file, device)):
+        model.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, clock = state["step"], Clock(minutes, state["spent"])
+    model.to(memory_format=torch.channels_last)
+    corners = torch.Generator().manual_seed(seed + step)
+    progress, saved = Progress("autoencoder", clock), clock.spent
+    data = batches(batch, workers, seed + step, tokenize=False)
+    while clock.share < 1:
+        signal = to_signal(crop(next(data)[0], corners), device).contiguous(memory_format=torch.channels_last)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(1e-3, step, clock.share)
+        with torch.autocast(device.type, torch.bfloat16):
+            latent = model.taesd_encoder(signal * 0.5 + 0.5).float()
+            noisy = latent + LATENT_NOISE * torch.randn_like(latent)
+            output = model.taesd_decoder(noisy).float() * 2 - 1
+        loss = reconstruction_loss(output, signal)
+        (loss + PRIOR_WEIGHT * latent.square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update(model, step)
+        step += 1
+        progress.step(step, loss, batch)
+        if clock.spent - saved > 180:
+            saved = clock.spent
+            save_state(state_file, {"model": model.state_dict(), "average": average.module.state_dict(),
+                                    "optimiser": optimiser.state_dict(), "step": step, "spent": saved})
+    return finish(average.module, folder, device, seed)
+
+
+@torch.no_grad()
+def finish(model: TAESD, folder: Path, device: torch.device, seed: int) -> Path:
+    """Makes the latents' scale part of the model, measures it on held-out scenes, and saves it."""
+    model = model.float().eval()
+    signal = torch.cat([to_signal(next(batches(64, 0, seed + 10**6 + i, tokenize=False))[0], device) for i in range(4)])
+    latent = model.taesd_encoder(signal * 0.5 + 0.5)
+    model.vae_scale.fill_(float(latent.std()))
+    model.vae_shift.fill_(-float(latent.mean() / latent.std()))
+    output = model.decode(model.encode(signal)).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (output - signal).square().mean((1, 2, 3))).mean()
+    print(f"autoencoder: held-out PSNR {float(psnr):.2f} dB, latent std {float(latent.std()):.3f} before scaling", flush=True)
+    path = folder / "autoencoder.safetensors"
+    save_whole(path, model.state_dict())
+    return path
