@@ -136,6 +136,30 @@ def test_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_stopped_set_up_leaves_no_process(tmp_path: Path) -> None:
+    """A signal ends the command that a step runs, and the processes which that has started."""
+    noted = tmp_path / "pid"
+    grandchild = f"import os, time; open({str(noted)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        f"from hosting.command import run; from hosting.pip import run_to_end\n"
+        f"run(lambda: run_to_end([sys.executable, '-c', {child!r}], dict(os.environ)))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as tool:
+        while not (noted.exists() and noted.read_text()):
+            assert tool.poll() is None
+            time.sleep(0.05)
+        tool.terminate()
+        _, errors = tool.communicate(timeout=30)
+    assert (tool.returncode, errors) == (130, "Stopped.\n")
+    # A killed process that nobody has waited for yet still has its number, but no command line.
+    left = Path(f"/proc/{noted.read_text()}/cmdline")
+    if Path("/proc/self").exists():
+        assert not left.exists() or left.read_bytes() == b""
+
+
 def test_half_installed_package_is_forgotten(tmp_path: Path) -> None:
     """pip takes a package for installed whose RECORD it had not yet written; the set-up does not."""
     packages = tmp_path / "lib" / "python3.11" / "site-packages"

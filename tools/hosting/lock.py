@@ -24,6 +24,8 @@ def exclusive(path: Path) -> Iterator[None]:
                 print("Another set-up is under way; waiting for it to end.", file=sys.stderr, flush=True)
                 told = True
             time.sleep(_POLL_SECONDS)
+        # Passed on to the processes that a set-up starts; see run_to_end.
+        os.set_inheritable(file.fileno(), True)
         try:
             yield
         finally:

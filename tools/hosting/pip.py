@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,18 +62,31 @@ def run_pip(environment: Path, arguments: Sequence[str], what: str) -> None:
 
 
 def run_to_end(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command with its output on stderr and give its exit code; it does not outlive this call."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
+    """Run a command with its output on stderr and give its exit code; neither it nor its children outlive this call."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        env=environment,
+        # A group of its own, to end all of it: making an environment and building a package start further processes.
+        start_new_session=os.name != "nt",
+        # It gets the lock of the set-up, which then stays held while it runs even if this process is killed.
+        close_fds=False,
+    )
     try:
         return process.wait()
     finally:
         if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    if os.name == "nt":
+        # Terminating a process leaves its children running there.
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)  # noqa: S607
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def clean_environment() -> dict[str, str]:
