@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting.base import PACK_FOLDER
+from hosting.base import PACK_FOLDER, prepare
 from hosting.client import Progress
 from hosting.errors import ServerError, ToolError, WorkflowError, WorkflowInterrupted
 from hosting.location import Host
@@ -121,6 +121,20 @@ def test_stop_leaves_nothing(host: Host, tmp_path: Path) -> None:
     assert check_port(port) == port
     assert checkpoint.exists()
     assert (ROOT / "tools" / "host.py").exists()
+
+
+def test_base_can_be_kept_and_used_again(host: Host, tmp_path: Path) -> None:
+    """A folder that was chosen stays, and a link in it to a checkout that has moved does not stop the next start."""
+    link = tmp_path / "custom_nodes" / PACK_FOLDER
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "moved")
+    prepare(tmp_path)
+    assert link.resolve() == ROOT
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(ToolError, match="is in the way of a link"), Server(host, base=tmp_path):
+        pass
+    assert link.is_dir()
 
 
 def test_failing_start_shows_the_log(host: Host) -> None:

@@ -43,12 +43,7 @@ def prepare(base: Path, checkpoints: Sequence[Path] = ()) -> None:
 
 def remove(base: Path) -> None:
     """Delete a base directory; what is linked in it stays."""
-    link = base / "custom_nodes" / PACK_FOLDER
-    if link.is_symlink():
-        link.unlink()
-    elif os.name == "nt" and link.exists():
-        # Takes a junction away, and fails on a folder with something in it.
-        link.rmdir()
+    _unlink_folder(base / "custom_nodes" / PACK_FOLDER)
     shutil.rmtree(base, ignore_errors=True)
 
 
@@ -59,11 +54,18 @@ def manifest_entries() -> list[dict[str, Any]]:
     return json.loads(MANIFEST.read_text(encoding="utf-8"))["entries"]
 
 
+def _unlink_folder(link: Path) -> None:
+    if link.is_symlink():
+        link.unlink()
+    elif os.name == "nt" and link.resolve() != link.absolute():
+        # Takes a junction away, and fails on a folder with something in it.
+        link.rmdir()
+
+
 def _link_folder(source: Path, link: Path) -> None:
-    if link.is_symlink() or link.exists():
-        if link.resolve() == source.resolve():
-            return
-        raise ToolError(f"{link} is already there and is not {source}; delete it and try again.")
+    _unlink_folder(link)
+    if link.exists():
+        raise ToolError(f"{link} is in the way of a link to {source}; delete it and try again.")
     if os.name == "nt":
         import _winapi
 

@@ -98,7 +98,7 @@ async def _watch(socket: Any, prompt: ApiPrompt, prompt_id: str, progress: Progr
 
 
 def _failure(data: dict[str, Any]) -> WorkflowError:
-    message = str(data.get("exception_message", "")).strip() or data.get("exception_type", "unknown error")
+    message = " ".join(str(data.get("exception_message", "")).split()) or data.get("exception_type", "unknown error")
     node_type, node_id = data.get("node_type"), data.get("node_id")
     return WorkflowError(f"{node_type} (node {node_id}) failed: {message}", node_id, node_type)
 

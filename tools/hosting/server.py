@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import json
 import os
@@ -271,6 +272,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+@functools.cache
 def _has_gpu(host: Host) -> bool:
     question = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
     command = [str(host.python), "-c", question]

@@ -1,0 +1,74 @@
+"""What the demo writes: one file a picture, and a contact sheet and thumbnails that show them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from host import Server
+from hosting.errors import WorkflowError
+from hosting.sheet import Group, draw_sheet, draw_thumbnail, fit
+from hosting.workflows import fetch_groups
+from PIL import Image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def _png(colour: tuple[int, int, int], width: int = 8, height: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_sheet_shows_every_picture_in_order() -> None:
+    """Two workflows, five and two pictures: down the sheet the colours come in the order given."""
+    blocks = [
+        ("First", [Group("Before", (_png(RED),) * 5), Group("After", (_png(GREEN),))]),
+        ("Second", [Group("Only", (_png(BLUE),))]),
+    ]
+    sheet = draw_sheet(blocks)
+    column = [sheet.getpixel((20, y)) for y in range(sheet.height)]
+    runs = [colour for colour, before in zip(column, [None, *column], strict=False) if colour != before]
+    assert [colour for colour in runs if colour in (RED, GREEN, BLUE)] == [RED, RED, GREEN, BLUE]
+    counts = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 20)}
+    assert counts[RED] == 5 * counts[GREEN] == 5 * counts[BLUE] > 0
+    # The captions and titles are drawn, in other colours than the paper and the pictures.
+    assert len(counts) > 10
+
+
+def test_thumbnail_shows_before_and_after() -> None:
+    """The first picture of the first and of the last group, side by side; one group gives one picture."""
+    groups = [Group("a", (_png(RED), _png(WHITE))), Group("b", (_png(WHITE),)), Group("c", (_png(BLUE),))]
+    thumbnail = draw_thumbnail(groups)
+    middle = thumbnail.height // 2
+    assert thumbnail.getpixel((middle, middle)) == RED
+    assert thumbnail.getpixel((thumbnail.width - middle, middle)) == BLUE
+    assert draw_thumbnail(groups[2:]).getcolors() == [(middle * 2 * middle * 2, BLUE)]
+
+
+def test_fit_keeps_the_shape() -> None:
+    """A wide picture is scaled as a whole, with paper above and below it."""
+    square = fit(_png(RED, 40, 10), 80)
+    assert square.size == (80, 80)
+    assert [square.getpixel((40, y)) for y in (0, 28, 32, 48, 52, 79)] == [WHITE, WHITE, RED, RED, WHITE, WHITE]
+
+
+def test_groups_follow_the_canvas(server: Server, solid_workflow: dict[str, Any]) -> None:
+    """Output nodes count from left to right and then downwards, whatever their ids; titles are captions."""
+    nodes, links = solid_workflow["nodes"], solid_workflow["links"]
+    for number, (title, place) in enumerate({"Last": [300, 50], "First": [200, 90]}.items(), start=3):
+        nodes.append(nodes[1] | {"id": number, "title": title, "pos": place, "widgets_values": [f"group_{number}"]})
+        nodes[-1]["inputs"] = [{"name": "images", "type": "IMAGE", "link": number}]
+        nodes[0]["outputs"][0]["links"].append(number)
+        links.append([number, 1, 0, number, 0, "IMAGE"])
+    outputs = server.queue(server.to_api(solid_workflow))
+    groups = fetch_groups(server, solid_workflow, outputs)
+    assert [group.caption for group in groups] == ["First", "Red", "Last"]
+    assert all(len(group.pictures) == 2 for group in groups)
+
+
+def test_no_picture_is_an_error(server: Server, solid_workflow: dict[str, Any]) -> None:
+    """A run whose outputs hold no picture is not passed over in silence."""
+    with pytest.raises(WorkflowError, match="gave no picture"):
+        fetch_groups(server, solid_workflow, {"1": {"text": ["x"]}})
