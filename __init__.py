@@ -8,9 +8,26 @@ WEB_DIRECTORY = "./web"
 class SubjectPatches(ComfyExtension):
     """The pack as the host sees it."""
 
+    async def on_load(self) -> None:
+        """Makes the host's checkpoint loader know the toy."""
+        from .toy.family import register
+
+        register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
-        return []
+        from .nodes.attention_report import AttentionReportNode, RecordAttentionNode
+        from .nodes.encode_prompt import EncodePromptWithSubjects
+        from .nodes.recycled_attention import RecycledSelfAttentionNode
+        from .nodes.subject import SubjectNode
+
+        return [
+            SubjectNode,
+            EncodePromptWithSubjects,
+            RecycledSelfAttentionNode,
+            RecordAttentionNode,
+            AttentionReportNode,
+        ]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .scenes import SIZE, draw, sample_scene
+from .drawing import draw
+from .scenes import SIZE, sample_scene
 
 
 class Scenes(IterableDataset):
-    """Batches of scenes. Worker w of a run with seed s draws from its own stream (s, round, w), so a run is
+    """Batches of scenes. Worker w of a run with seed s draws from its own stream (s, w), so a run is
     reproducible and no two workers draw the same scene."""
 
     def __init__(self, batch: int, seed: int, tokenize: bool, emblem_share: float = 0.25) -> None:

@@ -6,7 +6,7 @@ there. It can only match a U-Net of 64 channels over a 64 wide context, which no
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.sd1_clip
@@ -94,7 +94,7 @@ class ToyClip(comfy.sd1_clip.SD1ClipModel):
 class ToyDiffusion(comfy.supported_models.SD15):
     """The host's description of the toy checkpoint."""
 
-    unet_config = {
+    unet_config: ClassVar[dict[str, Any]] = {
         "context_dim": WIDTH,
         "model_channels": WIDTH,
         "use_linear_in_transformer": False,
@@ -103,7 +103,7 @@ class ToyDiffusion(comfy.supported_models.SD15):
         "out_channels": LATENT_CHANNELS,
         "channel_mult": UNET["channel_mult"],
     }
-    unet_extra_config = {"num_heads": UNET["num_heads"], "num_head_channels": -1}
+    unet_extra_config: ClassVar[dict[str, Any]] = {"num_heads": UNET["num_heads"], "num_head_channels": -1}
     latent_format = ToyLatents
 
     def inpaint_model(self) -> bool:

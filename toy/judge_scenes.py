@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .drawing import Picture, draw
 from .judge import COLOUR_NAMES, SHAPE_NAMES
-from .scenes import BACKGROUNDS, SIZE, TEXTURES, Emblem, Picture, Scene, draw, sample_emblem, sample_scene
+from .scenes import BACKGROUNDS, SIZE, TEXTURES, Emblem, Scene, sample_emblem, sample_scene
 from .shapes import PLATES
 
 MOST = 4  # things in a scene
@@ -49,16 +50,24 @@ def label_scene(picture: Picture) -> Batch:
         row[:] = SHAPE_NAMES.index(thing.shape), COLOUR_NAMES.index(thing.colour), TEXTURES.index(thing.texture)
     colours = [COLOUR_NAMES.index(c) for c in ground.colours] or [NONE]
     background = np.array([BACKGROUNDS.index(ground.kind), colours[0], colours[-1]])
-    return {"image": torch.from_numpy(picture.image), "boxes": torch.from_numpy(boxes),
-            "classes": torch.from_numpy(classes), "background": torch.from_numpy(background)}
+    return {
+        "image": torch.from_numpy(picture.image),
+        "boxes": torch.from_numpy(boxes),
+        "classes": torch.from_numpy(classes),
+        "background": torch.from_numpy(background),
+    }
 
 
 def label_emblem(emblem: Emblem, number: int, picture: Picture) -> Batch:
     """What the identity network learns of a view: its emblem's number in the batch, plate, colours and glyph cells."""
     colours = map(COLOUR_NAMES.index, (emblem.plate_colour, emblem.glyph_colour))
     words = number, tuple(PLATES).index(emblem.plate), *colours
-    return {"image": torch.from_numpy(picture.image), "boxes": torch.from_numpy(picture.boxes[:1].astype(np.float32)),
-            "words": torch.tensor(words), "cells": torch.tensor(emblem.cells, dtype=torch.float32)}
+    return {
+        "image": torch.from_numpy(picture.image),
+        "boxes": torch.from_numpy(picture.boxes[:1].astype(np.float32)),
+        "words": torch.tensor(words),
+        "cells": torch.tensor(emblem.cells, dtype=torch.float32),
+    }
 
 
 def to_planes(images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from .drawing import Picture, draw
 from .judge import (
     BOX_UNIT,
     COLOUR_NAMES,
@@ -33,7 +34,7 @@ from .judge import (
 )
 from .judge_scenes import NONE, Batch, Samples, degrade, emblem_view, label_scene, stack, to_planes
 from .runs import Average, Clock, Progress, learning_rate, load_state, save_state, save_whole
-from .scenes import GLYPH_CELLS, SIZE, Picture, draw, sample_emblem, sample_scene
+from .scenes import GLYPH_CELLS, SIZE, sample_emblem, sample_scene
 from .shapes import PLATES
 
 HELD_OUT = 2**40  # the first word of every evaluation seed; training seeds are small

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,9 @@ class Progress:
         mean = float(torch.stack(self.losses).mean())
         left = max(self.clock.budget - self.clock.spent, 0)
         rate = self.samples / (now - self.last)
-        print(f"{self.name}: step {number}, loss {mean:.4f}, {rate:,.0f} samples/s, {left / 60:.1f} min left", flush=True)
+        print(
+            f"{self.name}: step {number}, loss {mean:.4f}, {rate:,.0f} samples/s, {left / 60:.1f} min left", flush=True
+        )
         self.losses, self.samples, self.last = [], 0, now
 
 
@@ -76,7 +77,7 @@ def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:

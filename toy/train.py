@@ -37,7 +37,9 @@ def export(folder: Path, checkpoint: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
-    parser.add_argument("--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder")
+    parser.add_argument(
+        "--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder"
+    )
     parser.add_argument("--stage", choices=("all", "autoencoder", "diffusion", "export"), default="all")
     parser.add_argument("--folder", type=Path, default=HERE / "runs" / "default", help="where the run keeps its files")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -61,9 +63,13 @@ def main() -> None:
     for stage in stages:
         done = arguments.stage == "all" and (arguments.folder / f"{stage}.safetensors").exists()
         if stage == "autoencoder" and not done:
-            train_autoencoder.train(arguments.minutes_autoencoder, *common, arguments.batch_autoencoder, arguments.seed, arguments.resume)
+            train_autoencoder.train(
+                arguments.minutes_autoencoder, *common, arguments.batch_autoencoder, arguments.seed, arguments.resume
+            )
         elif stage == "diffusion" and not done:
-            train_diffusion.train(arguments.minutes_diffusion, *common, arguments.batch_diffusion, arguments.seed, arguments.resume)
+            train_diffusion.train(
+                arguments.minutes_diffusion, *common, arguments.batch_diffusion, arguments.seed, arguments.resume
+            )
         elif stage == "export":
             export(arguments.folder, arguments.checkpoint)
 

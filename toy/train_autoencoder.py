@@ -49,7 +49,9 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return loss
 
 
-def train(minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool) -> Path:
+def train(
+    minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool
+) -> Path:
     """Trains for `minutes` and writes `folder/autoencoder.safetensors`; gives its path."""
     torch.manual_seed(seed)
     model = TAESD(latent_channels=LATENT_CHANNELS).to(device)
@@ -57,7 +59,9 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
     model.vae_scale.requires_grad_(False)
     model.vae_shift.requires_grad_(False)
     average = Average(model, 0.999)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, (0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-3, (0.9, 0.99), weight_decay=1e-3
+    )
     state_file, step, clock = folder / "autoencoder.state", 0, Clock(minutes)
     if resume and (state := load_state(state_file, device)):
         model.load_state_dict(state["model"])
@@ -66,6 +70,11 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
         step, clock = state["step"], Clock(minutes, state["spent"])
     model.to(memory_format=torch.channels_last)
     corners = torch.Generator().manual_seed(seed + step)
+
+    def save() -> None:
+        parts = {"model": model, "average": average.module, "optimiser": optimiser}
+        save_state(state_file, {**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": clock.spent})
+
     progress, saved = Progress("autoencoder", clock), clock.spent
     data = batches(batch, workers, seed + step, tokenize=False)
     while clock.share < 1:
@@ -86,8 +95,8 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
         progress.step(step, loss, batch)
         if clock.spent - saved > 180:
             saved = clock.spent
-            save_state(state_file, {"model": model.state_dict(), "average": average.module.state_dict(),
-                                    "optimiser": optimiser.state_dict(), "step": step, "spent": saved})
+            save()
+    save()
     return finish(average.module, folder, device, seed)
 
 
@@ -101,7 +110,10 @@ def finish(model: TAESD, folder: Path, device: torch.device, seed: int) -> Path:
     model.vae_shift.fill_(-float(latent.mean() / latent.std()))
     output = model.decode(model.encode(signal)).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (output - signal).square().mean((1, 2, 3))).mean()
-    print(f"autoencoder: held-out PSNR {float(psnr):.2f} dB, latent std {float(latent.std()):.3f} before scaling", flush=True)
+    print(
+        f"autoencoder: held-out PSNR {float(psnr):.2f} dB, latent std {float(latent.std()):.3f} before scaling",
+        flush=True,
+    )
     path = folder / "autoencoder.safetensors"
     save_whole(path, model.state_dict())
     return path

@@ -120,7 +120,9 @@ def diffusion_loss(model: Model, latents: torch.Tensor, tokens: torch.Tensor, sc
     return (weight * error).mean() / weight.mean().detach()
 
 
-def train(minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool) -> Path:
+def train(
+    minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool
+) -> Path:
     """Trains for `minutes` and writes `folder/diffusion.safetensors`; gives its path.
 
     Encoding a picture costs about as much as a training step on it, so each step adds a twelfth of a batch of
@@ -142,8 +144,12 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
         optimiser.load_state_dict(state["optimiser"])
         step, clock = state["step"], Clock(minutes, state["spent"])
     drawn = max(batch // 12, 1)
-    store = Latents(autoencoder, batches(drawn, workers, seed + 1 + step, tokenize=True), device,
-                    2_000_000 if device.type == "cuda" else 100_000)
+    store = Latents(
+        autoencoder,
+        batches(drawn, workers, seed + 1 + step, tokenize=True),
+        device,
+        2_000_000 if device.type == "cuda" else 100_000,
+    )
     empty = torch.full((1, TEXT["max_position_embeddings"]), TEXT["eos_token_id"], device=device)
     empty[0, 0] = TEXT["eos_token_id"] - 1
     while store.written < 2 * batch:
@@ -152,6 +158,11 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
     average = Average(model, 0.9995)
     if state:
         average.module.load_state_dict(state["average"])
+
+    def save() -> None:
+        parts = {"model": model, "average": average.module, "optimiser": optimiser}
+        save_state(state_file, {**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": clock.spent})
+
     progress, saved = Progress("diffusion", clock), clock.spent
     while clock.share < 1:
         words = store.add()
@@ -172,8 +183,8 @@ def train(minutes: float, folder: Path, device: torch.device, workers: int, batc
         progress.step(step, loss, batch)
         if clock.spent - saved > 180:
             saved = clock.spent
-            save_state(state_file, {"model": model.state_dict(), "average": average.module.state_dict(),
-                                    "optimiser": optimiser.state_dict(), "step": step, "spent": saved})
+            save()
+    save()
     path = folder / "diffusion.safetensors"
     save_whole(path, average.module.state_dict())
     print(f"diffusion: {step} steps of {batch}, {store.written:,} pictures drawn", flush=True)

@@ -1,0 +1,1 @@
+"""The pack's nodes: what people see. No tensor maths here."""

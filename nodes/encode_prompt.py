@@ -1,0 +1,65 @@
+"""The node that encodes a prompt and remembers where its phrases are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.prompt import SPANS_KEY, find_spans, split_phrases
+
+
+class EncodePromptWithSubjects(io.ComfyNode):
+    """The host's text encoding, plus the token spans of each phrase in the conditioning."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesEncodePrompt",
+            display_name="Encode Prompt with Subjects",
+            category="Subject Patches",
+            description=(
+                "Encodes a prompt as CLIP Text Encode does, and remembers which of its tokens are which phrase, so "
+                "that other Subject Patches nodes know where in the prompt a subject is."
+            ),
+            search_aliases=["subject prompt", "token spans", "clip text encode", "phrase", "prompt"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of SD 1.x, SD 2.x or SDXL."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt. Weights like (dog:1.2) and embedding:name work as in CLIP Text Encode.",
+                ),
+                io.String.Input(
+                    "phrases",
+                    multiline=True,
+                    default="",
+                    placeholder="one phrase a line",
+                    tooltip=(
+                        "The phrases to find, one a line or separated by semicolons, written as they stand in the "
+                        "prompt. Letter case and weights do not matter. May be empty."
+                    ),
+                ),
+                io.Custom("SUBJECT").Input(
+                    "subjects",
+                    optional=True,
+                    tooltip="Subjects whose phrases are found as well; subjects without a phrase are passed over.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    tooltip="The encoded prompt, identical to CLIP Text Encode's, that knows where its phrases are."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, phrases: str = "", subjects: tuple[Any, ...] | None = None) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError(
+                "The clip input is None, so the checkpoint has no text encoder; load one with a CLIP loader node."
+            )
+        wanted = (*split_phrases(phrases), *(subject.phrase for subject in subjects or ()))
+        spans = find_spans(clip, text, wanted)
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans}))

@@ -1,0 +1,162 @@
+"""The Recycled Self-Attention node (AnyLogo)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.engine import add_edit
+from ..patches.recycled_attention import RecycledSelfAttention
+from ..patches.sites import CHOICES, attention_sites, select_sites
+from ..patches.streams import NoisedReference
+from ..patches.subject import Subject
+from ..patches.window import Window
+from .types import CATEGORY, SubjectType
+
+STRENGTH_MAX = 10.0
+
+
+class RecycledSelfAttentionNode(io.ComfyNode):
+    """Patches a MODEL so that it attends to subjects."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesRecycledSelfAttention",
+            display_name="Recycled Self-Attention",
+            category=CATEGORY,
+            description="Carries a subject's look into the picture, details included: the model runs on the reference "
+            "too and the picture attends to it (AnyLogo). No training.",
+            search_aliases=["AnyLogo", "reference only", "reference attention", "subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                SubjectType.Input("subject", tooltip="One or more subjects; the picture attends to all of them."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=STRENGTH_MAX,
+                    step=0.05,
+                    tooltip="How much weight the reference has in attention. 1 is the paper's, 0 is the unpatched "
+                    "model, above 1 pushes harder.",
+                ),
+                io.Float.Input(
+                    "keep_probability",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The share of layers and steps that see the reference, chosen by the seed (the paper's "
+                    "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
+                ),
+                io.Combo.Input(
+                    "sites",
+                    options=list(CHOICES),
+                    default="decoder",
+                    tooltip="Which self-attention layers see the reference. The paper finds the decoder best.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule the reference begins to act, 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule it stops; 1 is the last step. Equal to the start: never.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Fixes the reference's noise and the choice of keep_probability. Leave it alone while you "
+                    "try sampler seeds: the reference's features are then computed once.",
+                ),
+                io.Mask.Input(
+                    "region_mask",
+                    optional=True,
+                    tooltip="Where in the new picture the subject may show, white is where. Any size; grey weakens. "
+                    "Without one, everywhere.",
+                ),
+                io.Conditioning.Input(
+                    "reference_conditioning",
+                    optional=True,
+                    tooltip="A prompt that describes the reference picture. Without one, the generation's own positive "
+                    "prompt is used for the reference too, as in the paper.",
+                ),
+                io.Combo.Input(
+                    "apply_to",
+                    options=["cond only", "both"],
+                    default="cond only",
+                    advanced=True,
+                    tooltip="'cond only' is the paper's: guidance then pushes towards the subject. 'both' also shows "
+                    "the reference to the negative prompt's pass, which weakens that push.",
+                ),
+                io.String.Input(
+                    "named_sites",
+                    default="",
+                    advanced=True,
+                    tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, "
+                    "output.4.0",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        subject: tuple[Subject, ...],
+        strength: float,
+        keep_probability: float,
+        sites: str,
+        start_percent: float,
+        end_percent: float,
+        seed: int,
+        region_mask: Any = None,
+        reference_conditioning: Any = None,
+        apply_to: str = "cond only",
+        named_sites: str = "",
+    ) -> io.NodeOutput:
+        for name, value, most in (("strength", strength, STRENGTH_MAX), ("keep_probability", keep_probability, 1.0)):
+            if not (math.isfinite(value) and 0 <= value <= most):
+                raise ValueError(f"The {name} is {value}; give a number from 0 to {most:g}.")
+        window = Window(start_percent, end_percent)
+        chosen = select_sites(attention_sites(model), "self", sites, named_sites)
+        if region_mask is not None:
+            region_mask = region_mask.reshape(-1, *region_mask.shape[-2:])
+        references = [r for s in subject for r in _streams(model, s, seed, reference_conditioning)]
+        idle = strength == 0 or keep_probability == 0 or window.empty or not references
+        if idle or (region_mask is not None and not bool(region_mask.any())):
+            return io.NodeOutput(model.clone())
+        edit = RecycledSelfAttention(
+            chosen, window, tuple(references), strength, keep_probability, region_mask, seed, apply_to == "both"
+        )
+        return io.NodeOutput(add_edit(model, edit))
+
+
+def _streams(model: Any, subject: Subject, seed: int, conditioning: Any) -> list[NoisedReference]:
+    wanted = model.model.latent_format.latent_channels
+    streams = []
+    for number, reference in enumerate(subject.references):
+        channels = reference.latents.shape[1]
+        if channels != wanted:
+            raise ValueError(
+                f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "
+                "connect the VAE of this checkpoint to the Subject node."
+            )
+        clean = model.model.process_latent_in(reference.latents)
+        name = ("noised reference", number)
+        streams.append(NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name))
+    return streams

@@ -1,0 +1,242 @@
+"""AttentionCall: one attention at one site for one chunk of the batch, and what edits amended in it.
+
+An edit computes no attention. It amends the call, and `execute` runs what came of it once, by the cheapest
+exact route. Pure tensor code: the attention function is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sites import Site
+
+# (query, key, value, mask) -> output, all (rows, tokens, channels); the mask is additive and None or broadcastable
+# to (rows, queries, keys).
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One conditioning's share of a batch: `rows` of it, the conditioning's dictionary as the sampler holds it, the
+    name of the guider's list it stands in ("positive", ...) and whether that list conditions on a prompt.
+
+    `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
+    whole latent's (height, width)."""
+
+    rows: slice
+    name: str
+    conditioned: bool
+    conditioning: dict[str, Any]
+    latent: tuple[int, int]
+    area: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Keys and values (rows or 1, n, channels) that a call attends over besides its own.
+
+    `bias` is added to their logits, broadcastable to (rows, queries, n). `route`, of shape (rows or 1, queries), says
+    which queries see them at all; None is every query."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None = None
+    route: Tensor | None = None
+
+
+@dataclass
+class AttentionCall:
+    """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split.
+
+    `grid` is the (height, width) of the query tokens, or None where another pack changed their number; an edit that
+    needs places must then leave the call as it is."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    heads: int
+    site: Site
+    chunk: Chunk
+    grid: tuple[int, int] | None
+    amended: bool = False
+    extensions: list[Extension] = field(default_factory=list)
+    own_bias: Tensor | None = None
+    blends: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+
+    def replace(self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None) -> None:
+        """Puts other tensors in the place of query, key or value; key and value must stay of one length."""
+        self.query = self.query if query is None else query
+        self.key = self.key if key is None else key
+        self.value = self.value if value is None else value
+        if self.key.shape[1] != self.value.shape[1]:
+            raise ValueError(f"{self.key.shape[1]} keys cannot go with {self.value.shape[1]} values at {self.site}.")
+        self.amended = True
+
+    def extend(self, key: Tensor, value: Tensor, bias: Tensor | None = None, route: Tensor | None = None) -> None:
+        """Attends over these keys and values besides its own, in one softmax; see `Extension`."""
+        self.extensions.append(Extension(key, value, bias, route))
+        self.amended = True
+
+    def bias(self, bias: Tensor, tokens: Sequence[int] | None = None) -> None:
+        """Adds to the scaled logits of the call's own keys: `bias` is broadcastable to (rows, queries, keys), or to
+        (rows, queries, len(tokens)) when `tokens` names the keys it is for."""
+        if tokens is not None:
+            full = bias.new_zeros((*bias.shape[:-1], self.key.shape[1]))
+            full[..., list(tokens)] = bias
+            bias = full
+        self.own_bias = bias if self.own_bias is None else self.own_bias + bias
+        self.amended = True
+
+    def blend(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Passes the call's output (rows, queries, channels), before the output projection, through `function`."""
+        self.blends.append(function)
+        self.amended = True
+
+    def scores(self) -> Tensor:
+        """The scaled logits of the call's own keys with their bias: (rows, heads, queries, keys) in float32."""
+        logits = head_split(self.query, self.heads) @ head_split(self.key, self.heads).transpose(-1, -2)
+        logits = logits * (self.query.shape[-1] // self.heads) ** -0.5
+        return logits if self.own_bias is None else logits + per_head(self.own_bias)
+
+    def probabilities(self, tokens: Sequence[int] | None = None) -> Tensor:
+        """Attention over the call's own keys: (rows, heads, queries, keys), or only the columns of `tokens`."""
+        shares = self.scores().softmax(-1)
+        return shares if tokens is None else shares[..., list(tokens)]
+
+    def extension_share(self) -> Tensor:
+        """Share of the attention mass that lies on the extensions: (rows, heads, queries), 0 to 1."""
+        own = self.scores().logsumexp(-1)
+        shares = [own]
+        queries = head_split(self.query, self.heads) * (self.query.shape[-1] // self.heads) ** -0.5
+        for extension in self.extensions:
+            logits = queries @ head_split(extension.key, self.heads).transpose(-1, -2)
+            if extension.bias is not None:
+                logits = logits + per_head(extension.bias)
+            if extension.route is not None:
+                logits = logits.masked_fill(~extension.route[:, None, :, None], -torch.inf)
+            shares.append(logits.logsumexp(-1))
+        return 1 - torch.stack(shares).softmax(0)[0]
+
+
+def head_split(tokens: Tensor, heads: int) -> Tensor:
+    """(rows, tokens, channels) to (rows, heads, tokens, channels / heads) in float32."""
+    return tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def per_head(bias: Tensor) -> Tensor:
+    """A bias broadcastable to (rows, queries, keys), made broadcastable to (rows, heads, queries, keys)."""
+    return bias.float().expand(*(1,) * max(0, 3 - bias.ndim), *bias.shape).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One attention to compute: for `call`, for its rows and queries (None is all of them)."""
+
+    call: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    rows: slice | None = None
+    queries: Tensor | None = None
+
+
+def _joint(
+    call: AttentionCall, seen: Sequence[Extension], queries: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask over the call's own tokens and those of `seen`, for some queries of the call."""
+    rows = call.query.shape[0]
+    keys = torch.cat([call.key, *(e.key.expand(rows, -1, -1) for e in seen)], 1) if seen else call.key
+    values = torch.cat([call.value, *(e.value.expand(rows, -1, -1) for e in seen)], 1) if seen else call.value
+    parts = [(call.own_bias, call.key.shape[1]), *((e.bias, e.key.shape[1]) for e in seen)]
+    if all(bias is None for bias, _ in parts):
+        return keys, values, None
+    biases = []
+    for bias, length in parts:
+        full = call.query.new_zeros(()) if bias is None else bias.to(call.query.dtype)
+        full = full.expand(*(1,) * (3 - full.ndim), *full.shape)
+        if queries is not None and full.shape[1] > 1:
+            full = full[:, queries]
+        biases.append((full, length))
+    # A bias that is the same for every query stays a vector over keys: it broadcasts inside the attention.
+    shape = (max(b.shape[0] for b, _ in biases), max(b.shape[1] for b, _ in biases))
+    return keys, values, torch.cat([b.expand(*shape, n) for b, n in biases], -1)
+
+
+def _jobs(index: int, call: AttentionCall) -> list[_Job]:
+    routed = [e for e in call.extensions if e.route is not None]
+    if not routed:
+        keys, values, mask = _joint(call, call.extensions, None)
+        return [_Job(index, call.query, keys, values, mask)]
+    count = max(e.route.shape[0] for e in routed)
+    if count > 1 and any(not torch.equal(e.route, e.route[:1].expand_as(e.route)) for e in routed):
+        return [job for row in range(count) for job in _row_jobs(index, call, row)]
+    # Queries that see the same extensions form a group; a group needs no mask to be kept from the others' keys.
+    sees = torch.stack(
+        [torch.ones_like(routed[0].route[0]) if e.route is None else e.route[0] for e in call.extensions]
+    )
+    patterns, group = sees.unique(dim=1, return_inverse=True)
+    jobs = []
+    for number, pattern in enumerate(patterns.T.tolist()):
+        queries = None if len(patterns.T) == 1 else (group == number).nonzero().squeeze(1)
+        seen = [e for e, visible in zip(call.extensions, pattern, strict=True) if visible]
+        keys, values, mask = _joint(call, seen, queries)
+        query = call.query if queries is None else call.query[:, queries]
+        jobs.append(_Job(index, query, keys, values, mask, None, queries))
+    return jobs
+
+
+def _row_jobs(index: int, call: AttentionCall, row: int) -> list[_Job]:
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.ndim < 2 or tensor.shape[0] == 1 else tensor[row : row + 1]
+
+    def part_of_bias(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.ndim < 3 else part(tensor)
+
+    extensions = [Extension(part(e.key), part(e.value), part_of_bias(e.bias), part(e.route)) for e in call.extensions]
+    rows = slice(row, row + 1)
+    single = AttentionCall(
+        call.query[rows], call.key[rows], call.value[rows], call.heads, call.site, call.chunk, call.grid,
+        extensions=extensions, own_bias=part_of_bias(call.own_bias),
+    )  # fmt: skip
+    return [_Job(j.call, j.query, j.key, j.value, j.mask, rows, j.queries) for j in _jobs(index, single)]
+
+
+def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
+    """The outputs (rows, queries, channels) of the calls.
+
+    Equal to the softmax over own and extended keys with all biases (a query that a route leaves out has minus
+    infinity there). Attentions of one shape without a mask run as one."""
+    jobs = [job for index, call in enumerate(calls) for job in _jobs(index, call)]
+    groups: dict[Any, list[_Job]] = {}
+    for number, job in enumerate(jobs):
+        shape = (job.query.shape[1], job.key.shape[1]) if job.mask is None else number
+        groups.setdefault(shape, []).append(job)
+    outputs: list[Tensor | None] = [None] * len(calls)
+    for group in groups.values():
+        if len(group) == 1:
+            (job,) = group
+            results = [attend(job.query, job.key, job.value, job.mask)]
+        else:
+            joined = [torch.cat([getattr(job, part) for job in group]) for part in ("query", "key", "value")]
+            results = attend(*joined, None).split([job.query.shape[0] for job in group])
+        for job, result in zip(group, results, strict=True):
+            if job.rows is None and job.queries is None:
+                outputs[job.call] = result
+                continue
+            if outputs[job.call] is None:
+                outputs[job.call] = result.new_empty((*calls[job.call].query.shape[:2], result.shape[-1]))
+            target = outputs[job.call] if job.rows is None else outputs[job.call][job.rows]
+            if job.queries is None:
+                target.copy_(result)
+            else:
+                target[:, job.queries] = result
+    for index, call in enumerate(calls):
+        for function in call.blends:
+            outputs[index] = function(outputs[index])
+    return outputs

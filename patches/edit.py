@@ -1,0 +1,40 @@
+"""What a mechanism is to the engine: an edit of attention calls inside a window of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .call import AttentionCall, Chunk
+from .sites import Site
+from .streams import Features, Stream
+from .window import Window
+
+# Which features of which stream an edit needs, at which sites: ("key", "value"), say.
+Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """The sites an edit acts at and its window. A mechanism overrides what it needs of the rest."""
+
+    sites: frozenset[Site]
+    window: Window
+
+    def begin(self) -> Edit:
+        """The edit for one sampling run: itself, or a copy with the run's own state."""
+        return self
+
+    def requests(self, sigma: float) -> Iterable[Request]:
+        """The streams to run at a noise level, and what to record of them. None by default."""
+        return ()
+
+    def wants(self, chunk: Chunk) -> bool:
+        """Whether the edit acts on a chunk; by default on those that a prompt conditions."""
+        return chunk.conditioned
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        """Amends a call at one of its sites. `recorded` gives a stream's features there, None if there are none."""
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        """Sees a call after all edits have amended it."""

@@ -1,0 +1,203 @@
+"""Hangs edits on the host: the only module that touches its wrappers and patch slots.
+
+At node time a MODEL is cloned and an edit is appended to it. While it samples, three wrappers do the rest:
+OUTER_SAMPLE opens a session and closes it whatever happens; PREDICT_NOISE runs the companion streams at the
+sampler's noise level; APPLY_MODEL puts replacements in the attention slots for one forward, around whatever
+another pack has put there by then. Nothing is kept outside the model's options and the run's session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .call import Attend, AttentionCall, execute
+from .edit import Edit
+from .session import Forward, Recording, Session
+from .sites import Site
+from .streams import Stream
+
+KEY = "subject_patches"
+SESSION = "subject_patches_session"
+RECORDING = "subject_patches_recording"
+
+
+def add_edit(model: Any, edit: Edit) -> Any:
+    """A clone of MODEL with one more edit; the given MODEL stays as it is."""
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    options[KEY] = (*options.get(KEY, ()), edit)
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, _sample),
+        (WrappersMP.PREDICT_NOISE, _predict_noise),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+    ):
+        if not patched.get_wrappers(kind, KEY):
+            patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    guider = executor.class_obj
+    # The host gives every run its own copy of these options, and drops it afterwards.
+    options = guider.model_options["transformer_options"]
+    edits = options.get(KEY, ())
+    if not edits or SESSION in options:
+        return executor(*args, **kwargs)
+    session = Session([edit.begin() for edit in edits], KEY)
+    options[SESSION] = session
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        del options[SESSION]
+        session.close()
+
+
+def _predict_noise(
+    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None
+) -> Tensor:
+    session = model_options.get("transformer_options", {}).get(SESSION)
+    if session is not None:
+        session.enter(executor.class_obj, x, timestep)
+        for stream, sites, parts in session.requests():
+            _run_stream(session, stream, sites, parts, timestep, model_options)
+    return executor(x, timestep, model_options, seed)
+
+
+def _run_stream(
+    session: Session,
+    stream: Stream,
+    sites: frozenset[Site],
+    parts: tuple[str, ...],
+    timestep: Tensor,
+    model_options: dict[str, Any],
+) -> None:
+    recording = session.recording(stream, sites, parts, model_options, timestep.device)
+    if recording.complete:
+        return
+    inner = session.guider.inner_model
+    latents = stream.latents(session.sigma, session.noise_scaling).to(timestep)
+    sigma = timestep[:1].expand(len(latents))
+    options = {
+        **model_options,
+        "transformer_options": {**model_options["transformer_options"], RECORDING: recording},
+    }
+    conditioning, _ = session.stream_conditioning(stream)
+    (prediction,) = comfy.samplers.calc_cond_batch(inner, [conditioning], latents, sigma, options)
+    stream.denoised(session.sigma, prediction)
+    recording.finish(comfy.model_management.unet_offload_device())
+
+
+def _apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    options = transformer_options or {}
+    session: Session | None = options.get(SESSION)
+    if session is not None:
+        recording: Recording | None = options.get(RECORDING)
+        if recording is not None:
+            patches = {site: _recorder(recording, site) for site in recording.sites}
+        else:
+            forward = session.forward(options, x, c_crossattn, float(t[0]))
+            patches = {site: _editor(session, forward, site) for site in forward.sites} if forward else {}
+        if patches:
+            options = {**options, "patches_replace": _compose(options.get("patches_replace", {}), patches)}
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+# (query, key, value, extra options, what another pack has in the slot or None) -> output
+_Patch = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Any], Tensor]
+SLOT_OF_KIND = {"self": "attn1", "cross": "attn2"}
+
+
+def _compose(present: Mapping[str, Mapping[Any, Any]], patches: Mapping[Site, _Patch]) -> dict[str, dict[Any, Any]]:
+    """The host's replacement slots with ours around whatever stands in them."""
+    slots = {name: dict(present.get(name, {})) for name in {*present, *SLOT_OF_KIND.values()}}
+    for site, patch in patches.items():
+        slot = slots[SLOT_OF_KIND[site.kind]]
+        # The host takes a transformer block's own replacement before the one for its whole block.
+        other = slot.get(site.key, present.get(SLOT_OF_KIND[site.kind], {}).get(site.key[:2]))
+        slot[site.key] = _filled(patch, other)
+    return slots
+
+
+def _filled(patch: _Patch, other: Any) -> Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]:
+    return lambda query, key, value, extra: patch(query, key, value, extra, other)
+
+
+def _host_attention(extra: dict[str, Any]) -> Attend:
+    """The host's own attention for a layer, with the overrides that other packs have set."""
+    heads, precision = extra["n_heads"], extra["attn_precision"]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return optimized_attention(
+                query, key, value, heads, attn_precision=precision, transformer_options=extra
+            )  # fmt: skip
+        return optimized_attention_masked(
+            query, key, value, heads, mask, attn_precision=precision, transformer_options=extra
+        )  # fmt: skip
+
+    return attend
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
+    return _host_attention(extra)(query, key, value, None) if other is None else other(query, key, value, extra)
+
+
+def _grid(query: Tensor, extra: dict[str, Any]) -> tuple[int, int] | None:
+    height, width = extra["activations_shape"][-2:]
+    return (height, width) if height * width == query.shape[1] else None
+
+
+def _recorder(recording: Recording, site: Site) -> _Patch:
+    def record(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
+        output = _plain(query, key, value, extra, other)
+        features = {"query": query, "key": key, "value": value, "output": output}
+        recording.record(site, tuple(extra["activations_shape"][-2:]), features)
+        return output
+
+    return record
+
+
+def _editor(session: Session, forward: Forward, site: Site) -> _Patch:
+    def edit(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
+        if query.shape[0] != forward.rows or key.shape[0] != forward.rows:
+            session.warn_once(
+                f"Another pack changed the batch inside the attention layer {site}; Subject Patches leaves it as it is."
+            )
+            return _plain(query, key, value, extra, other)
+        grid = _grid(query, extra)
+        calls = []
+        for chunk in forward.chunks:
+            rows = chunk.rows
+            call = AttentionCall(query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid)
+            session.amend(call)
+            calls.append(call)
+        amended = [call for call in calls if call.amended]
+        if not amended:
+            return _plain(query, key, value, extra, other)
+        attend = _host_attention(extra)
+        if other is None:
+            return torch.cat(execute(calls, attend))
+        output = other(query, key, value, extra).clone()
+        for call, result in zip(amended, execute(amended, attend), strict=True):
+            rows = call.chunk.rows
+            output[rows] += result - attend(query[rows], key[rows], value[rows], None)
+        return output
+
+    return edit

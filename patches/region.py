@@ -1,0 +1,23 @@
+"""Where in the picture an edit acts: masks of the generation, at the places of an attention layer's queries."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .call import Chunk
+from .streams import resize_mask
+
+
+def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> Tensor:
+    """A region (1 or batch, height, width) of 0 to 1, any size, as (1 or rows, queries) at a layer's grid.
+
+    Where area conditioning crops the latent, the region is cropped the same way. A batch of regions goes with the
+    batch of latents in order, the last one repeated."""
+    mask = resize_mask(mask, chunk.latent) if chunk.area is not None else mask
+    if chunk.area is not None:
+        height, width, y, x = chunk.area
+        mask = mask[:, y : y + height, x : x + width]
+    mask = resize_mask(mask, grid).flatten(1)
+    if len(mask) == 1:
+        return mask
+    return mask[[min(row, len(mask) - 1) for row in range(rows)]]

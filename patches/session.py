@@ -1,0 +1,299 @@
+"""One sampling run of a patched MODEL: which edits act now, what a batch's chunks are, what the streams recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.sampler_helpers import convert_cond
+from torch import Tensor
+
+from .call import AttentionCall, Chunk
+from .edit import Edit, Request
+from .sites import Site
+from .streams import Features, Stream
+
+UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
+# What a conditioning says of the generation's picture alone, and a companion's must not take over.
+_OF_THE_GENERATION = frozenset(
+    {
+        "area",
+        "mask",
+        "mask_strength",
+        "set_area_to_bounds",
+        "strength",
+        "control",
+        "control_apply_to_uncond",
+        "gligen",
+        "default",
+        "start_percent",
+        "end_percent",
+        "timestep_start",
+        "timestep_end",
+        "clip_start_percent",
+        "clip_end_percent",
+        "concat_latent_image",
+        "concat_mask",
+        "noise_concat",
+        "denoise_mask",
+        "model_conds",
+        "uuid",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One call of the model: its batch rows, its chunks in order, and the sites that some edit wants in it."""
+
+    rows: int
+    chunks: tuple[Chunk, ...]
+    sites: frozenset[Site]
+
+
+@dataclass
+class Recording:
+    """A stream's features at one noise level: those the cache had, and those still to be recorded at `sites`."""
+
+    stream: Stream
+    parts: tuple[str, ...]
+    key: tuple[Any, ...] | None
+    run: object
+    sites: frozenset[Site] = frozenset()
+    features: dict[Site, Features] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return not self.sites
+
+    def load(self, sites: Iterable[Site], device: torch.device) -> None:
+        """Takes from the stream's cache what it has for these sites; the others are left to be recorded."""
+        missing = []
+        for site in sites:
+            if site in self.features:
+                continue
+            cached = self.stream.cache.get((*self.key, site, self.parts), self.run, device) if self.key else None
+            if cached is None:
+                missing.append(site)
+            else:
+                self.features[site] = cached
+        self.sites = frozenset(missing)
+
+    def record(self, site: Site, grid: tuple[int, int], features: Features) -> None:
+        """Keeps what the stream wants of a site's features."""
+        self.features[site] = self.stream.keep(site, grid, {part: features[part] for part in self.parts})
+
+    def finish(self, offload: torch.device) -> None:
+        """Gives what was recorded to the stream's cache."""
+        if self.key:
+            for site in self.sites:
+                self.stream.cache.put((*self.key, site, self.parts), self.features[site], self.run, offload)
+        self.sites = frozenset()
+
+
+class Session:
+    """Opened with a sampling run and closed with it; `edits` are in the order of their nodes."""
+
+    def __init__(self, edits: Iterable[Edit], own_key: str) -> None:
+        self.edits = tuple(edits)
+        self.own_key = own_key
+        self.guider: Any = None
+        self.sigma = float("nan")
+        self.latent: tuple[int, int] = (0, 0)
+        self.active: tuple[Edit, ...] = ()
+        self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
+        self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
+        self._warned: set[str] = set()
+
+    def close(self) -> None:
+        """Lets go of everything the run held."""
+        self.guider = None
+        self.active = ()
+        self.recordings.clear()
+        self._conditionings.clear()
+
+    def enter(self, guider: Any, x: Tensor, timestep: Tensor) -> None:
+        """The sampler is about to call the model on `x` at this noise level."""
+        sigma = float(timestep[0])
+        if sigma != self.sigma:
+            self.recordings.clear()
+        self.guider, self.sigma, self.latent = guider, sigma, (x.shape[-2], x.shape[-1])
+        to_sigma = guider.inner_model.model_sampling.percent_to_sigma
+        self.active = tuple(edit for edit in self.edits if edit.window.contains(sigma, to_sigma))
+
+    def requests(self) -> list[Request]:
+        return [request for edit in self.active for request in edit.requests(self.sigma)]
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logging.warning(message)
+
+    def noise_scaling(self, sigma: float, noise: Tensor, latents: Tensor) -> Tensor:
+        """The model's own forward process: `latents` with `noise` at `sigma`."""
+        return self.guider.inner_model.model_sampling.noise_scaling(torch.tensor(sigma), noise, latents)
+
+    # Chunks
+
+    def forward(self, options: dict[str, Any], x: Tensor, context: Tensor | None, sigma: float) -> Forward | None:
+        """What a call of the model is made of, or None when no edit has anything to do in it. Another pack's extra
+        pass at another noise level than the sampler's is passed over: the streams have nothing for it."""
+        uuids = options.get("uuids")
+        if not uuids or not self.active or sigma != self.sigma or x.shape[0] % len(uuids):
+            return None
+        size = x.shape[0] // len(uuids)
+        chunks = []
+        for index, uuid in enumerate(uuids):
+            rows = slice(index * size, (index + 1) * size)
+            chunks.append(self._chunk(uuid, rows, None if context is None else context[rows]))
+        sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]
+        return Forward(x.shape[0], tuple(chunks), frozenset().union(*sites)) if sites else None
+
+    def _chunk(self, uuid: Any, rows: slice, context: Tensor | None) -> Chunk:
+        found = [(n, c) for n, listed in self.guider.conds.items() for c in listed or () if c.get("uuid") == uuid]
+        if len({name for name, _ in found}) > 1:
+            # With area conditioning the host copies an entry, uuid and all, into the other list, with that list's
+            # own prompt: the prompt tells them apart.
+            found = [(name, entry) for name, entry in found if _is_prompt_of(entry, context)]
+        if not found:
+            return Chunk(rows, "", False, {}, self.latent)
+        name, entry = found[0]
+        area = entry.get("area")
+        if area is not None:
+            height, width, y, x = area[-4:] if len(area) == 4 else (*area[1:3], *area[-2:])
+            area = (min(height, self.latent[0] - y), min(width, self.latent[1] - x), y, x)
+        return Chunk(rows, name, name not in UNCONDITIONED, entry, self.latent, area)
+
+    def amend(self, call: AttentionCall) -> None:
+        """Lets every active edit that wants a call amend it, in the order of their nodes, and then look at it."""
+        edits = [edit for edit in self.active if call.site in edit.sites and edit.wants(call.chunk)]
+
+        def recorded(stream: Stream) -> Features | None:
+            found = (r.features.get(call.site) for r in self.recordings.values() if r.stream is stream)
+            return next((features for features in found if features is not None), None)
+
+        for edit in edits:
+            edit.amend(call, self.sigma, recorded)
+        for edit in edits:
+            edit.observe(call, self.sigma, recorded)
+
+    # Streams
+
+    def recording(
+        self, stream: Stream, sites: frozenset[Site], parts: tuple[str, ...], model_options: dict[str, Any], device: Any
+    ) -> Recording:
+        """The recording of a stream at this noise level, with what its cache has; what is missing is in `sites`."""
+        place = (id(stream), parts)
+        if place not in self.recordings:
+            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, model_options), self)
+        recording = self.recordings[place]
+        recording.load(sites, device)
+        return recording
+
+    def _cache_key(self, stream: Stream, model_options: dict[str, Any]) -> tuple[Any, ...] | None:
+        identity = stream.identity()
+        if stream.cache is None or identity is None:
+            return None
+        _, digest = self.stream_conditioning(stream)
+        if digest is None:
+            return None
+        inner, patcher = self.guider.inner_model, self.guider.model_patcher
+        weights = (weakref.ref(inner), patcher.patches_uuid, inner.get_dtype_inference())
+        return (weights, digest, _foreign_patches(model_options, self.own_key), self.sigma, identity)
+
+    def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
+        """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest
+        is None where hooks change the model with the conditioning, which no key can tell."""
+        source = self._positive() if stream.conditioning is None else stream.conditioning
+        place = (id(stream), id(source))
+        if place not in self._conditionings:
+            raw = [{**source}] if isinstance(source, dict) else convert_cond(source)[:1]
+            self._conditionings[place] = self._encode(stream, raw[0])
+        return self._conditionings[place]
+
+    def _positive(self) -> dict[str, Any]:
+        """The generation's conditioning that is in force at this noise level."""
+        lists = [listed for name, listed in self.guider.conds.items() if name not in UNCONDITIONED and listed]
+        lists.sort(key=lambda listed: listed is not self.guider.conds.get("positive"))
+        entries = [entry for listed in lists for entry in listed]
+        if not entries:
+            raise ValueError("The sampler has no positive conditioning; connect a reference conditioning to this node.")
+        for entry in entries:
+            start, end = entry.get("timestep_start"), entry.get("timestep_end")
+            if (start is None or self.sigma <= start) and (end is None or self.sigma >= end):
+                return entry
+        return entries[0]
+
+    def _encode(self, stream: Stream, source: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+        inner = self.guider.inner_model
+        entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION}
+        entry.update(model_conds={}, uuid=object())
+        shape = stream.shape
+        noise = torch.zeros(shape)
+        # An inpainting U-Net is told that nothing of a known picture is hidden.
+        known = stream.known()
+        mask = None if known is None else torch.zeros((shape[0], 1, *shape[2:]))
+        device = self.guider.model_patcher.load_device
+        encoded = comfy.samplers.encode_model_conds(
+            inner.extra_conds, [entry], noise, device, "positive",
+            latent_image=noise if known is None else known, denoise_mask=mask, seed=None,
+        )  # fmt: skip
+        return encoded, None if encoded[0].get("hooks") is not None else _digest(encoded[0]["model_conds"])
+
+
+def _is_prompt_of(entry: Mapping[str, Any], context: Tensor | None) -> bool:
+    own = entry["model_conds"].get("c_crossattn")
+    if own is None or context is None:
+        return False
+    length = own.cond.shape[1]
+    return bool(torch.equal(own.cond[:1].to(context), context[:1, :length]))
+
+
+def _digest(model_conds: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(model_conds):
+        value = model_conds[name].cond
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(str((value.dtype, tuple(value.shape))).encode())
+            value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        else:
+            value = repr(value).encode()
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def _foreign_patches(value: Any, own_key: str) -> Any:
+    """What other packs have put into the model's options, by identity: their patches may change the features."""
+    if isinstance(value, Mapping):
+        names = (n for n in value if not str(n).startswith(own_key) and n not in _RUN_OPTIONS)
+        return tuple((str(name), _foreign_patches(value[name], own_key)) for name in sorted(names, key=str))
+    if isinstance(value, (list, tuple)):
+        return tuple(_foreign_patches(item, own_key) for item in value)
+    if isinstance(value, MethodType):
+        return weakref.WeakMethod(value)
+    if callable(value):
+        return weakref.ref(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+
+
+# What the host puts there for one run, and functions that act after the model.
+_RUN_OPTIONS = frozenset(
+    {
+        "sample_sigmas",
+        "sampler_post_cfg_function",
+        "sampler_pre_cfg_function",
+        "sampler_cfg_function",
+        "registered_hooks",
+        "denoise_mask_function",
+        "multigpu_clones",
+        "multigpu_thread_pool",
+    }
+)

@@ -1,0 +1,108 @@
+"""The attention sites of each model family: where they are, what they are called, how a user names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Stage = Literal["encoder", "middle", "decoder"]
+STAGE_OF_BLOCK: dict[str, Stage] = {"input": "encoder", "middle": "middle", "output": "decoder"}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One attention layer: `kind` "self" or "cross", the host's block ("input", "middle" or "output") and its number,
+    and the index of the transformer block in it."""
+
+    kind: Literal["self", "cross"]
+    block: str
+    number: int
+    index: int
+
+    @property
+    def stage(self) -> Stage:
+        return STAGE_OF_BLOCK[self.block]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """The host's key of this layer's replacement slot."""
+        return (self.block, self.number, self.index)
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.number}.{self.index}"
+
+
+# What the sites menu offers: the paper's decoder (AnyLogo counts the middle block to it), and its ablations.
+CHOICES = ("decoder", "encoder", "encoder and decoder", "named")
+_STAGES: dict[str, frozenset[Stage]] = {
+    "decoder": frozenset({"middle", "decoder"}),
+    "encoder": frozenset({"encoder"}),
+    "encoder and decoder": frozenset({"encoder", "middle", "decoder"}),
+}
+_NAMED = re.compile(r"(input|middle|output)(?:\.(\d+))?(?:\.(\d+))?")
+
+
+def family_of(model: Any) -> str:
+    """The family of a MODEL: "SD 1.x", "SD 2.x" or "SDXL".
+
+    Raises ValueError for every other family, naming it and the ones that are known."""
+    import comfy.supported_models as known
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config, network = model.model.model_config, model.model.diffusion_model
+    families = {"SD 1.x": known.SD15, "SD 2.x": known.SD20, "SDXL": known.SDXL, "SDXL refiner": known.SDXLRefiner}
+    if isinstance(network, UNetModel) and not config.unet_config.get("use_temporal_attention"):
+        for name, family in families.items():
+            if isinstance(config, family):
+                return name
+    raise ValueError(
+        f"This node cannot patch a model of the family {type(config).__name__}; it knows {', '.join(families)}."
+    )
+
+
+def attention_sites(model: Any) -> tuple[Site, ...]:
+    """Every attention layer of a MODEL of a known family, in the order in which they run."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    family_of(model)
+    network = model.model.diffusion_model
+    stages = (("input", network.input_blocks), ("middle", [network.middle_block]), ("output", network.output_blocks))
+    sites = []
+    for block, modules in stages:
+        for number, module in enumerate(modules):
+            for layer in module or ():
+                if isinstance(layer, SpatialTransformer):
+                    for index in range(len(layer.transformer_blocks)):
+                        sites += [Site("self", block, number, index), Site("cross", block, number, index)]
+    return tuple(sites)
+
+
+def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "") -> frozenset[Site]:
+    """The sites of one kind that a menu choice means. With "named", `named` lists blocks in the host's words:
+    "middle, output.3, output.4.0" (a block, a numbered block, one transformer block of it).
+
+    Raises ValueError when the choice or a name means no site of this model."""
+    mine = [site for site in sites if site.kind == kind]
+    if choice != "named":
+        if choice not in _STAGES:
+            raise ValueError(f"Sites are one of {', '.join(CHOICES)}, not '{choice}'.")
+        return frozenset(site for site in mine if site.stage in _STAGES[choice])
+    chosen: set[Site] = set()
+    words = [word.strip() for word in named.split(",") if word.strip()]
+    for word in words:
+        match = _NAMED.fullmatch(word)
+        found = {site for site in mine if match and _is_named(site, match)}
+        if not found:
+            blocks = ", ".join(str(site) for site in sorted(mine))
+            raise ValueError(f"The block '{word}' names no {kind}-attention of this model; it has {blocks}.")
+        chosen |= found
+    if not chosen:
+        raise ValueError("Sites are set to named blocks but none is named; write for example: middle, output.3")
+    return frozenset(chosen)
+
+
+def _is_named(site: Site, match: re.Match[str]) -> bool:
+    block, number, index = match.groups()
+    return site.block == block and number in (None, str(site.number)) and index in (None, str(site.index))

@@ -1,0 +1,191 @@
+"""Companion streams: latents that run beside the generation and lend their features.
+
+A stream says what its latents are at a noise level; the engine runs the model on them and keeps what an edit
+asked for. Three kinds cover the five papers: a noised reference (a formula), a trajectory (kept latents), and a
+branch that denoises by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import FeatureCache
+from .sites import Site
+
+# (sigma, noise, latents) -> noised latents: the model's own forward process.
+NoiseScaling = Callable[[float, Tensor, Tensor], Tensor]
+# What a site's features are kept as: "query", "key", "value" or "output", each (rows, tokens, channels).
+Features = Mapping[str, Tensor]
+
+
+class Stream(Protocol):
+    """Latents beside the generation. `conditioning` None means the generation's own positive conditioning."""
+
+    conditioning: Any
+    cache: FeatureCache | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of its latents (rows, channels, height, width)."""
+
+    def known(self) -> Tensor | None:
+        """The clean latents where the stream has them: what an inpainting U-Net is shown besides the noisy ones."""
+
+    def identity(self) -> tuple[Any, ...] | None:
+        """What, besides model, conditioning, noise level and site, decides the features; None is never cached."""
+
+    def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
+        """The latents (rows, channels, height, width) at `sigma`, in the model's latent space."""
+
+    def denoised(self, sigma: float, prediction: Tensor) -> None:
+        """Told the model's prediction of the clean latents after each pass."""
+
+    def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
+        """What of a site's features is worth keeping; `grid` is the (height, width) of the stream's tokens."""
+
+
+@dataclass
+class NoisedReference:
+    """A clean reference, noised to the current level with one fixed noise (AnyLogo; AnyStory).
+
+    `clean` is (rows, channels, height, width) in the model's latent space, `mask` (rows, height, width) says which
+    places are the subject's, None all of them. Row r's noise depends on `seed` and r only."""
+
+    clean: Tensor
+    seed: int
+    conditioning: Any = None
+    mask: Tensor | None = None
+    cache: FeatureCache | None = None
+    name: tuple[Any, ...] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.clean.shape
+
+    def known(self) -> Tensor | None:
+        return self.clean
+
+    def identity(self) -> tuple[Any, ...] | None:
+        return None if self.name is None else (*self.name, self.seed)
+
+    def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.clean.shape, generator=generator).to(self.clean)
+        return noise_scaling(sigma, noise, self.clean)
+
+    def denoised(self, sigma: float, prediction: Tensor) -> None:
+        """A formula needs no prediction."""
+
+    def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
+        """The features of all rows as one row of tokens (1, n, channels), those outside the mask left out."""
+        joined = {part: tensor.flatten(0, 1)[None] for part, tensor in features.items()}
+        if self.mask is None:
+            return joined
+        inside = tokens_inside(self.mask, grid).flatten().nonzero().squeeze(1)
+        return {part: tensor[:, inside.to(tensor.device)] for part, tensor in joined.items()}
+
+
+@dataclass
+class Trajectory:
+    """Kept latents of a finished path (Layout-and-Retouch): sigmas (n) falling, states (n, rows, channels, h, w).
+
+    At a kept sigma the kept state is given exactly; between two, a straight line in sigma, which is the path of the
+    Euler step that made them. Outside the kept range it raises ValueError."""
+
+    sigmas: Tensor
+    states: Tensor
+    conditioning: Any = None
+    cache: FeatureCache | None = None
+    name: tuple[Any, ...] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.states.shape[1:]
+
+    def known(self) -> Tensor | None:
+        return self.states[-1]
+
+    def identity(self) -> tuple[Any, ...] | None:
+        return self.name
+
+    def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
+        kept = self.sigmas.tolist()
+        tolerance = 1e-5 * max(kept[0], 1e-6)
+        if not kept[-1] - tolerance <= sigma <= kept[0] + tolerance:
+            raise ValueError(f"The trajectory runs from sigma {kept[0]:.4g} to {kept[-1]:.4g}; {sigma:.4g} is outside.")
+        later = next((i for i, s in enumerate(kept) if s <= sigma + tolerance), len(kept) - 1)
+        if later == 0 or abs(kept[later] - sigma) <= tolerance:
+            return self.states[later]
+        share = (kept[later - 1] - sigma) / (kept[later - 1] - kept[later])
+        return torch.lerp(self.states[later - 1], self.states[later], share)
+
+    def denoised(self, sigma: float, prediction: Tensor) -> None:
+        """A kept path needs no prediction."""
+
+    def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
+        return features
+
+
+@dataclass
+class Denoising:
+    """A branch that denoises by itself (DCI's auxiliary branch), starting from `start`, its latents at the first
+    sigma it is asked for.
+
+    Between two noise levels at which the sampler calls the model it takes one deterministic Euler step. A sampler
+    that comes back to an earlier level (a second evaluation in a step) gets the state it had there. One run uses
+    one such object: an edit makes it when a session begins."""
+
+    start: Tensor
+    conditioning: Any = None
+    cache: FeatureCache | None = None
+    _path: list[tuple[float, Tensor, Tensor | None]] = field(default_factory=list)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.start.shape
+
+    def known(self) -> Tensor | None:
+        return None
+
+    def identity(self) -> tuple[Any, ...] | None:
+        return None
+
+    def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
+        while self._path and self._path[-1][0] < sigma:
+            self._path.pop()
+        if not self._path:
+            self._path.append((sigma, self.start, None))
+        last_sigma, state, prediction = self._path[-1]
+        if last_sigma > sigma:
+            if prediction is None:
+                raise ValueError(f"The branch has no prediction at sigma {last_sigma:.4g} to step on to {sigma:.4g}.")
+            state = state + (state - prediction) / last_sigma * (sigma - last_sigma)
+            self._path.append((sigma, state, None))
+        return state
+
+    def denoised(self, sigma: float, prediction: Tensor) -> None:
+        last_sigma, state, _ = self._path[-1]
+        if last_sigma == sigma:
+            self._path[-1] = (sigma, state, prediction)
+
+    def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
+        return features
+
+
+def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A mask (rows, height, width) of 0 to 1 averaged over the cells of a grid: (rows, *grid)."""
+    return torch.nn.functional.interpolate(mask[:, None].float(), grid, mode="area")[:, 0]
+
+
+def tokens_inside(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a grid lie at least half inside a mask (rows, height, width): (rows, cells) bool. A row with no
+    such cell takes the cell it covers most, so a small subject is never lost at a coarse site."""
+    cover = resize_mask(mask, grid).flatten(1)
+    inside = cover >= 0.5
+    most = torch.zeros_like(inside).scatter_(1, cover.argmax(1, keepdim=True), True)
+    return torch.where(inside.any(1, keepdim=True), inside, most)
