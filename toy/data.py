@@ -16,8 +16,8 @@ class Scenes(IterableDataset):
     """Batches of scenes. Worker w of a run with seed s draws from its own stream (s, w), so a run is
     reproducible and no two workers draw the same scene."""
 
-    def __init__(self, batch: int, seed: int, tokenize: bool, emblem_share: float = 0.25) -> None:
-        self.batch, self.seed, self.tokenize, self.emblem_share = batch, seed, tokenize, emblem_share
+    def __init__(self, batch: int, seed: int, tokenize: bool, set_share: float = 0.2) -> None:
+        self.batch, self.seed, self.tokenize, self.set_share = batch, seed, tokenize, set_share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
@@ -27,7 +27,7 @@ class Scenes(IterableDataset):
             images = np.empty((self.batch, SIZE, SIZE, 3), dtype=np.uint8)
             captions = []
             for row in range(self.batch):
-                scene = sample_scene(rng, emblem_share=self.emblem_share)
+                scene = sample_scene(rng, set_share=self.set_share)
                 images[row] = draw(scene).image
                 captions.append(scene.caption)
             tokens = words(captions) if words else torch.empty(0)
@@ -59,8 +59,8 @@ class Words:
         return rows
 
 
-def batches(batch: int, workers: int, seed: int, tokenize: bool, emblem_share: float = 0.25) -> Iterator:
+def batches(batch: int, workers: int, seed: int, tokenize: bool) -> Iterator:
     """An endless iterator of (images uint8 (batch, 128, 128, 3), token ids (batch, 77) or empty)."""
-    data = Scenes(batch, seed, tokenize, emblem_share)
+    data = Scenes(batch, seed, tokenize)
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     return iter(loader)

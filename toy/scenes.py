@@ -7,7 +7,7 @@ a fresh glyph, so a model learns the class and never the one; a personalisation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,7 @@ TEXTURES = ("plain", "striped", "dotted", "checkered")
 TEXTURED_BACKGROUNDS = ("grass", "sky", "brick", "sand", "water")
 BACKGROUNDS = ("plain", "gradient", *TEXTURED_BACKGROUNDS)
 EMBLEM = "emblem"
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 # The largest radius in pixels by the number of things; the smallest keeps a texture readable at 8 x 8 latents.
 RADII = {1: (22.0, 42.0), 2: (20.0, 31.0), 3: (18.0, 26.0), 4: (17.0, 23.0)}
@@ -120,38 +121,49 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
                 return discs
 
 
+def sample_thing(rng: np.random.Generator, emblem_share: float, background: Background) -> Thing:
+    """A random thing at the origin, of no colour of its background."""
+    if rng.random() < emblem_share:
+        emblem = sample_emblem(rng)
+        while emblem.plate_colour in background.colours:
+            emblem = sample_emblem(rng)
+        return Thing(EMBLEM, emblem.plate_colour, "plain", 0.0, 0.0, 1.0, 0.0, emblem)
+    free = [c for c in COLOURS if c not in background.colours]
+    shape = tuple(SHAPES)[rng.integers(len(SHAPES))]
+    texture = TEXTURES[rng.choice(len(TEXTURES), p=[0.34, 0.22, 0.22, 0.22])]
+    return Thing(shape, free[rng.integers(len(free))], texture, 0.0, 0.0, 1.0)
+
+
 def sample_scene(
-    rng: np.random.Generator, count: int | None = None, emblem_share: float = 0.25, background: Background | None = None
+    rng: np.random.Generator,
+    count: int | None = None,
+    emblem_share: float = 0.25,
+    background: Background | None = None,
+    set_share: float = 0.0,
 ) -> Scene:
     """A random captioned scene of `count` things (one to four when not given), each an emblem with
-    probability `emblem_share`. A thing never has the colour of its background."""
+    probability `emblem_share`. With probability `set_share` it shows two to four of one and the same thing, emblems
+    more often than not: what repeats in a picture is what a model learns to look for elsewhere in it."""
+    is_set = rng.random() < set_share
+    if is_set:
+        count, emblem_share = int(rng.choice([2, 3, 4], p=[0.6, 0.25, 0.15])), 0.7
     count = count or int(rng.choice([1, 2, 3, 4], p=[0.35, 0.35, 0.18, 0.12]))
     background = background or sample_background(rng)
-    things = []
+    things: list[Thing] = []
     for x, y, radius in place(rng, count):
-        angle = float(rng.uniform(-0.45, 0.45))
-        if rng.random() < emblem_share:
-            emblem = sample_emblem(rng)
-            while emblem.plate_colour in background.colours:
-                emblem = sample_emblem(rng)
-            things.append(Thing(EMBLEM, emblem.plate_colour, "plain", x, y, radius, angle, emblem))
-            continue
-        free = [c for c in COLOURS if c not in background.colours]
-        shape = tuple(SHAPES)[rng.integers(len(SHAPES))]
-        texture = TEXTURES[rng.choice(len(TEXTURES), p=[0.34, 0.22, 0.22, 0.22])]
-        things.append(Thing(shape, free[rng.integers(len(free))], texture, x, y, radius, angle))
+        thing = things[0] if is_set and things else sample_thing(rng, emblem_share, background)
+        things.append(replace(thing, x=x, y=y, radius=radius, angle=float(rng.uniform(-0.45, 0.45))))
     scene = Scene(tuple(things), background, int(rng.integers(2**31)))
-    return Scene(scene.things, scene.background, scene.seed, describe(scene, rng))
+    return replace(scene, caption=describe(scene, rng))
 
 
 def view(emblem: Emblem, rng: np.random.Generator, background: Background | None = None) -> Scene:
     """One more view of an emblem: alone, at a random place, size and angle, on a random background."""
     scene = sample_scene(rng, 1, 1.0, background)
-    while emblem.plate_colour in scene.background.colours:
+    while background is None and emblem.plate_colour in scene.background.colours:
         scene = sample_scene(rng, 1, 1.0)
-    old = scene.things[0]
-    thing = Thing(EMBLEM, emblem.plate_colour, "plain", old.x, old.y, old.radius, old.angle, emblem)
-    return Scene((thing,), scene.background, scene.seed, scene.caption)
+    thing = replace(scene.things[0], colour=emblem.plate_colour, emblem=emblem)
+    return replace(scene, things=(thing,))
 
 
 def phrase(thing: Thing, rng: np.random.Generator | None = None) -> str:
@@ -166,6 +178,11 @@ def phrase(thing: Thing, rng: np.random.Generator | None = None) -> str:
     if rng is not None and rng.random() < 0.25:
         words.reverse()
     return " ".join([*words, thing.shape])
+
+
+def plural(words: str) -> str:
+    """The words for several things: "red crosses"."""
+    return words + ("es" if words.endswith("s") else "s")
 
 
 def _with_article(words: str) -> str:
@@ -190,8 +207,13 @@ def describe_background(background: Background, rng: np.random.Generator | None 
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """A caption in plain English. With `rng` the wording varies and the background may go unsaid."""
-    parts = [_with_article(phrase(t, rng)) for t in scene.things]
-    text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    first = scene.things[0]
+    kinds = {(t.shape, t.colour, t.texture, t.emblem) for t in scene.things}
+    if len(scene.things) > 1 and len(kinds) == 1:
+        text = f"{NUMBERS[len(scene.things)]} {plural(phrase(first, rng))}"
+    else:
+        parts = [_with_article(phrase(t, rng)) for t in scene.things]
+        text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     if rng is not None and rng.random() < 0.05:
         return text
     text = f"{text} {describe_background(scene.background, rng)}"
