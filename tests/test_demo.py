@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from host import Server
 from hosting.errors import WorkflowError
+from hosting.paths import ROOT
+from hosting.pip import clean_environment
 from hosting.sheet import Group, draw_sheet, draw_thumbnail, fit
-from hosting.workflows import fetch_groups
+from hosting.workflows import fetch_groups, load_workflow, workflow_files
 from PIL import Image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -19,6 +26,24 @@ def _png(colour: tuple[int, int, int], width: int = 8, height: int = 8) -> bytes
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.mark.parametrize("path", workflow_files()[:1], ids=lambda path: path.stem)
+def test_demo_writes_what_it_prints(path: Path) -> None:
+    """The command prints the path of each picture and, last, of the contact sheet, and each is a picture."""
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--workflow", path.stem]
+    began = time.time()
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = [Path(line) for line in done.stdout.splitlines()]
+    assert len(printed) > 1
+    assert printed[-1].name == "contact_sheet.png"
+    for picture in printed:
+        assert picture.stat().st_mtime >= began - 2
+        with Image.open(picture) as image:
+            image.verify()
+    with Image.open(printed[0]) as image:
+        assert json.loads(image.info["workflow"]) == load_workflow(path)
 
 
 def test_sheet_shows_every_picture_in_order() -> None:
