@@ -6,36 +6,17 @@ their file names (`from host import Server`), and the host's own modules as the 
 
 from __future__ import annotations
 
-import importlib.util
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from host import Host, Server, find_host
+from host import Host, Server, ToolError, find_host
 from hosting.device import use_cpu_without_gpu
+from hosting.pack import load_pack
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "subject_patches"
-
-
-def _prefer_host() -> None:
-    # At the front, where some ways to start pytest put it, the root's `nodes` folder would hide the host's `nodes.py`.
-    rest = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    sys.path[:] = [*rest, str(ROOT)]
-    if importlib.util.find_spec("comfy") is None:
-        raise pytest.UsageError("ComfyUI cannot be imported here; run the tests with: python tools/test.py")
-
-
-def _load_pack() -> None:
-    spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    if spec is None or spec.loader is None:
-        raise pytest.UsageError(f"{ROOT} holds no pack; run the tests from a complete checkout.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACKAGE] = module
-    spec.loader.exec_module(module)
 
 
 def _unwind(_number: int, _frame: object) -> None:
@@ -43,9 +24,11 @@ def _unwind(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-_prefer_host()
 use_cpu_without_gpu()
-_load_pack()
+try:
+    load_pack(ROOT)
+except ToolError as error:
+    raise pytest.UsageError(str(error)) from error
 signal.signal(signal.SIGTERM, _unwind)
 
 
