@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY, find_spans, split_phrases
+from .types import CATEGORY, SubjectType
 
 
 class EncodePromptWithSubjects(io.ComfyNode):
@@ -17,7 +18,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesEncodePrompt",
             display_name="Encode Prompt with Subjects",
-            category="Subject Patches",
+            category=CATEGORY,
             description=(
                 "Encodes a prompt as CLIP Text Encode does, and remembers which of its tokens are which phrase, so "
                 "that other Subject Patches nodes know where in the prompt a subject is."
@@ -41,7 +42,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
                         "prompt. Letter case and weights do not matter. May be empty."
                     ),
                 ),
-                io.Custom("SUBJECT").Input(
+                SubjectType.Input(
                     "subjects",
                     optional=True,
                     tooltip="Subjects whose phrases are found as well; subjects without a phrase are passed over.",
