@@ -1,0 +1,66 @@
+"""The mechanisms that every promise is tested over. A new one joins with one line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from subject_patches.patches.subject import Subject
+from torch import Tensor
+
+from .models import recycled, sample, small_model, subject
+
+Window = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """`patch` is (model, subjects, strength, window) -> patched model."""
+
+    name: str
+    patch: Callable[[Any, tuple[Subject, ...], float, Window], Any]
+
+    def on(self, model: Any, subjects: tuple[Subject, ...] | None = None, strength: float = 1.0) -> Any:
+        """The model with the mechanism at work."""
+        return self.patch(model, (subject(),) if subjects is None else subjects, strength, (0.0, 1.0))
+
+    def off(self, model: Any, how: str) -> Any:
+        """The model with a node that has nothing to do, for the reason `how`, one of `IDLE`."""
+        return self.patch(
+            model,
+            () if how == "no subject" else (subject(),),
+            0.0 if how == "strength 0" else 1.0,
+            (0.4, 0.4) if how == "empty window" else (0.0, 1.0),
+        )
+
+
+IDLE = ("strength 0", "empty window", "no subject")
+
+
+def left_half() -> Tensor:
+    """A region mask at no model's size."""
+    mask = torch.zeros(1, 20, 30)
+    mask[:, :, :15] = 1
+    return mask
+
+
+def _recycled(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
+    start, end = window
+    return recycled(model, subjects, strength=strength, start_percent=start, end_percent=end, **values)
+
+
+MECHANISMS = (
+    Mechanism("recycled self-attention", _recycled),
+    Mechanism("recycled self-attention in a region", partial(_recycled, region_mask=left_half())),
+    Mechanism("sparsely recycled self-attention", partial(_recycled, keep_probability=0.5, seed=3)),
+)
+
+
+def fingerprint(mechanism: Mechanism) -> str:
+    """A digest of what a mechanism's patched model samples."""
+    result = sample(mechanism.on(small_model()), batch=2)
+    return hashlib.sha256(result.numpy().tobytes()).hexdigest()

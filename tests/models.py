@@ -1,0 +1,179 @@
+"""Models of the host's own classes with random weights, and what else a sampling run takes, shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.supported_models
+import torch
+from comfy.model_patcher import CoreModelPatcher
+from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.subject import MEGABYTE, Reference, Subject
+from torch import Tensor
+
+CONTEXT = 48
+# An SD 1.x U-Net in all but size: 8 self-attentions, 6 of them in the middle and the decoder.
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False,
+    "context_dim": CONTEXT,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "adm_in_channels": None,
+    "use_temporal_resblock": False,
+    "use_temporal_attention": False,
+}
+Conditioning = list[list[Any]]
+Fill = Callable[[torch.nn.Module, int], None]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fill(network: torch.nn.Module, seed: int) -> None:
+    """Random weights that keep activations at about unit size; norms pass through, biases are zero."""
+    source = generator(seed)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            value = torch.randn(parameter.shape, generator=source) / parameter[0].numel() ** 0.5
+        else:
+            value = torch.zeros(parameter.shape)
+        parameter.data.copy_(value)
+    _open_norms(network)
+
+
+def fill_shared(network: torch.nn.Module, seed: int) -> None:
+    """Like `fill`, but layers with the same number of inputs share one buffer, which makes a big model cheap."""
+    sizes: dict[int, int] = {}
+    for parameter in network.parameters():
+        inputs = parameter[0].numel() if parameter.ndim > 1 else 0
+        sizes[inputs] = max(sizes.get(inputs, 0), parameter.numel())
+    dtype = next(network.parameters()).dtype
+    noise = torch.randn(2**20, generator=generator(seed))
+    buffers = {}
+    for inputs, size in sizes.items():
+        scaled = (noise / max(inputs, 1) ** 0.5 if inputs else torch.zeros_like(noise)).to(dtype)
+        buffers[inputs] = scaled.repeat(-(-size // len(scaled)))[:size]
+    for parameter in network.parameters():
+        inputs = parameter[0].numel() if parameter.ndim > 1 else 0
+        parameter.data = buffers[inputs][: parameter.numel()].view(parameter.shape)
+    for module in network.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.weight.data = module.weight.data.clone()
+    _open_norms(network)
+
+
+def _open_norms(network: torch.nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.weight.data.fill_(1)
+
+
+def model_of(
+    family: Any,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    hints: dict[str, Tensor] | None = None,
+    fill_with: Fill = fill,
+) -> Any:
+    """A MODEL of a family of the host. Weights are kept in `dtype`; `compute` is the host's manual cast. `hints` are
+    the weights that the family's class looks at to tell its variants apart."""
+    device = comfy.model_management.get_torch_device()
+    description = family({**config})
+    description.set_inference_dtype(dtype, compute, device=device)
+    network = description.get_model(hints or {}, "")
+    fill_with(network.diffusion_model, seed)
+    return CoreModelPatcher(network, device, comfy.model_management.unet_offload_device())
+
+
+def small_model(seed: int = 0, in_channels: int = 4, **options: Any) -> Any:
+    """The small SD 1.x MODEL; with 9 input channels an inpainting one."""
+    return model_of(comfy.supported_models.SD15, {**SMALL, "in_channels": in_channels}, seed=seed, **options)
+
+
+def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
+    """An encoded prompt of random tokens, with further values in its dictionary."""
+    return [[torch.randn(1, length, width, generator=generator(seed)), values]]
+
+
+def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
+    """A picture of a subject as the Subject node makes it: random latents, the left two thirds its own."""
+    source = generator(1000 + seed)
+    mask = torch.zeros(1, *size)
+    mask[:, :, : -(-2 * size[1] // 3)] = 1
+    image = torch.rand(1, 8 * size[0], 8 * size[1], 3, generator=source)
+    return Reference(image, torch.randn(1, channels, *size, generator=source), mask if masked else None)
+
+
+def subject(*references: Reference, megabytes: float = 64, seed: int = 0) -> Subject:
+    """One subject; without references given, it has one."""
+    return Subject(references or (reference(seed),), "subject", FeatureCache(int(megabytes * MEGABYTE)))
+
+
+def latent_noise(batch: int, size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
+    """Row r's noise depends on the seed plus r only, so that rows can be sampled alone."""
+    return torch.cat([torch.randn(1, channels, *size, generator=generator(seed + row)) for row in range(batch)])
+
+
+def sample(
+    model: Any,
+    *,
+    batch: int = 1,
+    size: tuple[int, int] = (8, 8),
+    steps: int = 2,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+    cfg: float = 3.0,
+    positive: Conditioning | None = None,
+    negative: Conditioning | None = None,
+    seed: int = 5,
+    latent: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Callable[..., None] | None = None,
+) -> Tensor:
+    """What the host's KSampler node does, with noise of ours."""
+    noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            prompt(1) if positive is None else positive,
+            prompt(2) if negative is None else negative,
+            torch.zeros_like(noise) if latent is None else latent,
+            noise_mask=mask,
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
+        )
+
+
+def recycled(model: Any, subjects: tuple[Subject, ...] | None = None, **values: Any) -> Any:
+    """The Recycled Self-Attention node with its defaults; `values` are its inputs."""
+    given = {"strength": 1.0, "keep_probability": 1.0, "sites": "decoder", "start_percent": 0.0, "end_percent": 1.0}
+    chosen = (subject(),) if subjects is None else subjects
+    return RecycledSelfAttentionNode.execute(model, chosen, **{**given, "seed": 0, **values}).args[0]
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value of `other`."""
+    return float((one - other).abs().max() / other.abs().max())
