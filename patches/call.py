@@ -41,7 +41,8 @@ class Extension:
     """Keys and values (rows or 1, n, channels) that a call attends over besides its own.
 
     `bias` is added to their logits, broadcastable to (rows, queries, n). `route`, of shape (rows or 1, queries), says
-    which queries see them at all; None is every query."""
+    which queries see them at all; None is every query. A route is best on the CPU, where it can be looked at without
+    waiting for a GPU."""
 
     key: Tensor
     value: Tensor
@@ -118,7 +119,8 @@ class AttentionCall:
             if extension.bias is not None:
                 logits = logits + per_head(extension.bias)
             if extension.route is not None:
-                logits = logits.masked_fill(~extension.route[:, None, :, None], -torch.inf)
+                unseen = ~extension.route.to(logits.device)[:, None, :, None]
+                logits = logits.masked_fill(unseen, -torch.inf)
             shares.append(logits.logsumexp(-1))
         return 1 - torch.stack(shares).softmax(0)[0]
 
@@ -158,7 +160,7 @@ def _joint(
         return keys, values, None
     biases = []
     for bias, length in parts:
-        full = call.query.new_zeros(()) if bias is None else bias.to(call.query.dtype)
+        full = call.query.new_zeros(()) if bias is None else bias.to(call.query)
         full = full.expand(*(1,) * (3 - full.ndim), *full.shape)
         if queries is not None and full.shape[1] > 1:
             full = full[:, queries]
@@ -183,7 +185,7 @@ def _jobs(index: int, call: AttentionCall) -> list[_Job]:
     patterns, group = sees.unique(dim=1, return_inverse=True)
     jobs = []
     for number, pattern in enumerate(patterns.T.tolist()):
-        queries = None if len(patterns.T) == 1 else (group == number).nonzero().squeeze(1)
+        queries = None if len(patterns.T) == 1 else (group == number).nonzero().squeeze(1).to(call.query.device)
         seen = [e for e, visible in zip(call.extensions, pattern, strict=True) if visible]
         keys, values, mask = _joint(call, seen, queries)
         query = call.query if queries is None else call.query[:, queries]

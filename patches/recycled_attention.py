@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,17 @@ class RecycledSelfAttention(Edit):
     region_mask: Tensor | None = None
     seed: int = 0
     unconditioned_too: bool = False
+    _regions: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def begin(self) -> RecycledSelfAttention:
+        return replace(self, _regions={})
+
+    def _region(self, call: AttentionCall) -> Tensor:
+        # A layer's region is the same at every step.
+        place = (call.grid, call.chunk.area, call.chunk.latent, call.query.shape[0])
+        if place not in self._regions:
+            self._regions[place] = region_at(self.region_mask, call.chunk, call.grid, call.query.shape[0])
+        return self._regions[place]
 
     def _kept(self, sigma: float) -> frozenset[Site]:
         return frozenset(s for s in self.sites if is_recycled(self.keep_probability, self.seed, sigma, s))
@@ -88,7 +100,7 @@ class RecycledSelfAttention(Edit):
         if self.region_mask is not None:
             if call.grid is None:
                 return
-            region = region_at(self.region_mask, call.chunk, call.grid, call.query.shape[0]).to(call.query.device)
+            region = self._region(call)
             route = region > 0
             if not bool(route.any()):
                 return
@@ -96,5 +108,4 @@ class RecycledSelfAttention(Edit):
         for reference in self.references:
             features = recorded(reference)
             if features is not None:
-                bias = bias if bias is None else bias.to(call.query.device)
                 call.extend(features["key"], features["value"], bias, route)

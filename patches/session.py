@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 import comfy.samplers
 import torch
@@ -205,7 +206,8 @@ class Session:
         if digest is None:
             return None
         inner, patcher = self.guider.inner_model, self.guider.model_patcher
-        weights = (weakref.ref(inner), patcher.patches_uuid, inner.get_dtype_inference())
+        objects = tuple((name, _Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
+        weights = (_Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
         return (weights, digest, _foreign_patches(model_options, self.own_key), self.sigma, identity)
 
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
@@ -270,18 +272,33 @@ def _digest(model_conds: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+class _Same:
+    """Equal to another of its kind for the same living object: a key's part that keeps nothing alive."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self.get = WeakMethod(value) if isinstance(value, MethodType) else weakref.ref(value)
+        except TypeError:  # no weak reference to such an object: hold it, so that no other takes its identity
+            self.get = lambda: value
+        self.number = id(value.__self__) if isinstance(value, MethodType) else id(value)
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        mine, its = self.get(), other.get() if isinstance(other, _Same) else None
+        # A bound method is a new object each time it is asked for.
+        return mine is not None and (mine is its or (isinstance(mine, MethodType) and bool(mine == its)))
+
+
 def _foreign_patches(value: Any, own_key: str) -> Any:
     """What other packs have put into the model's options, by identity: their patches may change the features."""
     if isinstance(value, Mapping):
         names = (n for n in value if not str(n).startswith(own_key) and n not in _RUN_OPTIONS)
         return tuple((str(name), _foreign_patches(value[name], own_key)) for name in sorted(names, key=str))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return tuple(_foreign_patches(item, own_key) for item in value)
-    if isinstance(value, MethodType):
-        return weakref.WeakMethod(value)
-    if callable(value):
-        return weakref.ref(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+    return value if isinstance(value, str | int | float | bool | None) else _Same(value)
 
 
 # What the host puts there for one run, and functions that act after the model.
