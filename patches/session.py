@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
-from weakref import WeakMethod
 
 import comfy.samplers
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request
+from .identity import Same, digest_of, foreign_patches
 from .sites import Site
 from .streams import Features, Stream
 
@@ -206,9 +203,9 @@ class Session:
         if digest is None:
             return None
         inner, patcher = self.guider.inner_model, self.guider.model_patcher
-        objects = tuple((name, _Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
-        weights = (_Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
-        return (weights, digest, _foreign_patches(model_options, self.own_key), self.sigma, identity)
+        objects = tuple((name, Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
+        weights = (Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
+        return (weights, digest, foreign_patches(model_options, self.own_key), self.sigma, identity)
 
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
         """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest
@@ -247,7 +244,7 @@ class Session:
             inner.extra_conds, [entry], noise, device, "positive",
             latent_image=noise if known is None else known, denoise_mask=mask, seed=None,
         )  # fmt: skip
-        return encoded, None if encoded[0].get("hooks") is not None else _digest(encoded[0]["model_conds"])
+        return encoded, None if encoded[0].get("hooks") is not None else digest_of(encoded[0]["model_conds"])
 
 
 def _is_prompt_of(entry: Mapping[str, Any], context: Tensor | None) -> bool:
@@ -256,61 +253,3 @@ def _is_prompt_of(entry: Mapping[str, Any], context: Tensor | None) -> bool:
         return False
     length = own.cond.shape[1]
     return bool(torch.equal(own.cond[:1].to(context), context[:1, :length]))
-
-
-def _digest(model_conds: Mapping[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(model_conds):
-        value = model_conds[name].cond
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(str((value.dtype, tuple(value.shape))).encode())
-            value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        else:
-            value = repr(value).encode()
-        digest.update(value)
-    return digest.hexdigest()
-
-
-class _Same:
-    """Equal to another of its kind for the same living object: a key's part that keeps nothing alive."""
-
-    def __init__(self, value: Any) -> None:
-        try:
-            self.get = WeakMethod(value) if isinstance(value, MethodType) else weakref.ref(value)
-        except TypeError:  # no weak reference to such an object: hold it, so that no other takes its identity
-            self.get = lambda: value
-        self.number = id(value.__self__) if isinstance(value, MethodType) else id(value)
-
-    def __hash__(self) -> int:
-        return self.number
-
-    def __eq__(self, other: object) -> bool:
-        mine, its = self.get(), other.get() if isinstance(other, _Same) else None
-        # A bound method is a new object each time it is asked for.
-        return mine is not None and (mine is its or (isinstance(mine, MethodType) and bool(mine == its)))
-
-
-def _foreign_patches(value: Any, own_key: str) -> Any:
-    """What other packs have put into the model's options, by identity: their patches may change the features."""
-    if isinstance(value, Mapping):
-        names = (n for n in value if not str(n).startswith(own_key) and n not in _RUN_OPTIONS)
-        return tuple((str(name), _foreign_patches(value[name], own_key)) for name in sorted(names, key=str))
-    if isinstance(value, list | tuple):
-        return tuple(_foreign_patches(item, own_key) for item in value)
-    return value if isinstance(value, str | int | float | bool | None) else _Same(value)
-
-
-# What the host puts there for one run, and functions that act after the model.
-_RUN_OPTIONS = frozenset(
-    {
-        "sample_sigmas",
-        "sampler_post_cfg_function",
-        "sampler_pre_cfg_function",
-        "sampler_cfg_function",
-        "registered_hooks",
-        "denoise_mask_function",
-        "multigpu_clones",
-        "multigpu_thread_pool",
-    }
-)
