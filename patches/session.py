@@ -102,6 +102,8 @@ class Session:
     def __init__(self, edits: Iterable[Edit], own_key: str) -> None:
         self.edits = tuple(edits)
         self.own_key = own_key
+        # Stands for this run in caches, which outlive it.
+        self.run = object()
         self.guider: Any = None
         self.sigma = float("nan")
         self.latent: tuple[int, int] = (0, 0)
@@ -190,7 +192,7 @@ class Session:
         """The recording of a stream at this noise level, with what its cache has; what is missing is in `sites`."""
         place = (id(stream), parts)
         if place not in self.recordings:
-            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, model_options), self)
+            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, model_options), self.run)
         recording = self.recordings[place]
         recording.load(sites, device)
         return recording
