@@ -16,7 +16,7 @@ from subject_patches.patches.subject import MEGABYTE, Reference, Subject
 from torch import Tensor
 
 CONTEXT = 48
-# An SD 1.x U-Net in all but size: 8 self-attentions, 6 of them in the middle and the decoder.
+# An SD 1.x U-Net in all but size: 7 self-attentions, 5 of them in the middle and the decoder.
 SMALL: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,

@@ -1,0 +1,295 @@
+"""What every node promises, over every mechanism (the design's section 4, by its numbers)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from subject_patches.patches.session import Forward, Recording, Session
+from subject_patches.tests.mechanisms import IDLE, MECHANISMS, Mechanism, fingerprint
+from subject_patches.tests.models import difference, latent_noise, prompt, sample, small_model, subject
+from torch import Tensor
+
+# For sums taken in another order, as a share of the largest value: a batch of another size, say.
+ROUNDING = 2e-5
+over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any) -> Tensor:
+    return sample(model)
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    """Everything a node could have left on a MODEL: its options, its patches, its modules' attributes."""
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): tree(item) for name, item in value.items()}
+        return [tree(item) for item in value] if isinstance(value, (list, tuple)) else (type(value), id(value))
+
+    parts = (model.model_options, model.wrappers, model.callbacks, model.patches, model.object_patches)
+    modules = {name: sorted(vars(module)) for name, module in model.model.named_modules()}
+    return *(tree(part) for part in parts), str(model.patches_uuid), modules
+
+
+def left_of_sessions() -> list[Any]:
+    gc.collect()
+    return [item for item in gc.get_objects() if type(item) in (Session, Recording, Forward)]
+
+
+# 1
+
+
+@over_mechanisms
+@pytest.mark.parametrize("how", IDLE)
+def test_1_nothing_to_do_changes_no_bit(mechanism: Mechanism, how: str, model: Any, plain: Tensor) -> None:
+    assert torch.equal(sample(mechanism.off(model, how)), plain)
+
+
+@over_mechanisms
+def test_1_at_work_it_changes_the_picture(mechanism: Mechanism, model: Any, plain: Tensor) -> None:
+    assert difference(sample(mechanism.on(model)), plain) > 0.01
+
+
+# 2
+
+
+@over_mechanisms
+def test_2_the_given_model_is_untouched(mechanism: Mechanism, model: Any, plain: Tensor) -> None:
+    before = state_of(model)
+    patched = mechanism.on(model)
+    sample(patched)
+    assert state_of(model) == before
+    assert torch.equal(sample(model), plain)
+
+
+@over_mechanisms
+def test_2_nothing_of_a_run_survives_it(mechanism: Mechanism, model: Any) -> None:
+    patched = mechanism.on(model)
+    before = state_of(patched)
+    sample(patched)
+    assert state_of(patched) == before
+    assert left_of_sessions() == []
+
+
+def interrupt(step: int, *_: Any) -> None:
+    if step == 1:
+        comfy.model_management.interrupt_current_processing()
+
+
+def fail(step: int, *_: Any) -> None:
+    if step == 1:
+        raise RuntimeError("the preview broke")
+
+
+@over_mechanisms
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [(interrupt, comfy.model_management.InterruptProcessingException), (fail, RuntimeError)],
+    ids=["interrupted", "failed"],
+)
+def test_2_the_run_after_an_ended_one(
+    mechanism: Mechanism, end: Callable[..., None], error: type[BaseException], model: Any, plain: Tensor
+) -> None:
+    patched = mechanism.on(model)
+    before = state_of(patched)
+    whole = sample(patched, steps=4)
+    # A subject of its own: the run that is ended starts with an empty cache, and so may leave half of one.
+    ended = mechanism.on(model)
+    with pytest.raises(error):
+        sample(ended, steps=4, callback=end)
+    assert left_of_sessions() == []
+    assert state_of(patched) == before
+    assert torch.equal(sample(model), plain)
+    assert torch.equal(sample(ended, steps=4), whole)
+
+
+# 3
+
+
+@over_mechanisms
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_3_a_batch_is_its_singles(mechanism: Mechanism, size: tuple[int, int], model: Any) -> None:
+    patched = mechanism.on(model)
+    together = sample(patched, batch=3, size=size)
+    for row in range(3):
+        alone = sample(patched, size=size, seed=5 + row)
+        assert difference(together[row : row + 1], alone) < ROUNDING
+
+
+# 4
+
+
+@over_mechanisms
+def test_4_prompts_that_cannot_share_a_batch(mechanism: Mechanism, model: Any) -> None:
+    # The host repeats the shorter prompt, which changes nothing, but no more than four times: five times as long, the
+    # same prompt takes a pass of its own.
+    (tokens, _), *_ = prompt(2)
+    apart = [[tokens.repeat(1, 5, 1), {}]]
+    patched = mechanism.on(model)
+    calls: list[int] = []
+    assert difference(sample(counting(patched, calls), batch=2, negative=apart), sample(patched, batch=2)) < ROUNDING
+    assert 2 in calls
+    assert 4 not in calls
+
+
+def counting(model: Any, calls: list[int]) -> Any:
+    """A clone whose model calls are counted by their rows, through the host's own function wrapper."""
+
+    def wrapped(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        calls.append(len(arguments["input"]))
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    counted = model.clone()
+    counted.set_model_unet_function_wrapper(wrapped)
+    return counted
+
+
+def splitting(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+    """A function wrapper as packs that save memory have it: each chunk in a call of its own, the last one first."""
+    x, timestep, c = arguments["input"], arguments["timestep"], arguments["c"]
+    options = c["transformer_options"]
+    count = len(options["cond_or_uncond"])
+    size = len(x) // count
+    outputs = []
+    for index in reversed(range(count)):
+        rows = slice(index * size, (index + 1) * size)
+        part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in c.items()}
+        part["transformer_options"] = {
+            **options,
+            "cond_or_uncond": [options["cond_or_uncond"][index]],
+            "uuids": [options["uuids"][index]],
+        }
+        outputs.insert(0, apply(x[rows], timestep[rows], **part))
+    return torch.cat(outputs)
+
+
+@over_mechanisms
+def test_4_a_batch_that_another_pack_takes_apart(mechanism: Mechanism, model: Any) -> None:
+    patched = mechanism.on(model)
+    apart = patched.clone()
+    apart.set_model_unet_function_wrapper(splitting)
+    assert difference(sample(apart, batch=2), sample(patched, batch=2)) < ROUNDING
+
+
+# 5
+
+
+@over_mechanisms
+@pytest.mark.parametrize("size", [(13, 21), (16, 24), (5, 30), (9, 9)])
+def test_5_any_width_and_height(mechanism: Mechanism, size: tuple[int, int], model: Any) -> None:
+    result = sample(mechanism.on(model), size=size)
+    assert result.shape == (1, 4, *size)
+    assert result.isfinite().all()
+    assert difference(result, sample(model, size=size)) > 0.01
+    assert torch.equal(sample(mechanism.off(model, "strength 0"), size=size), sample(model, size=size))
+
+
+# 6 is tests/test_samplers.py
+
+# 7
+
+
+@over_mechanisms
+def test_7_the_same_seed_gives_the_same_picture(mechanism: Mechanism, model: Any) -> None:
+    first = sample(mechanism.on(model), seed=11)
+    again = mechanism.on(model)
+    sample(again, seed=12)
+    assert torch.equal(sample(again, seed=11), first)
+
+
+def test_7_also_in_a_fresh_process() -> None:
+    script = (
+        "import json, pathlib;"
+        "from hosting.device import use_cpu_without_gpu;"
+        "from hosting.pack import load_pack;"
+        "use_cpu_without_gpu(); load_pack(pathlib.Path.cwd());"
+        "from subject_patches.tests.mechanisms import MECHANISMS, fingerprint;"
+        "print(json.dumps([fingerprint(m) for m in MECHANISMS]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == [fingerprint(mechanism) for mechanism in MECHANISMS]
+
+
+# 8: with other packs it is tests/test_composition.py
+
+
+@over_mechanisms
+@pytest.mark.parametrize("below", MECHANISMS, ids=lambda m: m.name)
+def test_8_nodes_stack(mechanism: Mechanism, below: Mechanism, model: Any) -> None:
+    first = below.on(model, (subject(seed=1),))
+    one, other = sample(first), sample(mechanism.on(model, (subject(seed=2),)))
+    both = mechanism.on(first, (subject(seed=2),))
+    result = sample(both)
+    assert difference(result, one) > 0.003
+    assert difference(result, other) > 0.003
+    assert torch.equal(sample(first), one)
+    three = sample(mechanism.on(both, (subject(seed=3),)))
+    assert difference(three, result) > 0.003
+    assert torch.equal(sample(both), result)
+
+
+@over_mechanisms
+@pytest.mark.parametrize("how", IDLE)
+def test_8_an_idle_node_on_top_changes_no_bit(mechanism: Mechanism, how: str, model: Any) -> None:
+    patched = mechanism.on(model)
+    assert torch.equal(sample(mechanism.off(patched, how)), sample(patched))
+
+
+# 9
+
+
+@over_mechanisms
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float16, torch.float32),
+        (torch.float8_e4m3fn, torch.float32),
+    ],
+    ids=["bf16", "fp16", "fp16 in fp32", "fp8 in fp32"],
+)
+def test_9_precisions(mechanism: Mechanism, dtype: torch.dtype, compute: torch.dtype | None) -> None:
+    rounded = small_model(dtype=dtype, compute=compute)
+    result, without = sample(mechanism.on(rounded)), sample(rounded)
+    assert result.isfinite().all()
+    assert difference(result, without) > 0.01
+    assert torch.equal(sample(mechanism.off(rounded, "strength 0")), without)
+    # The same weights in float32: what the precision costs must be small beside what the mechanism does.
+    exact = small_model()
+    exact.model.diffusion_model.load_state_dict(rounded.model.diffusion_model.state_dict())
+    change = (sample(mechanism.on(exact)) - sample(exact)).abs().mean()
+    assert (result - sample(mechanism.on(exact))).abs().mean() < 0.3 * change
+
+
+@over_mechanisms
+def test_9_offloaded_and_partly_loaded(mechanism: Mechanism) -> None:
+    model = small_model()
+    patched = mechanism.on(model)
+    whole = sample(patched)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(patched), whole)
+    patched.partially_unload(patched.offload_device, 2**40)
+    assert patched.model.model_lowvram
+    assert torch.equal(sample(patched), whole)
+
+
+def test_the_noise_of_a_row_does_not_depend_on_its_batch() -> None:
+    assert torch.equal(latent_noise(3, (7, 10), 5)[2:], latent_noise(1, (7, 10), 7))
