@@ -74,9 +74,9 @@ class NoisedReference:
         return None if self.name is None else (*self.name, self.seed)
 
     def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.clean.shape, generator=generator).to(self.clean)
-        return noise_scaling(sigma, noise, self.clean)
+        seeds = (self.seed + row for row in range(len(self.clean)))
+        rows = [torch.randn(self.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return noise_scaling(sigma, torch.stack(rows).to(self.clean), self.clean)
 
     def denoised(self, sigma: float, prediction: Tensor) -> None:
         """A formula needs no prediction."""
