@@ -78,7 +78,7 @@ def fill_shared(network: torch.nn.Module, seed: int) -> None:
 
 def _open_norms(network: torch.nn.Module) -> None:
     for module in network.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and module.weight is not None:
             module.weight.data.fill_(1)
 
 

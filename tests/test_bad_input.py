@@ -1,0 +1,161 @@
+"""Bad input ends at node time, in one sentence that says what is wrong, with what, and what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.supported_models
+import pytest
+import torch
+from subject_patches.nodes.attention_report import AttentionReportNode, RecordAttentionNode
+from subject_patches.nodes.subject import SubjectNode
+from subject_patches.tests.models import SMALL, model_of, recycled, reference, small_model, subject
+
+PICTURES = torch.rand(2, 32, 48, 3)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+def make_subject(**values: Any) -> Any:
+    # No VAE: all of this must be noticed before anything is encoded.
+    given = {"image": PICTURES, "vae": None, "phrase": "", "size": 64, "margin": 0.1, **values}
+    return SubjectNode.execute(**given)
+
+
+# Subject
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(1, 32, 48), torch.full((2, 32, 48), 0.5), torch.zeros(32, 48)])
+def test_empty_mask(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"mask is empty: no place of its 48 x 32 .*Paint the subject white, or inv"):
+        make_subject(mask=mask)
+
+
+def test_one_empty_mask_among_several() -> None:
+    mask = torch.zeros(2, 32, 48)
+    with pytest.raises(ValueError, match="mask is empty"):
+        make_subject(mask=mask, image=PICTURES)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_mask_count(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"There are {count} masks for 2 pictures; give one mask, or one for each"):
+        make_subject(mask=torch.ones(count, 32, 48))
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.5, math.nan])
+def test_margin(margin: float) -> None:
+    with pytest.raises(ValueError, match=rf"margin is {margin}; give a share from 0 to 1"):
+        make_subject(margin=margin)
+
+
+def test_transparent_picture_without_anything_on_it() -> None:
+    picture = torch.rand(1, 32, 48, 4)
+    picture[..., 3] = 0
+    with pytest.raises(ValueError, match="mask is empty"):
+        make_subject(image=picture)
+
+
+# Recycled Self-Attention
+
+
+@pytest.mark.parametrize("name", ["strength", "keep_probability"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, 10.5])
+def test_numbers_out_of_range(name: str, value: float, model: Any) -> None:
+    most = {"strength": "10", "keep_probability": "1"}[name]
+    with pytest.raises(ValueError, match=rf"The {name} is {value}; give a number from 0 to {most}\."):
+        recycled(model, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        (0.6, 0.4, r"The window starts at 0\.6, after its end at 0\.4; swap the two"),
+        (-0.1, 0.4, r"start_percent is -0\.1; give a number from 0 to 1"),
+        (0.0, 1.1, r"end_percent is 1\.1; give a number from 0 to 1"),
+        (math.nan, 1.0, r"start_percent is nan; give a number from 0 to 1"),
+    ],
+)
+def test_window(start: float, end: float, message: str, model: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        recycled(model, start_percent=start, end_percent=end)
+
+
+def test_subject_of_another_vae(model: Any) -> None:
+    who = subject(reference(), reference(channels=16))
+    with pytest.raises(ValueError, match=r"VAE of 16 latent channels but this model takes 4; connect the VAE of this"):
+        recycled(model, (who,))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sites": "named", "named_sites": "output.9"}, r"'output\.9' names no self-attention of this model; it has "),
+        ({"sites": "named", "named_sites": " , "}, r"named blocks but none is named; write for example: middle, out"),
+        ({"sites": "everything"}, r"one of decoder, encoder, encoder and decoder, named, not 'everything'"),
+    ],
+)
+def test_sites(values: dict[str, Any], message: str, model: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        recycled(model, **values)
+
+
+# Families
+
+KNOWN = "it knows SD 1.x, SD 2.x, SDXL"
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 8,
+    "context_in_dim": 8,
+    "hidden_size": 16,
+    "mlp_ratio": 2.0,
+    "num_heads": 1,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [4, 6, 6],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+VIDEO = {
+    **SMALL,
+    "in_channels": 8,
+    "model_channels": 64,
+    "use_temporal_resblock": True,
+    "use_temporal_attention": True,
+    "extra_ff_mix_layer": True,
+    "use_spatial_context": True,
+    "merge_strategy": "learned_with_images",
+    "video_kernel_size": [3, 1, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [(comfy.supported_models.Flux, FLUX), (comfy.supported_models.SVD_img2vid, VIDEO)],
+    ids=["Flux", "SVD_img2vid"],
+)
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_other_families_are_refused_by_name(family: Any, config: dict[str, Any], strength: float) -> None:
+    other = model_of(family, config)
+    with pytest.raises(ValueError, match=rf"family {family.__name__}; {KNOWN}"):
+        recycled(other, strength=strength)
+    with pytest.raises(ValueError, match=rf"family {family.__name__}; {KNOWN}"):
+        RecordAttentionNode.execute(other)
+
+
+# Attention Report
+
+
+def test_report_of_nothing(model: Any) -> None:
+    _, record = RecordAttentionNode.execute(model).args
+    with pytest.raises(ValueError, match=r"Nothing was recorded: .* Put Recycled Self-Attention in front of it"):
+        AttentionReportNode.execute(record, {"samples": torch.zeros(1, 4, 8, 8)})

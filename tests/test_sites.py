@@ -1,0 +1,87 @@
+"""Attention sites: which there are, and what a menu choice or a name means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from subject_patches.patches.sites import CHOICES, Site, attention_sites, family_of, select_sites
+from subject_patches.tests.models import small_model
+
+SITES = tuple(
+    Site(kind, *place)
+    for place in (
+        ("input", 1, 0), ("input", 3, 0), ("middle", 0, 0),
+        ("output", 0, 0), ("output", 1, 0), ("output", 2, 0), ("output", 3, 0),
+    )
+    for kind in ("self", "cross")
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+def names(choice: str, named: str = "", kind: str = "self") -> list[str]:
+    return [str(site) for site in sorted(select_sites(SITES, kind, choice, named))]
+
+
+def test_every_attention_in_the_order_it_runs(model: Any) -> None:
+    assert family_of(model) == "SD 1.x"
+    assert attention_sites(model) == SITES
+
+
+def test_sites_are_where_the_host_looks_for_replacements(model: Any) -> None:
+    reached: list[tuple[str, tuple[str, int, int]]] = []
+    options: dict[str, Any] = {"patches_replace": {"attn1": {}, "attn2": {}}}
+
+    def noting(slot: str) -> Any:
+        def note(query: Any, key: Any, value: Any, extra: dict[str, Any]) -> Any:
+            reached.append((slot, (*extra["block"], extra["block_index"])))
+            return query
+
+        return note
+
+    for site in SITES:
+        slot = "attn1" if site.kind == "self" else "attn2"
+        options["patches_replace"][slot][site.key] = noting(slot)
+    forward(model, options)
+    assert reached == [("attn1" if site.kind == "self" else "attn2", site.key) for site in SITES]
+
+
+def forward(model: Any, options: dict[str, Any]) -> None:
+    import torch
+    from subject_patches.tests.models import prompt
+
+    with torch.inference_mode():
+        (tokens, _), *_ = prompt(1)
+        latents = torch.zeros(1, 4, 8, 8)
+        model.model.apply_model(latents, torch.tensor([1.0]), c_crossattn=tokens, transformer_options=options)
+
+
+def test_menu_choices() -> None:
+    assert names("decoder") == ["middle.0.0", "output.0.0", "output.1.0", "output.2.0", "output.3.0"]
+    assert names("encoder") == ["input.1.0", "input.3.0"]
+    assert sorted(names("encoder and decoder")) == sorted(names("decoder") + names("encoder"))
+    assert names("decoder", kind="cross") == names("decoder")
+    assert set(CHOICES) == {"decoder", "encoder", "encoder and decoder", "named"}
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("middle", ["middle.0.0"]),
+        ("output", ["output.0.0", "output.1.0", "output.2.0", "output.3.0"]),
+        (" input.3 ,output.2.0,, ", ["input.3.0", "output.2.0"]),
+        ("output.1, output.1.0", ["output.1.0"]),
+    ],
+)
+def test_names(named: str, found: list[str]) -> None:
+    assert names("named", named) == found
+
+
+@pytest.mark.parametrize("word", ["input.2", "output.0.1", "outpt.3", "output.3.0.0", "output.-1", "middle block"])
+def test_names_of_nothing(word: str) -> None:
+    with pytest.raises(ValueError, match=r"'.+' names no self-attention of this model; it has input\.1\.0, .*output\."):
+        names("named", f"middle, {word}")
