@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from subject_patches.patches.call import AttentionCall, Chunk
-from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.recycled_attention import extended_attention, flow_bias, is_recycled
 from subject_patches.patches.sites import Site, attention_sites
-from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.subject import Subject
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
+from subject_patches.tests.look import Look, Seen
 from subject_patches.tests.models import (
     difference,
     generator,
@@ -32,38 +29,6 @@ from torch import Tensor
 
 TOLERANCE = 1e-5
 SIZE = (7, 10)
-
-
-@dataclass
-class Seen:
-    """One executed attention: what went in, before and after amending, and what came out."""
-
-    call: AttentionCall
-    sigma: float
-    output: Tensor | None = None
-
-    def keep(self, output: Tensor) -> Tensor:
-        self.output = output.clone()
-        return output
-
-
-@dataclass(frozen=True, eq=False)
-class Look(Edit):
-    """Amends nothing; keeps every call of every chunk."""
-
-    seen: list[Seen] = field(default_factory=list)
-
-    def wants(self, chunk: Chunk) -> bool:
-        return True
-
-    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        seen = Seen(call, sigma)
-        call.blend(seen.keep)
-        self.seen.append(seen)
-
-    def of(self, name: str) -> list[Seen]:
-        """The self-attentions of the chunks of one of the guider's lists."""
-        return [seen for seen in self.seen if seen.call.chunk.name == name]
 
 
 def looked_at(model: Any, **run: Any) -> Look:

@@ -1,0 +1,43 @@
+"""An edit that looks at attention calls in a sampling run and amends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.edit import Edit
+from subject_patches.patches.streams import Features, Stream
+from torch import Tensor
+
+
+@dataclass
+class Seen:
+    """One executed attention: what went in, before and after amending, and what came out."""
+
+    call: AttentionCall
+    sigma: float
+    output: Tensor | None = None
+
+    def keep(self, output: Tensor) -> Tensor:
+        self.output = output.clone()
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class Look(Edit):
+    """Amends nothing; keeps every call of every chunk."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+    def wants(self, chunk: Chunk) -> bool:
+        return True
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        seen = Seen(call, sigma)
+        call.blend(seen.keep)
+        self.seen.append(seen)
+
+    def of(self, name: str) -> list[Seen]:
+        """The self-attentions of the chunks of one of the guider's lists."""
+        return [seen for seen in self.seen if seen.call.chunk.name == name]

@@ -1,0 +1,118 @@
+"""Models of real shapes, with random weights: SD 1.5, SD 2.1, SDXL and its refiner."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.supported_models
+import pytest
+import torch
+from comfy.model_base import ModelType
+from subject_patches.patches.sites import attention_sites, family_of
+from subject_patches.tests.models import SMALL, difference, fill_shared, generator, model_of, prompt, recycled, sample
+
+SD = {
+    **SMALL,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+}
+SDXL = {
+    **SMALL,
+    "model_channels": 320,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+}
+REFINER = {
+    **SDXL,
+    "model_channels": 384,
+    "adm_in_channels": 2560,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+    "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+    "transformer_depth_middle": 4,
+    "context_dim": 1280,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: the host's class, its U-Net, what it should be called, how many self-attentions it has by stage."""
+
+    name: str
+    known_as: str
+    description: Any
+    config: dict[str, Any]
+    stages: dict[str, int]
+    dtype: torch.dtype = torch.float32
+    pooled: int = 0
+    prediction: ModelType = ModelType.EPS
+    hints: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+known = comfy.supported_models
+# The host tells a v-prediction SD 2.1 by one of its biases.
+V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.randn(320, generator=generator(0))}
+FAMILIES = (
+    Family("SD 1.5", "SD 1.x", known.SD15, {**SD, "context_dim": 768}, {"encoder": 6, "middle": 1, "decoder": 9}),
+    Family(
+        "SD 2.1",
+        "SD 2.x",
+        known.SD20,
+        {**SD, "context_dim": 1024, "use_linear_in_transformer": True},
+        {"encoder": 6, "middle": 1, "decoder": 9},
+        torch.float16,
+        0,
+        ModelType.V_PREDICTION,
+        V_PREDICTION,
+    ),
+    Family("SDXL", "SDXL", known.SDXL, SDXL, {"encoder": 24, "middle": 10, "decoder": 36}, torch.bfloat16, 1280),
+    Family(
+        "SDXL refiner",
+        "SDXL refiner",
+        known.SDXLRefiner,
+        REFINER,
+        {"encoder": 16, "middle": 4, "decoder": 24},
+        torch.bfloat16,
+        1280,
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _unloaded() -> Iterator[None]:
+    yield
+    comfy.model_management.unload_all_models()
+    gc.collect()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_two_patched_steps_of_a_real_shape(family: Family) -> None:
+    model = model_of(family.description, family.config, dtype=family.dtype, hints=family.hints, fill_with=fill_shared)
+    assert model.model.model_type == family.prediction
+    assert family_of(model) == family.known_as
+    sites = [site for site in attention_sites(model) if site.kind == "self"]
+    assert {stage: sum(site.stage == stage for site in sites) for stage in family.stages} == family.stages
+    extra = {"pooled_output": torch.randn(1, family.pooled, generator=generator(9))} if family.pooled else {}
+    width = family.config["context_dim"]
+    prompts = {"positive": prompt(1, 77, width, **extra), "negative": prompt(2, 77, width, **extra)}
+    run = {"size": (8, 12), "steps": 2, **prompts}
+    plain, patched = sample(model, **run), sample(recycled(model), **run)
+    assert patched.isfinite().all()
+    assert math.isfinite(difference(patched, plain))
+    assert difference(patched, plain) > 0.01
