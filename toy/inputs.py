@@ -1,0 +1,37 @@
+"""Draws the pictures that the shipped workflows load: `python tools/host.py python -m toy.inputs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .drawing import draw
+from .scenes import EMBLEM, SIZE, Background, Emblem, Scene, Thing
+
+FOLDER = Path(__file__).parents[1] / "workflows" / "input"
+SHIELD = Emblem("shield", "yellow", "blue", tuple(c == "#" for c in "#..##..#.##..##."))
+MIDDLE = SIZE / 2
+
+
+def save(name: str, image: NDArray[np.uint8], opaque: NDArray[np.bool_]) -> None:
+    """Writes a picture whose transparent places are the host's mask."""
+    rgba = np.dstack([image, np.where(opaque, 255, 0).astype(np.uint8)])
+    Image.fromarray(rgba).save(FOLDER / name, optimize=True)
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    emblem = Thing(EMBLEM, SHIELD.plate_colour, "plain", MIDDLE, MIDDLE, 42, 0.0, SHIELD)
+    reference = draw(Scene((emblem,), Background("plain", ("gray",))))
+    save("emblem.png", reference.image, reference.masks[0])
+    neighbour = Thing("star", "red", "plain", 34, 92, 24, 0.2)
+    scene = draw(Scene((neighbour,), Background("grass"), seed=5))
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    save("scene.png", scene.image, np.hypot(x - 82, y - 48) >= 34)
+
+
+if __name__ == "__main__":
+    main()
