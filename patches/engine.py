@@ -8,7 +8,8 @@ another pack has put there by then. Nothing is kept outside the model's options 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .call import Attend, AttentionCall, execute
 from .edit import Edit
+from .identity import STEP_CACHES
 from .session import Forward, Recording, Session
 from .sites import Site
 from .streams import Stream
@@ -85,14 +87,33 @@ def _run_stream(
     inner = session.guider.inner_model
     latents = stream.latents(session.sigma, session.noise_scaling).to(timestep)
     sigma = timestep[:1].expand(len(latents))
-    options = {
-        **model_options,
-        "transformer_options": {**model_options["transformer_options"], RECORDING: recording},
-    }
     conditioning, _ = session.stream_conditioning(stream)
-    (prediction,) = comfy.samplers.calc_cond_batch(inner, [conditioning], latents, sigma, options)
+    options = _stream_options(model_options, recording)
+    with _own_randomness(timestep.device):
+        (prediction,) = comfy.samplers.calc_cond_batch(inner, [conditioning], latents, sigma, options)
     stream.denoised(session.sigma, prediction)
     recording.finish(comfy.model_management.unet_offload_device())
+
+
+def _stream_options(model_options: dict[str, Any], recording: Recording) -> dict[str, Any]:
+    """The run's options for a companion's pass, without the host's step caches: these take every pass for a step of
+    the picture's, and would skip a companion's or be reset by it."""
+    options = model_options["transformer_options"]
+    wrappers = {
+        kind: {key: listed for key, listed in keyed.items() if key not in STEP_CACHES}
+        for kind, keyed in options.get("wrappers", {}).items()
+    }
+    return {**model_options, "transformer_options": {**options, "wrappers": wrappers, RECORDING: recording}}
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Keeps a pass from the random numbers of the generation. Patches that draw some (ToMe) would else give another
+    picture when the pass is not needed, and other features after another picture's draws."""
+    fork = device.type in ("cuda", "xpu")
+    with torch.random.fork_rng([device] if fork else [], device_type=device.type if fork else "cuda"):
+        torch.manual_seed(0)
+        yield
 
 
 def _apply_model(

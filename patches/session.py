@@ -91,7 +91,8 @@ class Recording:
     def finish(self, offload: torch.device) -> None:
         """Gives what was recorded to the stream's cache."""
         if self.key:
-            for site in self.sites:
+            # Another pack may have skipped some of the layers.
+            for site in self.sites & self.features.keys():
                 self.stream.cache.put((*self.key, site, self.parts), self.features[site], self.run, offload)
         self.sites = frozenset()
 
