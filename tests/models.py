@@ -149,6 +149,8 @@ def sample(
 ) -> Tensor:
     """What the host's KSampler node does, with noise of ours."""
     noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels)
+    # The host draws its noise from the global generator, so each run of a workflow begins with it seeded.
+    torch.manual_seed(seed)
     with torch.inference_mode():
         return comfy.sample.sample(
             model,

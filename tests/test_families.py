@@ -76,7 +76,7 @@ FAMILIES = (
         known.SD20,
         {**SD, "context_dim": 1024, "use_linear_in_transformer": True},
         {"encoder": 6, "middle": 1, "decoder": 9},
-        torch.float16,
+        torch.bfloat16,
         0,
         ModelType.V_PREDICTION,
         V_PREDICTION,
