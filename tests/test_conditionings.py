@@ -17,6 +17,7 @@ from comfy.cldm.cldm import ControlNet
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
+from hosting.random_models import fill
 from safetensors.torch import save_file
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.sites import attention_sites
@@ -27,7 +28,6 @@ from subject_patches.tests.models import (
     SMALL,
     Conditioning,
     difference,
-    fill,
     generator,
     prompt,
     recycled,

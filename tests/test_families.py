@@ -13,30 +13,10 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.model_base import ModelType
+from hosting.random_models import SD, SDXL, fill_shared, generator, model_of
 from subject_patches.patches.sites import attention_sites, family_of
-from subject_patches.tests.models import SMALL, difference, fill_shared, generator, model_of, prompt, recycled, sample
+from subject_patches.tests.models import difference, prompt, recycled, sample
 
-SD = {
-    **SMALL,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-}
-SDXL = {
-    **SMALL,
-    "model_channels": 320,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-}
 REFINER = {
     **SDXL,
     "model_channels": 384,

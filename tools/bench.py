@@ -1,0 +1,205 @@
+"""Measure what the pack's patches cost: `python tools/bench.py [--shape NAME] [--steps N] [--repeats N]`.
+
+Vanilla and patched sampling take turns in one process, and what is printed are ratios to vanilla: the first picture of
+a subject (cold: its features are computed), later ones (warm: they come from the cache), the passes of the model that
+each took, and the most memory each held. Weights are random in the shapes of real models, the toy's are its own;
+inputs are random, never zero. The numbers in docs/BENCHMARKS.md are this command's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from host import ROOT, find_host
+from hosting.command import Parser, enter, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Latent size, channels, context width and length of the pooled vector (SDXL's only) of each shape.
+SHAPES = {"toy": (16, 8, 64), "sd15": (64, 4, 768), "sdxl": (128, 4, 2048)}
+
+
+@dataclass
+class Run:
+    """One sampling: seconds, passes of the model counted in rows of its batches, peak memory in bytes (0: unknown)."""
+
+    seconds: float
+    rows: int
+    peak: int
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = Parser(prog="bench.py", description="Measure what the pack's patches cost, as ratios to vanilla.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="toy", help="the model's shape (default: toy)")
+    parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
+    parser.add_argument("--cfg", type=float, default=4.0)
+    options = parser.parse_args()
+    host = find_host()
+    enter(host, Path(__file__), sys.argv[1:])
+    _bench(options.shape, options.steps, options.repeats, options.cfg)
+    return 0
+
+
+def _bench(shape: str, steps: int, repeats: int, cfg: float) -> None:
+    from hosting.device import use_cpu_without_gpu
+    from hosting.pack import load_pack
+
+    use_cpu_without_gpu()
+    load_pack(ROOT)
+    import torch
+
+    # Denormal numbers would slow a CPU down several times, and unevenly.
+    torch.set_flush_denormal(True)
+    model = _model(shape)
+    size, _channels, width = SHAPES[shape]
+    device = "the GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    print(f"{shape}, latents {size} x {size}, {steps} steps, CFG {cfg:g}, {torch.get_num_threads()} threads, {device}")
+    print("| mechanism | first picture | later pictures | rows of the model, first / later | peak memory |")
+    print("|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(0)
+    conditionings = [[[torch.randn(1, 77, width, generator=generator), _pooled(shape, generator)]] for _ in range(2)]
+    vanilla = _sampling(model, shape, conditionings, steps, cfg)
+    vanilla(0)
+    for name, patch in _mechanisms(shape).items():
+        ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
+        for repeat in range(repeats):
+            # A fresh subject each time: the first picture pays for its features, the second finds them.
+            patched = _sampling(patch(model), shape, conditionings, steps, cfg)
+            plain, cold, warm, again = vanilla(repeat), patched(repeat), patched(repeat + 100), vanilla(repeat + 200)
+            seconds = (plain.seconds + again.seconds) / 2
+            ratios["cold"].append(cold.seconds / seconds)
+            ratios["warm"].append(warm.seconds / seconds)
+            if plain.peak:
+                ratios["memory"].append(max(cold.peak, warm.peak) / plain.peak)
+        memory = f"{statistics.median(ratios['memory']):.2f}" if ratios["memory"] else "not measured"
+        print(
+            f"| {name} | {_spread(ratios['cold'])} | {_spread(ratios['warm'])} "
+            f"| {cold.rows / plain.rows:.2f} / {warm.rows / plain.rows:.2f} | {memory} |",
+            flush=True,
+        )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _model(shape: str) -> Any:
+    if shape == "toy":
+        from subject_patches.toy.sampling import Toy
+
+        return Toy.load().model
+    import comfy.supported_models as families
+    import torch
+    from hosting.random_models import SD, SDXL, model_of
+
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    if shape == "sd15":
+        return model_of(families.SD15, {**SD, "context_dim": SHAPES[shape][2]}, dtype=dtype)
+    return model_of(families.SDXL, SDXL, dtype=dtype)
+
+
+def _pooled(shape: str, generator: Any) -> dict[str, Any]:
+    import torch
+
+    return {"pooled_output": torch.randn(1, 1280, generator=generator)} if shape == "sdxl" else {}
+
+
+def _sampling(model: Any, shape: str, conditionings: Any, steps: int, cfg: float) -> Callable[[int], Run]:
+    """A function of the seed that samples one picture and says what it took."""
+    import comfy.sample
+    import torch
+    from comfy.patcher_extension import WrappersMP
+
+    rows = [0]
+
+    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows[0] += len(x)
+        return executor(x, *args, **kwargs)
+
+    counted = model.clone()
+    counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench", count)
+    size, channels, _ = SHAPES[shape]
+
+    def sample(seed: int) -> Run:
+        noise = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(seed))
+        rows[0] = 0
+        _reset_peak()
+        start = time.perf_counter()
+        comfy.sample.sample(
+            counted, noise, steps, cfg, "euler", "normal", *conditionings, torch.zeros_like(noise), disable_pbar=True
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Run(time.perf_counter() - start, rows[0], _peak())
+
+    return sample
+
+
+def _mechanisms(shape: str) -> dict[str, Callable[[Any], Any]]:
+    """Each row of the table: a name, and a function that patches a model with a fresh subject."""
+    import torch
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+    from subject_patches.patches.subject import Reference, Subject
+
+    size, channels, _ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(1)
+    region = torch.zeros(1, size, size)
+    region[:, size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
+
+    def recycled(**settings: Any) -> Callable[[Any], Any]:
+        def patch(model: Any) -> Any:
+            latents = torch.randn(1, channels, size, size, generator=generator)
+            subject = Subject((Reference(torch.empty(0), latents, settings.get("mask")),), "")
+            given = {
+                "strength": 1.0,
+                "keep_probability": 1.0,
+                "sites": "decoder",
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "seed": 0,
+            }
+            given |= {name: value for name, value in settings.items() if name != "mask"}
+            return RecycledSelfAttentionNode.execute(model, (subject,), **given).args[0]
+
+        return patch
+
+    return {
+        "recycled self-attention": recycled(),
+        "recycled self-attention, strength 0.5": recycled(strength=0.5),
+        "recycled self-attention, region and reference masks": recycled(region_mask=region, mask=region),
+    }
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        # Linux forgets a process's peak when a 5 is written here.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform != "linux":
+        return 0
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    run(main)
