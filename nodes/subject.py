@@ -85,6 +85,8 @@ class SubjectNode(io.ComfyNode):
         others: tuple[Subject, ...] = (),
         cache_megabytes: int = 2048,
     ) -> io.NodeOutput:
+        if vae is None:
+            raise ValueError("The vae input is None, so the checkpoint has no VAE; load one with Load VAE.")
         if not 0 <= margin <= 1:
             raise ValueError(f"The margin is {margin}; give a share from 0 to 1.")
         image, mask = composite(image, mask)

@@ -21,8 +21,8 @@ def model() -> Any:
 
 
 def make_subject(**values: Any) -> Any:
-    # No VAE: all of this must be noticed before anything is encoded.
-    given = {"image": PICTURES, "vae": None, "phrase": "", "size": 64, "margin": 0.1, **values}
+    # Nothing that encodes: all of this must be noticed before it is asked to.
+    given = {"image": PICTURES, "vae": object(), "phrase": "", "size": 64, "margin": 0.1, **values}
     return SubjectNode.execute(**given)
 
 
@@ -45,6 +45,11 @@ def test_one_empty_mask_among_several() -> None:
 def test_mask_count(count: int) -> None:
     with pytest.raises(ValueError, match=rf"There are {count} masks for 2 pictures; give one mask, or one for each"):
         make_subject(mask=torch.ones(count, 32, 48))
+
+
+def test_checkpoint_without_vae() -> None:
+    with pytest.raises(ValueError, match=r"The vae input is None, .* load one with Load VAE"):
+        make_subject(vae=None)
 
 
 @pytest.mark.parametrize("margin", [-0.1, 1.5, math.nan])
