@@ -159,15 +159,7 @@ def _mechanisms(shape: str) -> dict[str, Callable[[Any], Any]]:
         def patch(model: Any) -> Any:
             latents = torch.randn(1, channels, size, size, generator=generator)
             subject = Subject((Reference(torch.empty(0), latents, settings.get("mask")),), "")
-            given = {
-                "strength": 1.0,
-                "keep_probability": 1.0,
-                "sites": "decoder",
-                "start_percent": 0.0,
-                "end_percent": 1.0,
-                "seed": 0,
-            }
-            given |= {name: value for name, value in settings.items() if name != "mask"}
+            given = {name: value for name, value in settings.items() if name != "mask"}
             return RecycledSelfAttentionNode.execute(model, (subject,), **given).args[0]
 
         return patch

@@ -72,6 +72,62 @@ class Progress:
         self.losses, self.samples, self.last = [], 0, now
 
 
+class Run:
+    """One trainer's run: the model, its average, its optimiser, how far it is, and the file that lets it go on."""
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, file: Path, minutes: float, rate: float, warmup: int, decay: float
+    ) -> None:
+        self.name, self.model, self.file, self.minutes, self.rate, self.warmup = (
+            name,
+            model,
+            file,
+            minutes,
+            rate,
+            warmup,
+        )
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=1e-3)
+        self.average, self.step, self.clock = Average(model, decay), 0, Clock(minutes)
+        self.progress, self.saved = Progress(name, self.clock), 0.0
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "average": self.average.module, "optimiser": self.optimiser}
+
+    def resume(self, device: torch.device) -> bool:
+        """Goes on from the last save, if there is one."""
+        state = load_state(self.file, device)
+        if state is None:
+            return False
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.clock, self.saved = state["step"], Clock(self.minutes, state["spent"]), state["spent"]
+        self.progress = Progress(self.name, self.clock)
+        return True
+
+    def save(self) -> None:
+        """Writes what `resume` goes on from."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        save_state(self.file, {**state, "step": self.step, "spent": self.clock.spent})
+        self.saved = self.clock.spent
+
+    def advance(self, loss: torch.Tensor, samples: int) -> bool:
+        """One step down the gradient of `loss`; saves every three minutes, and at the end. False when time is up."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.rate, self.step, self.clock.share, self.warmup)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update(self.model, self.step)
+        self.step += 1
+        self.progress.step(self.step, loss, samples)
+        going = self.clock.share < 1
+        if not going or self.clock.spent - self.saved > 180:
+            self.save()
+        return going
+
+
 def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file beside its place and moves it there, so a stop never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .data import batches
 from .family import LATENT_CHANNELS
-from .runs import Average, Clock, Progress, learning_rate, load_state, save_state, save_whole
+from .runs import Run, save_whole
 
 # A latent is stored with unit variance; this is the noise, in that unit, that its decoder must bear.
 LATENT_NOISE = 0.12
@@ -58,46 +58,21 @@ def train(
     initialise(model)
     model.vae_scale.requires_grad_(False)
     model.vae_shift.requires_grad_(False)
-    average = Average(model, 0.999)
-    optimiser = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], 1e-3, (0.9, 0.99), weight_decay=1e-3
-    )
-    state_file, step, clock = folder / "autoencoder.state", 0, Clock(minutes)
-    if resume and (state := load_state(state_file, device)):
-        model.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, clock = state["step"], Clock(minutes, state["spent"])
     model.to(memory_format=torch.channels_last)
-    corners = torch.Generator().manual_seed(seed + step)
-
-    def save() -> None:
-        parts = {"model": model, "average": average.module, "optimiser": optimiser}
-        save_state(state_file, {**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": clock.spent})
-
-    progress, saved = Progress("autoencoder", clock), clock.spent
-    data = batches(batch, workers, seed + step, tokenize=False)
-    while clock.share < 1:
+    run = Run("autoencoder", model, folder / "autoencoder.state", minutes, 1e-3, warmup=200, decay=0.999)
+    if resume:
+        run.resume(device)
+    corners = torch.Generator().manual_seed(seed + run.step)
+    data = batches(batch, workers, seed + run.step, tokenize=False)
+    going = True
+    while going:
         signal = to_signal(crop(next(data)[0], corners), device).contiguous(memory_format=torch.channels_last)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(1e-3, step, clock.share)
         with torch.autocast(device.type, torch.bfloat16):
             latent = model.taesd_encoder(signal * 0.5 + 0.5).float()
             noisy = latent + LATENT_NOISE * torch.randn_like(latent)
             output = model.taesd_decoder(noisy).float() * 2 - 1
-        loss = reconstruction_loss(output, signal)
-        (loss + PRIOR_WEIGHT * latent.square().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update(model, step)
-        step += 1
-        progress.step(step, loss, batch)
-        if clock.spent - saved > 180:
-            saved = clock.spent
-            save()
-    save()
-    return finish(average.module, folder, device, seed)
+        going = run.advance(reconstruction_loss(output, signal) + PRIOR_WEIGHT * latent.square().mean(), batch)
+    return finish(run.average.module, folder, device, seed)
 
 
 @torch.no_grad()

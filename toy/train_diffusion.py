@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from .data import batches
 from .family import LATENT_CHANNELS, TEXT, UNET
-from .runs import Average, Clock, Progress, learning_rate, load_state, load_tensors, save_state, save_whole
+from .runs import Average, Run, load_tensors, save_whole
 from .train_autoencoder import to_signal
 
 CAPTION_DROPOUT = 0.1
@@ -139,57 +139,27 @@ def train(
     model = Model().to(device)
     initialise(model)
     schedule = alphas_cumprod(device)
-    state_file, step, clock = folder / "diffusion.state", 0, Clock(minutes)
-    state = load_state(state_file, device) if resume else None
-    if state:
-        model.load_state_dict(state["model"])
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.99), weight_decay=1e-4, fused=True)
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-        step, clock = state["step"], Clock(minutes, state["spent"])
     drawn = max(batch // 12, 1)
-    store = Latents(
-        autoencoder,
-        batches(drawn, workers, seed + 1 + step, tokenize=True),
-        device,
-        2_000_000 if device.type == "cuda" else 100_000,
-    )
+    capacity = 2_000_000 if device.type == "cuda" else 100_000
+    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, warmup=500, decay=0.9995)
+    resumed = resume and run.resume(device)
+    store = Latents(autoencoder, batches(drawn, workers, seed + 1 + run.step, tokenize=True), device, capacity)
     empty = torch.full((1, TEXT["max_position_embeddings"]), TEXT["eos_token_id"], device=device)
     empty[0, 0] = TEXT["eos_token_id"] - 1
+    initialise_words(model, empty)
     while store.written < 2 * batch:
         initialise_words(model, store.add().to(device))
-    initialise_words(model, empty)
-    average = Average(model, 0.9995)
-    if state:
-        average.module.load_state_dict(state["average"])
-
-    def save() -> None:
-        parts = {"model": model, "average": average.module, "optimiser": optimiser}
-        save_state(state_file, {**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": clock.spent})
-
-    progress, saved = Progress("diffusion", clock), clock.spent
-    while clock.share < 1:
-        words = store.add()
-        if step < 200:
-            initialise_words(model, words.to(device))
+    if not resumed:
+        # Begin the average with the words in it.
+        run.average = Average(model, run.average.decay)
+    going = True
+    while going:
+        initialise_words(model, store.add().to(device))
         latents, tokens = store.draw(batch)
         dropped = torch.rand(batch, device=device) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(1e-3, step, clock.share, warmup=500)
-        loss = diffusion_loss(model, latents, tokens, schedule)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update(model, step)
-        step += 1
-        progress.step(step, loss, batch)
-        if clock.spent - saved > 180:
-            saved = clock.spent
-            save()
-    save()
+        going = run.advance(diffusion_loss(model, latents, tokens, schedule), batch)
     path = folder / "diffusion.safetensors"
-    save_whole(path, average.module.state_dict())
-    print(f"diffusion: {step} steps of {batch}, {store.written:,} pictures drawn", flush=True)
+    save_whole(path, run.average.module.state_dict())
+    print(f"diffusion: {run.step} steps of {batch}, {store.written:,} pictures drawn", flush=True)
     return path
