@@ -18,6 +18,7 @@ class SubjectPatches(ComfyExtension):
         """Every node of the pack."""
         from .nodes.attention_report import AttentionReportNode, RecordAttentionNode
         from .nodes.encode_prompt import EncodePromptWithSubjects
+        from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
         from .nodes.subject import SubjectNode
 
@@ -27,6 +28,8 @@ class SubjectPatches(ComfyExtension):
             RecycledSelfAttentionNode,
             RecordAttentionNode,
             AttentionReportNode,
+            LayoutNode,
+            LayoutBiasNode,
         ]
 
 
