@@ -114,8 +114,8 @@ def _named(described: list[str], lines: tuple[str, ...], boxes: int) -> list[str
     missing = [number for number, phrase in enumerate(described) if not phrase]
     if len(lines) != len(missing):
         raise ValueError(
-            f"There are {boxes} boxes and {len(described) - boxes} masks, {len(missing)} of them without a description, "
-            f"but {len(lines)} phrases; write one phrase a line for each of them, or for each without a description."
+            f"There are {boxes} boxes and {len(described) - boxes} masks, {len(missing)} of them without a description "
+            f"of their own, but {len(lines)} phrases; write one a line for each of them all, or of those without."
         )
     names = list(described)
     for number, phrase in zip(missing, lines, strict=True):
@@ -173,7 +173,7 @@ class LayoutBiasNode(io.ComfyNode):
                     options=[OUTSIDE, OTHER_REGIONS],
                     default=OUTSIDE,
                     tooltip="Where a phrase is weakened: everywhere outside its regions, as in the authors' code, or "
-                    "only in the regions of other phrases, as in the paper. Where regions overlap, neither is weakened.",
+                    "only in the regions of other phrases, as in the paper. Where two regions overlap, neither is.",
                 ),
                 io.Combo.Input(
                     "sites",

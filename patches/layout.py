@@ -164,7 +164,7 @@ class LayoutBias(Edit):
         length = context_length(call.chunk)
         if call.grid is None or call.key.shape[1] % length:
             self._warn(
-                f"Another pack changed the tokens inside the attention layer {call.site}; the layout leaves it as it is."
+                "Another pack changed the tokens inside cross-attention layers; Layout Bias leaves those as they are."
             )
             return
         # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
