@@ -20,6 +20,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.encode_prompt import EncodePromptWithSubjects
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
+        from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.subject import SubjectNode
 
         return [
@@ -30,6 +31,7 @@ class SubjectPatches(ComfyExtension):
             AttentionReportNode,
             LayoutNode,
             LayoutBiasNode,
+            SelfRecurrenceNode,
         ]
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +20,11 @@ from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
-from subject_patches.tests.layouts import box, resampled
+from subject_patches.tests.layouts import FOLDER, box, resampled
 from subject_patches.tests.models import generator
 from torch import Tensor
 
 TOLERANCE = 2e-5
-GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
-FOLDER = GOLDEN / "cones2" if (GOLDEN / "cones2").is_dir() else GOLDEN
 SITE = Site("cross", "output", 3, 0)
 
 
