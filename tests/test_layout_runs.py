@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from subject_patches.patches.call import AttentionCall, Chunk
-from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.sites import attention_sites
-from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.layouts import box, resampled
+from subject_patches.tests.look import Look, Seen
 from subject_patches.tests.models import difference, known_prompt, laid_out, prompt, sample, small_model
 from torch import Tensor
-
-
-@dataclass
-class Seen:
-    call: AttentionCall
-    sigma: float
-    output: Tensor | None = None
-
-    def keep(self, output: Tensor) -> Tensor:
-        self.output = output.clone()
-        return output
-
-
-@dataclass(frozen=True, eq=False)
-class Look(Edit):
-    """Amends nothing; keeps every call of every chunk."""
-
-    seen: list[Seen] = field(default_factory=list)
-
-    def wants(self, chunk: Chunk) -> bool:
-        return True
-
-    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        seen = Seen(call, sigma)
-        call.blend(seen.keep)
-        self.seen.append(seen)
-
-    def of(self, name: str) -> list[Seen]:
-        return [seen for seen in self.seen if seen.call.chunk.name == name]
-
 
 SIZE = (7, 10)
 WIDTH, HEIGHT = 80, 56
