@@ -31,9 +31,9 @@ def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> C
     return [[torch.randn(1, length, width, generator=generator(seed)), values]]
 
 
-def known_prompt(seed: int = 1, length: int = 7, **values: Any) -> Conditioning:
+def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
     """An encoded prompt that knows where its phrases "subject" and "scene" are, as Encode Prompt with Subjects says."""
-    return prompt(seed, length, **{SPANS_KEY: {"subject": ((2, 4),), "scene": ((5, 6),)}, **values})
+    return prompt(seed, length, width, **{SPANS_KEY: {"subject": ((2, 4),), "scene": ((5, 6),)}, **values})
 
 
 def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
