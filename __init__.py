@@ -18,7 +18,9 @@ class SubjectPatches(ComfyExtension):
         """Every node of the pack."""
         from .nodes.attention_report import AttentionReportNode, RecordAttentionNode
         from .nodes.encode_prompt import EncodePromptWithSubjects
+        from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
+        from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.subject import SubjectNode
 
         return [
@@ -27,6 +29,9 @@ class SubjectPatches(ComfyExtension):
             RecycledSelfAttentionNode,
             RecordAttentionNode,
             AttentionReportNode,
+            LayoutNode,
+            LayoutBiasNode,
+            SelfRecurrenceNode,
         ]
 
 

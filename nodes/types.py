@@ -8,3 +8,5 @@ CATEGORY = "Subject Patches"
 SubjectType = io.Custom("SUBJECT")
 # One patches.attention_record.AttentionRecord.
 AttentionRecordType = io.Custom("ATTENTION_RECORD")
+# One patches.layout_regions.Layout.
+LayoutType = io.Custom("LAYOUT")

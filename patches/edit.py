@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .call import AttentionCall, Chunk
 from .sites import Site
@@ -24,6 +25,10 @@ class Edit:
     def begin(self) -> Edit:
         """The edit for one sampling run: itself, or a copy with the run's own state."""
         return self
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when the edit cannot work in a run; asked once, before its first step. `prompts` are the
+        dictionaries of the conditionings that condition on a prompt."""
 
     def requests(self, sigma: float) -> Iterable[Request]:
         """The streams to run at a noise level, and what to record of them. None by default."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from .call import Attend, AttentionCall, execute
 from .edit import Edit
 from .identity import STEP_CACHES
-from .session import Forward, Recording, Session
+from .session import UNCONDITIONED, Forward, Recording, Session
 from .sites import Site
 from .streams import Stream
 
@@ -53,6 +53,9 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     edits = options.get(KEY, ())
     if not edits or SESSION in options:
         return executor(*args, **kwargs)
+    prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
+    for edit in edits:
+        edit.check(prompts)
     session = Session([edit.begin() for edit in edits], KEY)
     options[SESSION] = session
     try:

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.subject import Subject
 from torch import Tensor
 
-from .models import recycled, sample, small_model, subject
+from .models import laid_out, recycled, sample, small_model, subject
 
 Window = tuple[float, float]
 
@@ -53,10 +54,22 @@ def _recycled(model: Any, subjects: tuple[Subject, ...], strength: float, window
     return recycled(model, subjects, strength=strength, start_percent=start, end_percent=end, **values)
 
 
+def _laid_out(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
+    half = torch.zeros(20, 30, dtype=torch.bool)
+    half[:, :15] = True
+    regions = (Region("subject", half), Region("scene", ~half)) if subjects else ()
+    weight = 0.08 * strength
+    start, end = window
+    layout = Layout(30, 20, regions)
+    return laid_out(model, layout, guidance_weight=weight, start_percent=start, end_percent=end, **values)
+
+
 MECHANISMS = (
     Mechanism("recycled self-attention", _recycled),
     Mechanism("recycled self-attention in a region", partial(_recycled, region_mask=left_half())),
     Mechanism("sparsely recycled self-attention", partial(_recycled, keep_probability=0.5, seed=3)),
+    Mechanism("layout bias", _laid_out),
+    Mechanism("soft layout bias", partial(_laid_out, negative_weight=-5.0, weaken="other regions", eta="constant")),
 )
 
 

@@ -9,8 +9,11 @@ import comfy.sample
 import comfy.supported_models
 import torch
 from hosting.random_models import SMALL, SMALL_CONTEXT, generator, model_of
+from subject_patches.nodes.layout import LayoutBiasNode
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.layout_regions import Layout
+from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.subject import MEGABYTE, Reference, Subject
 from torch import Tensor
 
@@ -26,6 +29,11 @@ def small_model(seed: int = 0, in_channels: int = 4, **options: Any) -> Any:
 def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
     """An encoded prompt of random tokens, with further values in its dictionary."""
     return [[torch.randn(1, length, width, generator=generator(seed)), values]]
+
+
+def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
+    """An encoded prompt that knows where its phrases "subject" and "scene" are, as Encode Prompt with Subjects says."""
+    return prompt(seed, length, width, **{SPANS_KEY: {"subject": ((2, 4),), "scene": ((5, 6),)}, **values})
 
 
 def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
@@ -75,7 +83,7 @@ def sample(
             cfg,
             sampler,
             scheduler,
-            prompt(1) if positive is None else positive,
+            known_prompt() if positive is None else positive,
             prompt(2) if negative is None else negative,
             torch.zeros_like(noise) if latent is None else latent,
             noise_mask=mask,
@@ -90,6 +98,13 @@ def recycled(model: Any, subjects: tuple[Subject, ...] | None = None, **values: 
     given = {"strength": 1.0, "keep_probability": 1.0, "sites": "decoder", "start_percent": 0.0, "end_percent": 1.0}
     chosen = (subject(),) if subjects is None else subjects
     return RecycledSelfAttentionNode.execute(model, chosen, **{**given, "seed": 0, **values}).args[0]
+
+
+def laid_out(model: Any, layout: Layout, **values: Any) -> Any:
+    """The Layout Bias node with its defaults; `values` are its inputs."""
+    given = {"guidance_weight": 0.08, "positive_weight": 2.5, "negative_weight": -1e8, "weaken": "everywhere outside"}
+    rest = {"sites": "encoder and decoder", "start_percent": 0.0, "end_percent": 1.0}
+    return LayoutBiasNode.execute(model, layout, **{**given, **rest, **values}).args[0]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from hosting.random_models import SD, SDXL, fill_shared, generator, model_of
+from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.sites import attention_sites, family_of
-from subject_patches.tests.models import difference, prompt, recycled, sample
+from subject_patches.tests.mechanisms import left_half
+from subject_patches.tests.models import difference, known_prompt, laid_out, prompt, recycled, sample
 
 REFINER = {
     **SDXL,
@@ -90,9 +92,11 @@ def test_two_patched_steps_of_a_real_shape(family: Family) -> None:
     assert {stage: sum(site.stage == stage for site in sites) for stage in family.stages} == family.stages
     extra = {"pooled_output": torch.randn(1, family.pooled, generator=generator(9))} if family.pooled else {}
     width = family.config["context_dim"]
-    prompts = {"positive": prompt(1, 77, width, **extra), "negative": prompt(2, 77, width, **extra)}
+    prompts = {"positive": known_prompt(1, 77, width, **extra), "negative": prompt(2, 77, width, **extra)}
     run = {"size": (8, 12), "steps": 2, **prompts}
-    plain, patched = sample(model, **run), sample(recycled(model), **run)
-    assert patched.isfinite().all()
-    assert math.isfinite(difference(patched, plain))
-    assert difference(patched, plain) > 0.01
+    plain = sample(model, **run)
+    left = Layout(30, 20, (Region("subject", left_half()[0] > 0),))
+    for patched in (sample(recycled(model), **run), sample(laid_out(model, left), **run)):
+        assert patched.isfinite().all()
+        assert math.isfinite(difference(patched, plain))
+        assert difference(patched, plain) > 0.01

@@ -1,0 +1,135 @@
+"""The Self-Recurrence node: a SAMPLER that does each step more than once (Cones 2)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comfy.model_sampling import CONST
+from comfy.samplers import KSAMPLER
+from comfy_api.latest import io
+from tqdm.auto import tqdm
+
+from ..patches.self_recurrence import recur, row_noise
+from ..patches.window import Window
+from .types import CATEGORY
+
+TURNS_MAX = 10
+# Those of the host's samplers that remember nothing from one step to the next.
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "euler_cfg_pp",
+    "euler_ancestral_cfg_pp",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+)
+
+
+class SelfRecurrenceNode(io.ComfyNode):
+    """Wraps a SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesSelfRecurrence",
+            display_name="Self-Recurrence",
+            category=CATEGORY,
+            description="Does each step of a sampler more than once, noising back in between, so that a layout takes "
+            "hold better (Cones 2's code). Sampling takes as many times as long. For SamplerCustom nodes.",
+            search_aliases=["Cones 2", "time travel", "resampling", "recurrence"],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip=f"From KSamplerSelect, one of: {', '.join(SAMPLERS)}."),
+                io.Int.Input(
+                    "turns",
+                    default=2,
+                    min=1,
+                    max=TURNS_MAX,
+                    tooltip="How often each step is done. 2 is the authors'; 1 is the sampler as it is.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule steps begin to recur, 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule it stops; 1 is the last step. Equal to the start: never.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Fixes the noise in between, whatever the sampler's own seed.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, sampler: Any, turns: int, start_percent: float, end_percent: float, seed: int) -> io.NodeOutput:
+        if not 1 <= turns <= TURNS_MAX:
+            raise ValueError(f"The turns are {turns}; give a number from 1 to {TURNS_MAX}.")
+        window = Window(start_percent, end_percent)
+        function = getattr(sampler, "sampler_function", None)
+        name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+        if type(sampler) is not KSAMPLER or name not in SAMPLERS:
+            raise ValueError(
+                f"The sampler {name} cannot be done one step at a time; choose one of {', '.join(SAMPLERS)}."
+            )
+        if sampler.extra_options.get("s_churn", 0) > 0:
+            raise ValueError("The sampler has s_churn, which adds noise of its own to each step; set it to 0.")
+        if turns == 1 or window.empty:
+            return io.NodeOutput(sampler)
+        wrapped = KSAMPLER(_recurrent(function, window, turns, seed), sampler.extra_options, sampler.inpaint_options)
+        return io.NodeOutput(wrapped)
+
+
+def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: int) -> Callable[..., Any]:
+    """A sampler function of the host's kind, around one of its own."""
+    stochastic = "noise_sampler" in inspect.signature(function).parameters
+
+    def sample(
+        model: Any,
+        x: Any,
+        sigmas: Any,
+        extra_args: Any = None,
+        callback: Any = None,
+        disable: Any = None,
+        **options: Any,
+    ) -> Any:
+        model_sampling = model.inner_model.inner_model.model_sampling
+        if isinstance(model_sampling, CONST):
+            raise ValueError("Self-Recurrence knows no flow models; use it with SD 1.x, SD 2.x or SDXL.")
+        bar = tqdm(total=len(sigmas) - 1, disable=disable)
+
+        def step(x: Any, levels: Any, number: int, turn: int) -> Any:
+            def told(state: dict[str, Any]) -> None:
+                if callback is not None:
+                    callback({**state, "i": number})
+
+            # Each call of an ancestral sampler would otherwise begin its noise anew, with the same.
+            own = {"noise_sampler": lambda *_: row_noise(x, seed, "step", number, turn)} if stochastic else {}
+            x = function(model, x, levels, extra_args=extra_args, callback=told, disable=True, **{**own, **options})
+            if turn == 0:
+                bar.update()
+            return x
+
+        def turns_at(sigma: float) -> int:
+            return turns if window.contains(sigma, model_sampling.percent_to_sigma) else 1
+
+        with bar:
+            return recur(step, x, sigmas, turns_at, lambda x, *place: row_noise(x, seed, "back", *place))
+
+    return sample

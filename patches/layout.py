@@ -1,0 +1,202 @@
+"""Layout bias (Cones 2, section 3.3): each subject's words are strengthened where the subject belongs and weakened
+elsewhere, in the logits of every cross-attention.
+
+The published code differs from the paper; this follows the code where it is one's default, and says where.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .call import AttentionCall, Chunk, head_split
+from .edit import Edit
+from .layout_regions import Layout, canonical
+from .prompt import SPANS_KEY, Spans
+from .streams import Features, Stream
+
+# Beyond this a logit's share is zero in any precision; float16 ends at 65504.
+HARDEST = 1e4
+
+# Equations
+
+
+def eta(sigma: float, constant: bool = False) -> float:
+    """Eq. 7's concave eta(t). The paper does not give it; the code's is ln(1 + sigma^2), about 5.4 at the first step of
+    SD and 0 at the end. `constant` is 1 at every noise level, which the code's is at sigma 1.31."""
+    return 1.0 if constant else math.log1p(sigma * sigma)
+
+
+def region_values(shown: Tensor, irrelevant: Tensor, positive: float, negative: float) -> Tensor:
+    """M_s of Algorithm 1, line 2, on the canvas: `positive` (gamma+) where the subject is shown, `negative` (gamma-)
+    where it is irrelevant, else 0. Masks (height, width) bool to float32; shown wins where both hold, so that a place
+    in two regions is irrelevant to neither."""
+    values = torch.zeros(shown.shape)
+    return values.masked_fill(irrelevant, negative).masked_fill(shown, positive)
+
+
+def irrelevant_to(shown: Tensor, others: Iterable[Tensor], everywhere: bool) -> Tensor:
+    """Where a subject is irrelevant, (height, width) bool: by the code everywhere outside its own region, by the paper
+    only in the regions of the other subjects."""
+    if everywhere:
+        return ~shown
+    union = torch.zeros_like(shown)
+    for other in others:
+        union |= other
+    return union & ~shown
+
+
+def at_grid(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """M_s (height, width) at the (h, w) places of a layer, row by row: (h * w). Bilinear with the corners aligned.
+
+    The two values themselves are interpolated, as in the code: with a hard `negative` a place that straddles an edge is
+    almost `negative`, so regions shrink and never grow. The code has a table of four sizes and a fallback that shears
+    the map; this is the table's result at those sizes and the same resampling at every other."""
+    return functional.interpolate(values[None, None], grid, mode="bilinear", align_corners=True).flatten()
+
+
+def logit_deviation(query: Tensor, key: Tensor, heads: int, each_row: bool = True) -> Tensor:
+    """std(Q K^T / sqrt(d)), unbiased, over heads, places and tokens: (rows, 1, 1), or (1, 1, 1) over all rows too.
+
+    The code takes it over the whole call, before the scale; taken of each row, a batch equals its singles. `query` and
+    `key` are (rows, tokens, channels). Exact, in float32, without making the (heads, places, tokens) matrix: squares
+    within a query's tokens sum to <Q^T Q, K'^T K'> with K' the keys less their mean, and those of the queries' mean
+    logits add to them (the law of total variance)."""
+    q, k = head_split(query, heads), head_split(key, heads)
+    tokens, mean = k.shape[2], k.mean(2, keepdim=True)
+    k = k - mean
+    within = ((q.mT @ q) * (k.mT @ k)).sum((1, 2, 3), keepdim=True)
+    means = q @ mean.mT
+    over = (1, 2, 3) if each_row else (0, 1, 2, 3)
+    squares = within if each_row else within.sum(0, keepdim=True)
+    squares = squares + tokens * (means - means.mean(over, keepdim=True)).square().sum(over, keepdim=True)
+    count = (means.numel() if not each_row else means[0].numel()) * tokens
+    return ((squares / max(count - 1, 1)).clamp(min=0).sqrt() * q.shape[-1] ** -0.5)[:, 0]
+
+
+def layout_bias(weights: Tensor, guidance: float, fade: float, deviation: Tensor) -> Tensor:
+    """What Eq. 7 adds to the scaled logits: guidance * eta * std * M, (rows, places, tokens).
+
+    `weights` is M (places, tokens), `fade` eta's value, `deviation` what `logit_deviation` gives. `guidance`, 0.05 to
+    0.08 in the code, is not in the paper; the code's bias stands before the scale, with the std of the unscaled logits,
+    which is the same. It multiplies the negative weight too, as in the code."""
+    return weights * (guidance * fade * deviation)
+
+
+# The edit
+
+
+def tokens_of(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[frozenset[str], list[int]]:
+    """The tokens of a prompt that belong to some of `phrases` (as `canonical` writes them), by which of them: a token
+    of "red dog" may be one of "dog" as well."""
+    known = {canonical(phrase): found for phrase, found in spans.items()}
+    owners: dict[int, set[str]] = {}
+    for phrase in phrases:
+        for start, stop in known.get(phrase, ()):
+            for token in range(start, stop):
+                owners.setdefault(token, set()).add(phrase)
+    groups: dict[frozenset[str], list[int]] = {}
+    for token, names in sorted(owners.items()):
+        groups.setdefault(frozenset(names), []).append(token)
+    return groups
+
+
+def crop(values: Tensor, chunk: Chunk) -> Tensor:
+    """The part of a canvas (height, width) that a chunk's area conditioning cuts out of the latent, to the nearest
+    pixel of the canvas; all of it without an area."""
+    if chunk.area is None:
+        return values
+    height, width, y, x = chunk.area
+    down, across = values.shape[0] / chunk.latent[0], values.shape[1] / chunk.latent[1]
+    y0, x0 = min(round(y * down), values.shape[0] - 1), min(round(x * across), values.shape[1] - 1)
+    y1, x1 = max(round((y + height) * down), y0 + 1), max(round((x + width) * across), x0 + 1)
+    return values[y0:y1, x0:x1]
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutBias(Edit):
+    """Biases the logits of a layout's phrases, in every conditioned chunk that knows where its phrases are.
+
+    `guidance` 0 changes nothing. `negative` weakens `everywhere` outside a phrase's regions (the code) or only in those
+    of other phrases (the paper). `constant` is eta's. `each_row` takes the statistic of each picture by itself."""
+
+    layout: Layout
+    positive: float = 2.5
+    negative: float = -1e8
+    guidance: float = 0.08
+    everywhere: bool = True
+    constant: bool = False
+    each_row: bool = True
+    _weights: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+    _warned: set[str] = field(default_factory=set, repr=False)
+
+    def begin(self) -> LayoutBias:
+        return replace(self, _weights={}, _warned=set())
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when a phrase of the layout is known to none of the run's prompts."""
+        known = {canonical(phrase): phrase for prompt in prompts for phrase in prompt.get(SPANS_KEY, ())}
+        for region in self.layout.regions:
+            if canonical(region.phrase) in known:
+                continue
+            if not known:
+                raise ValueError(
+                    f"The positive conditioning does not say which of its words are '{region.phrase}'; make it with "
+                    f"Encode Prompt with Subjects, with '{region.phrase}' among its phrases."
+                )
+            raise ValueError(
+                f"The layout's phrase '{region.phrase}' is none of those that the positive conditioning knows "
+                f"({', '.join(known.values())}); add it to the phrases of Encode Prompt with Subjects, or name the "
+                "layout's region as it is written there."
+            )
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), self.layout.phrases)
+        if not groups:
+            return
+        length = context_length(call.chunk)
+        if call.grid is None or call.key.shape[1] % length:
+            self._warn(
+                "Another pack changed the tokens inside cross-attention layers; Layout Bias leaves those as they are."
+            )
+            return
+        # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
+        deviation = logit_deviation(call.query, call.key[:, :length], call.heads, self.each_row)
+        bias = layout_bias(self._weights_at(call, groups, length), self.guidance, eta(sigma, self.constant), deviation)
+        call.bias(bias.clamp_(-HARDEST, HARDEST))
+
+    def _weights_at(self, call: AttentionCall, groups: Mapping[frozenset[str], Sequence[int]], length: int) -> Tensor:
+        """M for a call, (queries, keys) float32 on its device; a layer's is the same at every step."""
+        keys, chunk = call.key.shape[1], call.chunk
+        tokens = tuple((names, tuple(found)) for names, found in groups.items())
+        place = (tokens, length, keys, call.grid, chunk.area, chunk.latent, call.query.device)
+        if place not in self._weights:
+            weights = torch.zeros(call.query.shape[1], keys)
+            for names, found in groups.items():
+                columns = [token + turn for turn in range(0, keys, length) for token in found]
+                weights[:, columns] = at_grid(crop(self._values(names), chunk), call.grid)[:, None]
+            self._weights[place] = weights.to(call.query.device)
+        return self._weights[place]
+
+    def _values(self, names: frozenset[str]) -> Tensor:
+        shown = self.layout.shown()
+        own = torch.stack([shown[name] for name in sorted(names)]).any(0)
+        others = (mask for name, mask in shown.items() if name not in names)
+        return region_values(own, irrelevant_to(own, others, self.everywhere), self.positive, self.negative)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logging.warning(message)
+
+
+def context_length(chunk: Chunk) -> int:
+    """How many tokens a chunk's prompt has before the host repeats it."""
+    return chunk.conditioning["model_conds"]["c_crossattn"].cond.shape[1]
