@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from host import ROOT, find_host
+from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
 
 if TYPE_CHECKING:
@@ -45,15 +45,14 @@ def main() -> int:
     options = parser.parse_args()
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(options.shape, options.steps, options.repeats, options.cfg)
+    _bench(host, options.shape, options.steps, options.repeats, options.cfg)
     return 0
 
 
-def _bench(shape: str, steps: int, repeats: int, cfg: float) -> None:
-    from hosting.device import use_cpu_without_gpu
-    from hosting.pack import load_pack
+def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float) -> None:
+    from hosting.pack import import_host, load_pack
 
-    use_cpu_without_gpu()
+    import_host(host.tree)
     load_pack(ROOT)
     import torch
 

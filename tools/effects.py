@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from host import ROOT, find_host
+from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
 
 if TYPE_CHECKING:
@@ -23,13 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "decoder (the default)": {},
     "encoder": {"sites": "encoder"},
     "encoder and decoder": {"sites": "encoder and decoder"},
-    "strength 0.25": {"strength": 0.25},
     "strength 0.5": {"strength": 0.5},
     "strength 2": {"strength": 2.0},
-    "strength 4": {"strength": 4.0},
-    "keep probability 0.25": {"keep_probability": 0.25},
     "keep probability 0.5": {"keep_probability": 0.5},
-    "keep probability 0.75": {"keep_probability": 0.75},
 }
 
 
@@ -52,15 +48,14 @@ def main() -> int:
     options = parser.parse_args()
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _effects(options.pairs, options.steps)
+    _effects(host, options.pairs, options.steps)
     return 0
 
 
-def _effects(pairs: int, steps: int) -> None:
-    from hosting.device import use_cpu_without_gpu
-    from hosting.pack import load_pack
+def _effects(host: Host, pairs: int, steps: int) -> None:
+    from hosting.pack import import_host, load_pack
 
-    use_cpu_without_gpu()
+    import_host(host.tree)
     load_pack(ROOT)
     import torch
     from subject_patches.toy.judge import load_judge
@@ -70,7 +65,7 @@ def _effects(pairs: int, steps: int) -> None:
     torch.set_flush_denormal(True)
     toy, judge = Toy.load(), load_judge()
     whole: dict[str, list[Score]] = {name: [] for name in ("unpatched", *SETTINGS)}
-    region: dict[str, list[Score]] = {name: [] for name in ("unpatched", "decoder (the default)", "region mask too")}
+    region: dict[str, list[Score]] = {name: [] for name in ("unpatched", "decoder, in the region")}
     for number in range(pairs):
         pair = Pair(toy, judge, number, steps)
         for name, settings in {"unpatched": None, **SETTINGS}.items():
@@ -124,9 +119,7 @@ class Pair:
         """The score of an emblem painted into the scene's region."""
         import torch
 
-        settings: dict[str, Any] | None = None if name == "unpatched" else {}
-        if name == "region mask too":
-            settings = {"region_mask": self.region[None]}
+        settings = None if name == "unpatched" else {"region_mask": self.region[None]}
         scene = torch.from_numpy(self.scene.image).float()[None] / 255
         latents = self.toy.vae.encode(scene)
         image = self.toy.sample(

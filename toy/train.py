@@ -34,6 +34,22 @@ def export(folder: Path, checkpoint: Path) -> None:
     print(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e6:.1f} MB)", flush=True)
 
 
+def unpack(checkpoint: Path, folder: Path) -> None:
+    """The inverse of `export`: the trained parts of a checkpoint, in fp32, as the stages' results in a run's folder."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"diffusion": {}, "autoencoder": {}}
+    prefixes = {
+        "model.diffusion_model.": ("diffusion", "unet."),
+        "cond_stage_model.transformer.": ("diffusion", "text."),
+        "first_stage_model.": ("autoencoder", ""),
+    }
+    for name, tensor in load_tensors(checkpoint).items():
+        prefix = next(p for p in prefixes if name.startswith(p))
+        stage, new = prefixes[prefix]
+        parts[stage][new + name.removeprefix(prefix)] = tensor.float()
+    for stage, tensors in parts.items():
+        save_whole(folder / f"{stage}.safetensors", tensors)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
@@ -45,11 +61,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    parser.add_argument("--batch-autoencoder", type=int, default=32)
-    parser.add_argument("--batch-diffusion", type=int, default=128)
+    parser.add_argument("--batch-autoencoder", type=int, default=16)
+    parser.add_argument("--batch-diffusion", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint whose U-Net and text encoder to train on from")
     parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
     arguments = parser.parse_args()
+    if arguments.start:
+        if not arguments.start.is_file():
+            parser.error(f"--start: there is no checkpoint {arguments.start}")
+        unpack(arguments.start, arguments.folder)
     device = torch.device(arguments.device)
     from comfy.cli_args import args as host_arguments
 
@@ -60,8 +81,10 @@ def main() -> None:
 
     common = (arguments.folder, device, arguments.workers)
     stages = ("autoencoder", "diffusion", "export") if arguments.stage == "all" else (arguments.stage,)
+    if arguments.start:
+        stages = ("diffusion", "export")
     for stage in stages:
-        done = arguments.stage == "all" and (arguments.folder / f"{stage}.safetensors").exists()
+        done = arguments.stage == "all" and not arguments.start and (arguments.folder / f"{stage}.safetensors").exists()
         if stage == "autoencoder" and not done:
             train_autoencoder.train(
                 arguments.minutes_autoencoder, *common, arguments.batch_autoencoder, arguments.seed, arguments.resume

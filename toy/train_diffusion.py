@@ -143,6 +143,10 @@ def train(
     capacity = 2_000_000 if device.type == "cuda" else 100_000
     run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, warmup=500, decay=0.9995)
     resumed = resume and run.resume(device)
+    path = folder / "diffusion.safetensors"
+    if not resumed and path.exists():
+        # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
+        model.load_state_dict(load_tensors(path))
     store = Latents(autoencoder, batches(drawn, workers, seed + 1 + run.step, tokenize=True), device, capacity)
     empty = torch.full((1, TEXT["max_position_embeddings"]), TEXT["eos_token_id"], device=device)
     empty[0, 0] = TEXT["eos_token_id"] - 1
@@ -159,7 +163,6 @@ def train(
         dropped = torch.rand(batch, device=device) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
         going = run.advance(diffusion_loss(model, latents, tokens, schedule), batch)
-    path = folder / "diffusion.safetensors"
     save_whole(path, run.average.module.state_dict())
     print(f"diffusion: {run.step} steps of {batch}, {store.written:,} pictures drawn", flush=True)
     return path

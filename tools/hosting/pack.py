@@ -6,9 +6,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from .device import use_cpu_without_gpu
 from .errors import ToolError
 
 PACKAGE = "subject_patches"
+
+
+def import_host(tree: Path) -> None:
+    """Makes the modules of the host in `tree` importable here, on the CPU where there is no GPU."""
+    sys.path.insert(0, str(tree))
+    use_cpu_without_gpu()
 
 
 def load_pack(root: Path) -> None:
