@@ -64,6 +64,11 @@ def _effects(host: Host, pairs: int, steps: int) -> None:
     # Denormal numbers slow a CPU down several times, and mean nothing here.
     torch.set_flush_denormal(True)
     toy, judge = Toy.load(), load_judge()
+    with torch.inference_mode():
+        _measure(toy, judge, pairs, steps)
+
+
+def _measure(toy: Any, judge: Any, pairs: int, steps: int) -> None:
     whole: dict[str, list[Score]] = {name: [] for name in ("unpatched", *SETTINGS)}
     region: dict[str, list[Score]] = {name: [] for name in ("unpatched", "decoder, in the region")}
     for number in range(pairs):

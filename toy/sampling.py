@@ -21,7 +21,8 @@ NOISE_SHAPE = (8, SIZE // 8, SIZE // 8)
 
 @dataclass(frozen=True)
 class Toy:
-    """The toy as the host's checkpoint loader gives it."""
+    """The toy as the host's checkpoint loader gives it. Sample and encode in inference mode, as the host's server does:
+    outside it the autoencoder keeps what a gradient would need."""
 
     model: Any
     clip: Any
@@ -38,6 +39,7 @@ class Toy:
         rows = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))[0][0] for caption in captions]
         return [[torch.cat(rows), {}]]
 
+    @torch.inference_mode()
     def sample(
         self,
         captions: Sequence[str],
