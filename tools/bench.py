@@ -42,14 +42,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
     parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--only", default="", metavar="WORDS", help="only the mechanisms whose name has these words")
     options = parser.parse_args()
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(host, options.shape, options.steps, options.repeats, options.cfg)
+    _bench(host, options.shape, options.steps, options.repeats, options.cfg, options.only)
     return 0
 
 
-def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float) -> None:
+def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float, only: str) -> None:
     from hosting.pack import import_host, load_pack
 
     import_host(host.tree)
@@ -58,6 +59,13 @@ def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float) -> None
 
     # Denormal numbers would slow a CPU down several times, and unevenly.
     torch.set_flush_denormal(True)
+    with torch.inference_mode():
+        _measure(shape, steps, repeats, cfg, only)
+
+
+def _measure(shape: str, steps: int, repeats: int, cfg: float, only: str) -> None:
+    import torch
+
     model = _model(shape)
     size, _channels, width = SHAPES[shape]
     device = "the GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
@@ -67,8 +75,10 @@ def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float) -> None
     generator = torch.Generator().manual_seed(0)
     conditionings = [[[torch.randn(1, 77, width, generator=generator), _pooled(shape, generator)]] for _ in range(2)]
     vanilla = _sampling(model, shape, conditionings, steps, cfg)
+    # Once each before anything counts.
     vanilla(0)
-    for name, patch in _mechanisms(shape).items():
+    chosen = {name: patch for name, patch in _mechanisms(shape).items() if only in name}
+    for name, patch in chosen.items():
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
         for repeat in range(repeats):
             # A fresh subject each time: the first picture pays for its features, the second finds them.
