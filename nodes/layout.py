@@ -13,7 +13,7 @@ from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_
 from ..patches.prompt import split_phrases
 from ..patches.sites import CHOICES, attention_sites, select_sites
 from ..patches.window import Window
-from .types import CATEGORY, LayoutType
+from .types import CATEGORY, LayoutType, named_sites_input, window_inputs
 
 POSITIVE_MAX = 100.0
 NEGATIVE_MIN = -1e8
@@ -181,22 +181,7 @@ class LayoutBiasNode(io.ComfyNode):
                     default="encoder and decoder",
                     tooltip="Which cross-attention layers are biased. The authors bias all.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule the layout begins to act, 0 is the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule it stops; 1 is the last step. Equal to the start: never.",
-                ),
+                *window_inputs("the layout begins to act"),
                 io.Combo.Input(
                     "eta",
                     options=[FADING, CONSTANT],
@@ -213,13 +198,7 @@ class LayoutBiasNode(io.ComfyNode):
                     tooltip="The push is scaled by how much the attention scores vary: in each picture, or over the "
                     "whole batch as in the authors' code, where a picture then depends on the others beside it.",
                 ),
-                io.String.Input(
-                    "named_sites",
-                    default="",
-                    advanced=True,
-                    tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, "
-                    "output.4.0",
-                ),
+                named_sites_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
         )

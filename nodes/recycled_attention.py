@@ -13,7 +13,7 @@ from ..patches.sites import CHOICES, attention_sites, select_sites
 from ..patches.streams import NoisedReference
 from ..patches.subject import Subject
 from ..patches.window import Window
-from .types import CATEGORY, SubjectType
+from .types import CATEGORY, SubjectType, named_sites_input, window_inputs
 
 STRENGTH_MAX = 10.0
 
@@ -57,22 +57,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     default="decoder",
                     tooltip="Which self-attention layers see the reference. The paper finds the decoder best.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule the reference begins to act, 0 is the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule it stops; 1 is the last step. Equal to the start: never.",
-                ),
+                *window_inputs("the reference begins to act"),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -102,13 +87,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     tooltip="'cond only' is the paper's: guidance then pushes towards the subject. 'both' also shows "
                     "the reference to the negative prompt's pass, which weakens that push.",
                 ),
-                io.String.Input(
-                    "named_sites",
-                    default="",
-                    advanced=True,
-                    tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, "
-                    "output.4.0",
-                ),
+                named_sites_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
         )

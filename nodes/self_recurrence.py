@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..patches.self_recurrence import recur, row_noise
 from ..patches.window import Window
-from .types import CATEGORY
+from .types import CATEGORY, window_inputs
 
 TURNS_MAX = 10
 # Those of the host's samplers that remember nothing from one step to the next.
@@ -49,22 +49,7 @@ class SelfRecurrenceNode(io.ComfyNode):
                     max=TURNS_MAX,
                     tooltip="How often each step is done. 2 is the authors'; 1 is the sampler as it is.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule steps begin to recur, 0 is the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule it stops; 1 is the last step. Equal to the start: never.",
-                ),
+                *window_inputs("steps begin to recur"),
                 io.Int.Input(
                     "seed",
                     default=0,

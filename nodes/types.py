@@ -10,3 +10,23 @@ SubjectType = io.Custom("SUBJECT")
 AttentionRecordType = io.Custom("ATTENTION_RECORD")
 # One patches.layout_regions.Layout.
 LayoutType = io.Custom("LAYOUT")
+
+
+def window_inputs(acts: str) -> list[io.Float.Input]:
+    """The window's two inputs; `acts` says what begins in it, as in "the layout begins to act"."""
+    bounds = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}
+    ends = "Where in the schedule it stops; 1 is the last step. Equal to the start: never."
+    return [
+        io.Float.Input("start_percent", **bounds, tooltip=f"Where in the schedule {acts}, 0 is the first step."),
+        io.Float.Input("end_percent", **bounds | {"default": 1.0}, tooltip=ends),
+    ]
+
+
+def named_sites_input() -> io.String.Input:
+    """Where a user writes blocks when the sites are 'named'."""
+    return io.String.Input(
+        "named_sites",
+        default="",
+        advanced=True,
+        tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, output.4.0",
+    )

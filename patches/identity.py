@@ -31,6 +31,7 @@ _RUN_OPTIONS = frozenset(
 
 
 def digest_of(model_conds: Mapping[str, Any]) -> str:
+    """A digest of the contents of a conditioning as the host encoded it for its model."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(model_conds):
         value = model_conds[name].cond
