@@ -7,14 +7,14 @@ import comfy.supported_models
 import numpy as np
 import pytest
 import torch
-from subject_patches.toy.data import Words
+from subject_patches.toy.data import LABELS, UNLABELLED, Words, labels_of
 from subject_patches.toy.drawing import draw
 from subject_patches.toy.family import ToyDiffusion, register
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import Toy
 from subject_patches.toy.scenes import Background, describe, sample_emblem, sample_scene, view
 from subject_patches.toy.shapes import PLATES, SHAPES
-from subject_patches.toy.train_diffusion import Model, encode_text, initialise, initialise_words
+from subject_patches.toy.train_diffusion import Model, encode_text, initialise, initialise_words, label_loss
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_trained_text_encoder_is_the_hosts() -> None:
     torch.manual_seed(0)
     model, tokens = Model(), Words()(["a red star and an emblem on grass"])
     initialise(model)
-    initialise_words(model, tokens)
+    initialise_words(model, tokens.unique())
     torch.testing.assert_close(encode_text(model.text.text_model, tokens), model.text.text_model(tokens)[0])
 
 
@@ -128,3 +128,33 @@ def test_prompts_are_obeyed(toy: Toy) -> None:
     (ground, colour), (other_ground, other_colour) = right(0), right(1)
     assert ground > other_ground + 0.3
     assert colour > other_colour + 0.3
+
+
+def test_labels_are_what_the_cells_show() -> None:
+    """Each latent cell's label is the thing that fills it; emblems have a shape and no words for colour or texture."""
+    picture = draw(sample_scene(np.random.default_rng(11), 2, 0.0))
+    labels = labels_of(picture)
+    for thing, mask in zip(picture.scene.things, picture.masks, strict=True):
+        inside = mask.reshape(16, 8, 16, 8).all((1, 3))
+        assert inside.any()
+        values = [names.index(getattr(thing, kind)) for kind, names in LABELS.items()]
+        assert (labels[:, inside] == np.array(values, dtype=np.uint8)[:, None]).all()
+    assert (labels[:, ~picture.masks.any(0).reshape(16, 8, 16, 8).any((1, 3))] == UNLABELLED).all()
+    emblem = labels_of(draw(view(sample_emblem(np.random.default_rng(3)), np.random.default_rng(4))))
+    assert (emblem[0] == LABELS["shape"].index("emblem")).any()
+    assert (emblem[1:] == UNLABELLED).all()
+
+
+def test_the_label_loss_falls_when_the_scores_are_right() -> None:
+    """Scores that name each cell's thing cost nearly nothing, and a batch without things costs nothing."""
+    labels = torch.from_numpy(labels_of(draw(sample_scene(np.random.default_rng(11), 2, 0.0))))[None].long()
+    scores = torch.cat(
+        [
+            torch.nn.functional.one_hot(labels[:, row].clamp(max=len(names) - 1), len(names)).movedim(-1, 1) * 20.0
+            for row, names in enumerate(LABELS.values())
+        ],
+        1,
+    )
+    assert float(label_loss(scores, labels)) < 1e-3
+    assert float(label_loss(-scores, labels)) > 3
+    assert float(label_loss(scores, torch.full_like(labels, UNLABELLED))) == 0

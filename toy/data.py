@@ -8,30 +8,55 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .drawing import draw
-from .scenes import SIZE, sample_scene
+from .drawing import Picture, draw
+from .scenes import COLOURS, EMBLEM, SIZE, TEXTURES, sample_scene
+from .shapes import SHAPES
+
+CELL = 8
+LABELS: dict[str, tuple[str, ...]] = {"shape": (*SHAPES, EMBLEM), "colour": tuple(COLOURS), "texture": TEXTURES}
+UNLABELLED = 255
+
+
+def labels_of(picture: Picture) -> np.ndarray:
+    """What fills each latent cell (8 x 8 pixels) of a picture: uint8 (3, 16, 16), the row of its shape, colour and
+    texture in LABELS, or UNLABELLED where no thing fills half of the cell, or no caption says it (emblems)."""
+    cells = SIZE // CELL
+    labels = np.full((len(LABELS), cells, cells), UNLABELLED, dtype=np.uint8)
+    for thing, mask in zip(picture.scene.things, picture.masks, strict=True):
+        filled = mask.reshape(cells, CELL, cells, CELL).mean((1, 3)) > 0.5
+        for row, (name, values) in enumerate(LABELS.items()):
+            if name == "shape" or thing.emblem is None:
+                labels[row, filled] = values.index(getattr(thing, name))
+    return labels
 
 
 class Scenes(IterableDataset):
-    """Batches of scenes. Worker w of a run with seed s draws from its own stream (s, w), so a run is
-    reproducible and no two workers draw the same scene."""
+    """Batches of scenes: pictures, token ids, labels of their latent cells. Worker w of a run with seed s draws from
+    its own stream (s, w), so a run is reproducible and no two workers draw the same scene."""
 
     def __init__(self, batch: int, seed: int, tokenize: bool, set_share: float = 0.2) -> None:
         self.batch, self.seed, self.tokenize, self.set_share = batch, seed, tokenize, set_share
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
+        if worker:
+            # A worker may start afresh, and the host looks for a GPU when it is imported.
+            from comfy.cli_args import args as host_arguments
+
+            host_arguments.cpu = True
         rng = np.random.default_rng((self.seed, worker.id if worker else 0))
         words = Words() if self.tokenize else None
         while True:
             images = np.empty((self.batch, SIZE, SIZE, 3), dtype=np.uint8)
+            labels = np.empty((self.batch, len(LABELS), SIZE // CELL, SIZE // CELL), dtype=np.uint8)
             captions = []
             for row in range(self.batch):
                 scene = sample_scene(rng, set_share=self.set_share)
-                images[row] = draw(scene).image
+                picture = draw(scene)
+                images[row], labels[row] = picture.image, labels_of(picture)
                 captions.append(scene.caption)
             tokens = words(captions) if words else torch.empty(0)
-            yield torch.from_numpy(images), tokens
+            yield torch.from_numpy(images), tokens, torch.from_numpy(labels)
 
 
 class Words:
@@ -59,8 +84,15 @@ class Words:
         return rows
 
 
+def vocabulary(captions: int = 5000) -> torch.Tensor:
+    """The ids of all tokens that captions are made of, ascending."""
+    rng = np.random.default_rng(0)
+    return Words()([sample_scene(rng, set_share=0.2).caption for _ in range(captions)]).unique()
+
+
 def batches(batch: int, workers: int, seed: int, tokenize: bool) -> Iterator:
-    """An endless iterator of (images uint8 (batch, 128, 128, 3), token ids (batch, 77) or empty)."""
+    """An endless iterator of (images uint8 (batch, 128, 128, 3), token ids (batch, 77) or empty, labels uint8
+    (batch, 3, 16, 16))."""
     data = Scenes(batch, seed, tokenize)
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     return iter(loader)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from safetensors.torch import load_file, save_file
 
 
@@ -72,20 +73,52 @@ class Progress:
         self.losses, self.samples, self.last = [], 0, now
 
 
+class Peers:
+    """The `count` processes that train one model together, each on batches of its own; they meet at a file.
+
+    On a CPU, processes of one thread each bear other work beside them; threads of one process wait for one another
+    at every operation."""
+
+    def __init__(self, rank: int = 0, count: int = 1, meeting: Path | None = None) -> None:
+        self.rank, self.count = rank, count
+        if count > 1:
+            distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def average(self, module: torch.nn.Module, number: float) -> float:
+        """Makes the module's gradients the peers' mean, and gives the mean of their `number`s."""
+        if self.count == 1:
+            return number
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_full((1,), number)])
+        distributed.all_reduce(flat)
+        flat /= self.count
+        for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return float(flat[-1])
+
+
 class Run:
     """One trainer's run: the model, its average, its optimiser, how far it is, and the file that lets it go on."""
 
     def __init__(
-        self, name: str, model: torch.nn.Module, file: Path, minutes: float, rate: float, warmup: int, decay: float
+        self,
+        name: str,
+        model: torch.nn.Module,
+        file: Path,
+        minutes: float,
+        rate: float,
+        peers: Peers,
+        warmup: int,
+        decay: float,
     ) -> None:
-        self.name, self.model, self.file, self.minutes, self.rate, self.warmup = (
-            name,
-            model,
-            file,
-            minutes,
-            rate,
-            warmup,
-        )
+        self.name, self.model, self.file = name, model, file
+        self.minutes, self.rate, self.warmup = minutes, rate, warmup
+        self.peers = peers
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=1e-3)
         self.average, self.step, self.clock = Average(model, decay), 0, Clock(minutes)
@@ -112,19 +145,22 @@ class Run:
         self.saved = self.clock.spent
 
     def advance(self, loss: torch.Tensor, samples: int) -> bool:
-        """One step down the gradient of `loss`; saves every three minutes, and at the end. False when time is up."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.rate, self.step, self.clock.share, self.warmup)
+        """One step down the gradient of `loss`, with the peers; saves every three minutes, and at the end. False when
+        time is up."""
         loss.backward()
+        share = self.peers.average(self.model, self.clock.share)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.rate, self.step, share, self.warmup)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.average.update(self.model, self.step)
         self.step += 1
-        self.progress.step(self.step, loss, samples)
-        going = self.clock.share < 1
-        if not going or self.clock.spent - self.saved > 180:
-            self.save()
+        going = share < 1
+        if self.peers.rank == 0:
+            self.progress.step(self.step, loss, samples * self.peers.count)
+            if not going or self.clock.spent - self.saved > 180:
+                self.save()
         return going
 
 

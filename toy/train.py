@@ -3,16 +3,20 @@
 Two stages, each with a budget in minutes: the autoencoder, then the U-Net with its text encoder; then both are
 written as one checkpoint. A stage that finds its result in the run's folder is not trained again. Stopping is
 safe at any time: with `--resume` a run goes on from its last save (one every three minutes).
+
+On a CPU that others use too, `--processes 2`, one thread each, is the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import multiprocessing
 
-from .runs import load_tensors, save_whole
+from .runs import Peers, load_tensors, save_whole
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "weights" / "subject-patches-toy.safetensors"
@@ -50,27 +54,11 @@ def unpack(checkpoint: Path, folder: Path) -> None:
         save_whole(folder / f"{stage}.safetensors", tensors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
-    parser.add_argument(
-        "--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder"
-    )
-    parser.add_argument("--stage", choices=("all", "autoencoder", "diffusion", "export"), default="all")
-    parser.add_argument("--folder", type=Path, default=HERE / "runs" / "default", help="where the run keeps its files")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    parser.add_argument("--batch-autoencoder", type=int, default=16)
-    parser.add_argument("--batch-diffusion", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint whose U-Net and text encoder to train on from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
-    arguments = parser.parse_args()
-    if arguments.start:
-        if not arguments.start.is_file():
-            parser.error(f"--start: there is no checkpoint {arguments.start}")
-        unpack(arguments.start, arguments.folder)
+def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+    """What each process does: the stages asked for, one after the other."""
+    peers = Peers(rank, arguments.processes, meeting)
+    if peers.count > 1:
+        torch.set_num_threads(1)
     device = torch.device(arguments.device)
     from comfy.cli_args import args as host_arguments
 
@@ -79,7 +67,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     from . import train_autoencoder, train_diffusion
 
-    common = (arguments.folder, device, arguments.workers)
+    common = (arguments.folder, device, peers, arguments.workers)
     stages = ("autoencoder", "diffusion", "export") if arguments.stage == "all" else (arguments.stage,)
     if arguments.start:
         stages = ("diffusion", "export")
@@ -93,8 +81,38 @@ def main() -> None:
             train_diffusion.train(
                 arguments.minutes_diffusion, *common, arguments.batch_diffusion, arguments.seed, arguments.resume
             )
-        elif stage == "export":
+        elif stage == "export" and peers.rank == 0:
             export(arguments.folder, arguments.checkpoint)
+        peers.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
+    parser.add_argument(
+        "--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder"
+    )
+    parser.add_argument("--stage", choices=("all", "autoencoder", "diffusion", "export"), default="all")
+    parser.add_argument("--folder", type=Path, default=HERE / "runs" / "default", help="where the run keeps its files")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train together")
+    parser.add_argument("--batch-autoencoder", type=int, default=16)
+    parser.add_argument("--batch-diffusion", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint whose U-Net and text encoder to train on from")
+    parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
+    arguments = parser.parse_args()
+    if arguments.start:
+        if not arguments.start.is_file():
+            parser.error(f"--start: there is no checkpoint {arguments.start}")
+        unpack(arguments.start, arguments.folder)
+    if arguments.processes == 1:
+        work(0, arguments, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (arguments, Path(folder) / "meeting"), arguments.processes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .data import batches
 from .family import LATENT_CHANNELS
-from .runs import Run, save_whole
+from .runs import Peers, Run, save_whole
 
 # A latent is stored with unit variance; this is the noise, in that unit, that its decoder must bear.
 LATENT_NOISE = 0.12
@@ -50,7 +50,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def train(
-    minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool
+    minutes: float, folder: Path, device: torch.device, peers: Peers, workers: int, batch: int, seed: int, resume: bool
 ) -> Path:
     """Trains for `minutes` and writes `folder/autoencoder.safetensors`; gives its path."""
     torch.manual_seed(seed)
@@ -59,11 +59,14 @@ def train(
     model.vae_scale.requires_grad_(False)
     model.vae_shift.requires_grad_(False)
     model.to(memory_format=torch.channels_last)
-    run = Run("autoencoder", model, folder / "autoencoder.state", minutes, 1e-3, warmup=200, decay=0.999)
+    run = Run("autoencoder", model, folder / "autoencoder.state", minutes, 1e-3, peers, warmup=200, decay=0.999)
     if resume:
         run.resume(device)
-    corners = torch.Generator().manual_seed(seed + run.step)
-    data = batches(batch, workers, seed + run.step, tokenize=False)
+    # From here on every peer draws for itself.
+    own = (seed * peers.count + peers.rank) * 2**20 + run.step
+    torch.manual_seed(own)
+    corners = torch.Generator().manual_seed(own)
+    data = batches(batch, workers, own, tokenize=False)
     going = True
     while going:
         signal = to_signal(crop(next(data)[0], corners), device).contiguous(memory_format=torch.channels_last)
@@ -72,7 +75,7 @@ def train(
             noisy = latent + LATENT_NOISE * torch.randn_like(latent)
             output = model.taesd_decoder(noisy).float() * 2 - 1
         going = run.advance(reconstruction_loss(output, signal) + PRIOR_WEIGHT * latent.square().mean(), batch)
-    return finish(run.average.module, folder, device, seed)
+    return finish(run.average.module, folder, device, seed) if peers.rank == 0 else folder
 
 
 @torch.no_grad()

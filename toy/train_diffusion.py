@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -13,13 +12,14 @@ from comfy.ops import disable_weight_init
 from comfy.taesd.taesd import TAESD
 from torch.nn import functional
 
-from .data import batches
-from .family import LATENT_CHANNELS, TEXT, UNET
-from .runs import Average, Run, load_tensors, save_whole
+from .data import LABELS, UNLABELLED, batches, vocabulary
+from .family import LATENT_CHANNELS, TEXT, UNET, WIDTH
+from .runs import Peers, Run, load_tensors, save_whole
 from .train_autoencoder import to_signal
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
+LABEL_WEIGHT = 0.1
 
 
 def alphas_cumprod(device: torch.device) -> torch.Tensor:
@@ -29,12 +29,22 @@ def alphas_cumprod(device: torch.device) -> torch.Tensor:
 
 
 class Model(torch.nn.Module):
-    """The two trained parts under one roof."""
+    """The two trained parts under one roof, and a head that only training needs: it reads from the U-Net's second
+    last block what fills each latent cell. The noise alone is slow to teach what a word's shape is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unet = UNetModel(**UNET, operations=disable_weight_init)
         self.text = CLIPTextModel(TEXT, None, None, disable_weight_init)
+        self.labels = torch.nn.Conv2d(WIDTH, sum(map(len, LABELS.values())), 1)
+        self.features: list[torch.Tensor] = []
+        self.unet.output_blocks[-2][-1].register_forward_hook(lambda layer, args, out: self.features.append(out))
+
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The predicted noise, and the scores of all labels (n, labels, 16, 16)."""
+        self.features.clear()
+        predicted = self.unet(noisy, timestep, context=encode_text(self.text.text_model, tokens))
+        return predicted.float(), self.labels(self.features.pop()).float()
 
 
 def initialise(model: Model) -> None:
@@ -56,10 +66,9 @@ def initialise(model: Model) -> None:
             torch.nn.init.zeros_(layer.weight)
 
 
-def initialise_words(model: Model, tokens: torch.Tensor) -> None:
-    """Random embeddings for the words of these tokens that have none yet."""
+def initialise_words(model: Model, used: torch.Tensor) -> None:
+    """Random embeddings for those of these token ids that have none yet."""
     table = model.text.text_model.embeddings.token_embedding.weight
-    used = tokens.unique()
     fresh = used[(table[used] == 0).all(1)]
     with torch.no_grad():
         table[fresh] = torch.randn(len(fresh), table.shape[1], device=table.device) * 0.5
@@ -84,48 +93,59 @@ class Latents:
         self.autoencoder, self.data, self.device, self.capacity = autoencoder, data, device, capacity
         self.latents = torch.empty(capacity, LATENT_CHANNELS, 16, 16, dtype=torch.float16, device=device)
         self.tokens = torch.empty(capacity, TEXT["max_position_embeddings"], dtype=torch.int32, device=device)
+        self.labels = torch.empty(capacity, len(LABELS), 16, 16, dtype=torch.uint8, device=device)
         self.written = 0
-        self.new_tokens: deque[torch.Tensor] = deque()
 
     @torch.no_grad()
-    def add(self) -> torch.Tensor:
-        """Encodes one more batch of pictures into the store; gives its token ids."""
-        images, tokens = next(self.data)
+    def add(self) -> None:
+        """Encodes one more batch of pictures into the store."""
+        images, tokens, labels = next(self.data)
         with torch.autocast(self.device.type, torch.bfloat16):
             latents = self.autoencoder.encode(to_signal(images, self.device))
         rows = (self.written + torch.arange(len(images), device=self.device)) % self.capacity
         self.latents[rows] = latents.to(self.latents.dtype)
         self.tokens[rows] = tokens.to(self.device, torch.int32)
+        self.labels[rows] = labels.to(self.device)
         self.written += len(images)
-        return tokens
 
-    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.randint(min(self.written, self.capacity), (count,), device=self.device)
-        return self.latents[rows].float(), self.tokens[rows].long()
+        return self.latents[rows].float(), self.tokens[rows].long(), self.labels[rows].long()
 
 
-def diffusion_loss(model: Model, latents: torch.Tensor, tokens: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
-    """Denoising loss on the predicted noise, weighted as v prediction would be, (SNR + 1) / SNR (Salimans and Ho
-    2022), and by min(SNR, 5) / SNR (Hang et al. 2023).
+def label_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the label scores (n, labels, 16, 16) where a thing is, summed over LABELS."""
+    parts = scores.split([len(values) for values in LABELS.values()], 1)
+    # A batch of emblems alone has no colours: the mean over no cells would be no number.
+    return sum(
+        functional.cross_entropy(part, labels[:, row], ignore_index=UNLABELLED, reduction="sum")
+        / (labels[:, row] != UNLABELLED).sum().clamp(min=1)
+        for row, part in enumerate(parts)
+    )
+
+
+def training_loss(
+    model: Model, latents: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, schedule: torch.Tensor
+) -> torch.Tensor:
+    """The label loss, times LABEL_WEIGHT, and the denoising loss on the predicted noise, weighted as v prediction
+    would be, (SNR + 1) / SNR (Salimans and Ho 2022), and by min(SNR, 5) / SNR (Hang et al. 2023).
 
     Flat grounds shine through the strongest noise: there the noise is predicted to half a percent without a look at
     the caption, and unweighted its error teaches next to nothing of words."""
-    count = len(latents)
-    timestep = torch.randint(len(schedule), (count,), device=latents.device)
+    snr = schedule / (1 - schedule)
+    weights = (snr + 1) / snr * snr.clamp(max=SNR_CAP) / snr
+    timestep = torch.randint(len(schedule), (len(latents),), device=latents.device)
     alpha = schedule[timestep].view(-1, 1, 1, 1)
     noise = torch.randn_like(latents)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     with torch.autocast(latents.device.type, torch.bfloat16):
-        context = encode_text(model.text.text_model, tokens)
-        predicted = model.unet(noisy, timestep, context=context)
-    snr = alpha / (1 - alpha)
-    weight = (snr + 1) / snr * snr.clamp(max=SNR_CAP) / snr
-    error = functional.mse_loss(predicted.float(), noise, reduction="none")
-    return (weight * error).mean() / weight.mean().detach()
+        predicted, scores = model(noisy, timestep, tokens)
+    error = functional.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+    return ((weights[timestep] * error).mean() + LABEL_WEIGHT * label_loss(scores, labels)) / weights.mean()
 
 
 def train(
-    minutes: float, folder: Path, device: torch.device, workers: int, batch: int, seed: int, resume: bool
+    minutes: float, folder: Path, device: torch.device, peers: Peers, workers: int, batch: int, seed: int, resume: bool
 ) -> Path:
     """Trains for `minutes` and writes `folder/diffusion.safetensors`; gives its path.
 
@@ -138,31 +158,34 @@ def train(
     autoencoder.requires_grad_(False)
     model = Model().to(device)
     initialise(model)
+    empty = torch.full((1, TEXT["max_position_embeddings"]), TEXT["eos_token_id"], device=device)
+    empty[0, 0] = TEXT["eos_token_id"] - 1
+    path = folder / "diffusion.safetensors"
+    if path.exists():
+        # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
+        model.load_state_dict(load_tensors(path), strict=False)
+    initialise_words(model, vocabulary().to(device))
+    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, peers, warmup=500, decay=0.9995)
+    if resume:
+        run.resume(device)
+    # From here on every peer draws for itself.
+    own = (seed * peers.count + peers.rank) * 2**20 + run.step
+    torch.manual_seed(own)
     schedule = alphas_cumprod(device)
     drawn = max(batch // 12, 1)
     capacity = 2_000_000 if device.type == "cuda" else 100_000
-    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, warmup=500, decay=0.9995)
-    resumed = resume and run.resume(device)
-    path = folder / "diffusion.safetensors"
-    if not resumed and path.exists():
-        # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
-        model.load_state_dict(load_tensors(path))
-    store = Latents(autoencoder, batches(drawn, workers, seed + 1 + run.step, tokenize=True), device, capacity)
-    empty = torch.full((1, TEXT["max_position_embeddings"]), TEXT["eos_token_id"], device=device)
-    empty[0, 0] = TEXT["eos_token_id"] - 1
-    initialise_words(model, empty)
+    store = Latents(autoencoder, batches(drawn, workers, own, tokenize=True), device, capacity)
     while store.written < 2 * batch:
-        initialise_words(model, store.add().to(device))
-    if not resumed:
-        # Begin the average with the words in it.
-        run.average = Average(model, run.average.decay)
+        store.add()
     going = True
     while going:
-        initialise_words(model, store.add().to(device))
-        latents, tokens = store.draw(batch)
+        store.add()
+        latents, tokens, labels = store.draw(batch)
         dropped = torch.rand(batch, device=device) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
-        going = run.advance(diffusion_loss(model, latents, tokens, schedule), batch)
-    save_whole(path, run.average.module.state_dict())
-    print(f"diffusion: {run.step} steps of {batch}, {store.written:,} pictures drawn", flush=True)
+        going = run.advance(training_loss(model, latents, tokens, labels, schedule), batch)
+    if peers.rank == 0:
+        trained = run.average.module.state_dict()
+        save_whole(path, {name: trained[name] for name in trained if not name.startswith("labels.")})
+        print(f"diffusion: {run.step} steps of {batch * peers.count}", flush=True)
     return path
