@@ -50,6 +50,27 @@ class Extension:
     route: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Note:
+    """What an edit decided at a call, for whoever looks inside: `make` gives maps over the call's places, float,
+    (rows or 1, height, width) or (rows or 1, k, height, width); `labels` says what each of the k is, where that is
+    known."""
+
+    name: str
+    make: Callable[[], Tensor]
+    labels: tuple[str, ...] = ()
+
+    def maps(self) -> Tensor:
+        """The maps, made now: (rows or 1, k, height, width) in float32."""
+        made = self.make().detach().float()
+        made = made if made.ndim == 4 else made[:, None]
+        if made.ndim != 4 or len(self.labels) not in (0, made.shape[1]):
+            raise ValueError(
+                f"The note '{self.name}' made a tensor of shape {tuple(made.shape)} for {len(self.labels)} labels."
+            )
+        return made
+
+
 @dataclass
 class AttentionCall:
     """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split.
@@ -68,6 +89,14 @@ class AttentionCall:
     extensions: list[Extension] = field(default_factory=list)
     own_bias: Tensor | None = None
     blends: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    def note(self, name: str, make: Callable[[], Tensor], labels: Sequence[str] = ()) -> None:
+        """Tells what an edit decided here, as in `call.note("aggregation mask", lambda: mask)`; see `Note`.
+
+        Costs nothing unless an observing edit asks: `make` is called then, after every edit has amended the call, or
+        never. Two edits may note one name."""
+        self.notes.append(Note(name, make, tuple(labels)))
 
     def replace(self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None) -> None:
         """Puts other tensors in the place of query, key or value; key and value must stay of one length."""

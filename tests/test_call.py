@@ -209,6 +209,37 @@ def test_extension_share() -> None:
     torch.testing.assert_close(call.extension_share(), shares[..., 7:].sum(-1).float(), rtol=0, atol=TOLERANCE)
 
 
+def test_notes_are_made_when_asked_for_and_amend_nothing() -> None:
+    call = make_call()
+    made = []
+
+    def mask() -> Tensor:
+        made.append(1)
+        return torch.ones(2, 3, 3, dtype=torch.bool)
+
+    call.note("mask", mask)
+    call.note("maps", lambda: torch.zeros(1, 2, 3, 3, dtype=torch.float16), ["cat", "dog"])
+    call.note("mask", lambda: torch.zeros(1, 3, 3))
+    execute([call], Counted(3))
+    assert not call.amended
+    assert made == []
+    assert [note.name for note in call.notes] == ["mask", "maps", "mask"]
+    assert call.notes[1].labels == ("cat", "dog")
+    first, second, third = (note.maps() for note in call.notes)
+    torch.testing.assert_close(first, torch.ones(2, 1, 3, 3))
+    assert (second.shape, second.dtype) == ((1, 2, 3, 3), torch.float32)
+    assert third.shape == (1, 1, 3, 3)
+    assert made == [1]
+
+
+@pytest.mark.parametrize("labels", [(), ("one", "two", "three")])
+def test_a_note_of_another_shape_is_refused(labels: tuple[str, ...]) -> None:
+    call = make_call()
+    call.note("mask", lambda: torch.ones(3, 3) if not labels else torch.ones(2, 2, 3, 3), labels)
+    with pytest.raises(ValueError, match="The note 'mask' made a tensor of shape"):
+        call.notes[0].maps()
+
+
 def random_bias(rows: int, queries: int, keys: int) -> Tensor | None:
     shape = random.choice([None, (), (1, 1, 1), (1, 1, keys), (1, queries, keys), (rows, 1, keys), (rows, queries, 1)])  # noqa: S311
     return None if shape is None else torch.randn(shape)
