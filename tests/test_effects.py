@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import effects
 import numpy as np
 import pytest
 import torch
+from measuring.recycled_attention import Pair
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import Toy
 
@@ -19,20 +19,20 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Iterator[list[effects.Pair]]:
+def pairs() -> Iterator[list[Pair]]:
     """Emblems, each with its reference picture and a scene to put it in; inference mode, as in the host's server."""
     toy, judge = Toy.load(), load_judge()
     with torch.inference_mode():
-        yield [effects.Pair(toy, judge, 1000 + number, STEPS) for number in range(PAIRS)]
+        yield [Pair(toy, judge, 1000 + number, STEPS) for number in range(PAIRS)]
 
 
-def test_recycled_attention_carries_identity(pairs: list[effects.Pair]) -> None:
+def test_recycled_attention_carries_identity(pairs: list[Pair]) -> None:
     """With the reference, the emblem in the picture is more like it than without, by more than chance."""
     rise = [pair.carried({}).identity - pair.carried(None).identity for pair in pairs]
     assert np.mean(rise) > 2 * np.std(rise, ddof=1) / PAIRS**0.5
 
 
-def test_recycled_attention_keeps_the_rest_of_a_region(pairs: list[effects.Pair]) -> None:
+def test_recycled_attention_keeps_the_rest_of_a_region(pairs: list[Pair]) -> None:
     """In a painted region the reference changes the picture, and what lies outside stays as the scene has it."""
     before, after = ([pair.placed(name) for pair in pairs[:8]] for name in ("unpatched", "decoder, in the region"))
     assert all(b.identity != a.identity for a, b in zip(before, after, strict=True))

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
+from measuring.given import PHRASES, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Latent size, channels, context width and length of the pooled vector (SDXL's only) of each shape.
-SHAPES = {"toy": (16, 8, 64), "sd15": (64, 4, 768), "sdxl": (128, 4, 2048)}
+SHAPES = {
+    shape.name: shape for shape in (Shape("toy", 16, 8, 64), Shape("sd15", 64, 4, 768), Shape("sdxl", 128, 4, 2048))
+}
 
 
 @dataclass
@@ -46,11 +48,11 @@ def main() -> int:
     options = parser.parse_args()
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(host, options.shape, options.steps, options.repeats, options.cfg, options.only)
+    _bench(host, SHAPES[options.shape], options.steps, options.repeats, options.cfg, options.only)
     return 0
 
 
-def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float, only: str) -> None:
+def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
     from hosting.pack import import_host, load_pack
 
     import_host(host.tree)
@@ -63,21 +65,28 @@ def _bench(host: Host, shape: str, steps: int, repeats: int, cfg: float, only: s
         _measure(shape, steps, repeats, cfg, only)
 
 
-def _measure(shape: str, steps: int, repeats: int, cfg: float, only: str) -> None:
+def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
     import torch
+    from measuring import COSTS
+    from subject_patches.patches.prompt import SPANS_KEY
 
     model = _model(shape)
-    size, _channels, width = SHAPES[shape]
     device = "the GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-    print(f"{shape}, latents {size} x {size}, {steps} steps, CFG {cfg:g}, {torch.get_num_threads()} threads, {device}")
+    print(
+        f"{shape.name}, latents {shape.size} x {shape.size}, {steps} steps, CFG {cfg:g}, "
+        f"{torch.get_num_threads()} threads, {device}"
+    )
     print("| mechanism | first picture | later pictures | rows of the model, first / later | peak memory |")
     print("|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
-    conditionings = [[[torch.randn(1, 77, width, generator=generator), _pooled(shape, generator)]] for _ in range(2)]
+    conditionings = [
+        [[torch.randn(1, 77, shape.width, generator=generator), {**_pooled(shape, generator), SPANS_KEY: spans}]]
+        for spans in (PHRASES, {})
+    ]
     vanilla = _sampling(model, shape, conditionings, steps, cfg)
     # Once each before anything counts.
     vanilla(0)
-    chosen = {name: patch for name, patch in _mechanisms(shape).items() if only in name}
+    chosen = {name: patch for rows in COSTS for name, patch in rows(shape).items() if only in name}
     for name, patch in chosen.items():
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
         for repeat in range(repeats):
@@ -101,8 +110,8 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _model(shape: str) -> Any:
-    if shape == "toy":
+def _model(shape: Shape) -> Any:
+    if shape.name == "toy":
         from subject_patches.toy.sampling import Toy
 
         return Toy.load().model
@@ -111,18 +120,18 @@ def _model(shape: str) -> Any:
     from hosting.random_models import SD, SDXL, model_of
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
-    if shape == "sd15":
-        return model_of(families.SD15, {**SD, "context_dim": SHAPES[shape][2]}, dtype=dtype)
+    if shape.name == "sd15":
+        return model_of(families.SD15, {**SD, "context_dim": shape.width}, dtype=dtype)
     return model_of(families.SDXL, SDXL, dtype=dtype)
 
 
-def _pooled(shape: str, generator: Any) -> dict[str, Any]:
+def _pooled(shape: Shape, generator: Any) -> dict[str, Any]:
     import torch
 
-    return {"pooled_output": torch.randn(1, 1280, generator=generator)} if shape == "sdxl" else {}
+    return {"pooled_output": torch.randn(1, 1280, generator=generator)} if shape.name == "sdxl" else {}
 
 
-def _sampling(model: Any, shape: str, conditionings: Any, steps: int, cfg: float) -> Callable[[int], Run]:
+def _sampling(model: Any, shape: Shape, conditionings: Any, steps: int, cfg: float) -> Callable[[int], Run]:
     """A function of the seed that samples one picture and says what it took."""
     import comfy.sample
     import torch
@@ -136,10 +145,9 @@ def _sampling(model: Any, shape: str, conditionings: Any, steps: int, cfg: float
 
     counted = model.clone()
     counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench", count)
-    size, channels, _ = SHAPES[shape]
 
     def sample(seed: int) -> Run:
-        noise = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(1, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed))
         rows[0] = 0
         _reset_peak()
         start = time.perf_counter()
@@ -151,33 +159,6 @@ def _sampling(model: Any, shape: str, conditionings: Any, steps: int, cfg: float
         return Run(time.perf_counter() - start, rows[0], _peak())
 
     return sample
-
-
-def _mechanisms(shape: str) -> dict[str, Callable[[Any], Any]]:
-    """Each row of the table: a name, and a function that patches a model with a fresh subject."""
-    import torch
-    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
-    from subject_patches.patches.subject import Reference, Subject
-
-    size, channels, _ = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    region = torch.zeros(1, size, size)
-    region[:, size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
-
-    def recycled(**settings: Any) -> Callable[[Any], Any]:
-        def patch(model: Any) -> Any:
-            latents = torch.randn(1, channels, size, size, generator=generator)
-            subject = Subject((Reference(torch.empty(0), latents, settings.get("mask")),), "")
-            given = {name: value for name, value in settings.items() if name != "mask"}
-            return RecycledSelfAttentionNode.execute(model, (subject,), **given).args[0]
-
-        return patch
-
-    return {
-        "recycled self-attention": recycled(),
-        "recycled self-attention, strength 0.5": recycled(strength=0.5),
-        "recycled self-attention, region and reference masks": recycled(region_mask=region, mask=region),
-    }
 
 
 def _reset_peak() -> None:

@@ -1,0 +1,81 @@
+"""What a study and a benchmark are given, and how their numbers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from host import Host
+    from torch import Tensor
+
+
+# What the benchmark's prompt names, and where: as Encode Prompt with Subjects says it.
+PHRASES = {f"phrase {number}": ((2 * number, 2 * number + 2),) for number in range(1, 9)}
+
+
+@dataclass(frozen=True)
+class Given:
+    """The toy and its judge in this process, the host for a study that needs a server, how many cases to measure, and
+    the sampling steps of each."""
+
+    host: Host
+    toy: Any
+    judge: Any
+    count: int
+    steps: int
+
+    def picture(self, positive: Any, seed: int, model: Any = None, sampler: Any = None) -> Tensor:
+        """One picture (1, 128, 128, 3) of 0 to 1 of a CONDITIONING, at CFG 4; `model` is a patched one, `sampler` a
+        SAMPLER to use instead of Euler."""
+        import comfy.sample
+        import comfy.samplers
+        import torch
+        from subject_patches.toy.sampling import NOISE_SHAPE
+
+        used = model or self.toy.model
+        noise = torch.randn(1, *NOISE_SHAPE, generator=torch.Generator().manual_seed(seed))
+        sigmas = comfy.samplers.calculate_sigmas(used.get_model_object("model_sampling"), "normal", self.steps)
+        sampled = comfy.sample.sample_custom(
+            used,
+            noise,
+            4.0,
+            sampler or comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            self.toy.encode([""]),
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=seed,
+        )
+        return self.toy.vae.decode(sampled)[..., :3].clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape: its name, latent size and channels, and context width."""
+
+    name: str
+    size: int
+    channels: int
+    width: int
+
+
+def paired(first: Sequence[float], other: Sequence[float]) -> str:
+    """The mean rise from `first` to `other`, case by case, with its standard error: "+0.150 ± 0.020". Nothing when
+    they are one and the same."""
+    import numpy as np
+
+    if other is first:
+        return ""
+    rise = np.subtract(other, first)
+    error = rise.std(ddof=1) / len(rise) ** 0.5 if len(rise) > 1 else float("nan")
+    return f"{rise.mean():+.3f} ± {error:.3f}"
+
+
+def share(found: Sequence[bool]) -> str:
+    """How many of these are true: "85%"."""
+    import numpy as np
+
+    return f"{np.mean(found):.0%}"

@@ -1,0 +1,185 @@
+"""Recycled self-attention: emblems carried into a prompt's scene, and placed into a painted region of one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .given import Given, Shape, paired
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNPATCHED = "unpatched"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "decoder (the default)": {},
+    "encoder": {"sites": "encoder"},
+    "encoder and decoder": {"sites": "encoder and decoder"},
+    "strength 0.5": {"strength": 0.5},
+    "strength 2": {"strength": 2.0},
+    "keep probability 0.5": {"keep_probability": 0.5},
+}
+
+
+@dataclass
+class Score:
+    """One picture: identity of its emblem with the reference's, whether an emblem and the background were found, and
+    the mean difference to the scene outside the painted region (0 to 255; None where there is no region)."""
+
+    identity: float
+    emblem: bool
+    background: bool
+    outside: float | None = None
+
+
+def study(given: Given) -> None:
+    """Prints both tables, over `given.count` emblem-and-scene pairs."""
+    whole: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
+    region: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, "decoder, in the region")}
+    for number in range(given.count):
+        pair = Pair(given.toy, given.judge, number, given.steps)
+        for name, settings in {UNPATCHED: None, **SETTINGS}.items():
+            whole[name].append(pair.carried(settings))
+        for name in region:
+            region[name].append(pair.placed(name))
+        print(f"pair {number + 1} of {given.count}", file=sys.stderr, flush=True)
+    print("An emblem carried into a prompt's scene:\n")
+    _table(whole)
+    print("\nAn emblem placed into a painted region of a scene:\n")
+    _table(region)
+
+
+class Pair:
+    """One emblem with its reference picture, and one scene to put it in."""
+
+    def __init__(self, toy: Any, judge: Any, number: int, steps: int) -> None:
+        import numpy as np
+        import torch
+        from subject_patches.nodes.subject import SubjectNode
+        from subject_patches.toy.drawing import draw
+        from subject_patches.toy.scenes import Background, describe_background, sample_emblem, sample_scene, view
+
+        rng = np.random.default_rng((2**42, number))
+        self.toy, self.judge, self.seed, self.steps = toy, judge, number, steps
+        emblem = sample_emblem(rng)
+        plain = "gray" if emblem.plate_colour != "gray" else "white"
+        reference = draw(view(emblem, rng, Background("plain", (plain,))))
+        picture = torch.from_numpy(reference.image).float()[None] / 255
+        mask = torch.from_numpy(reference.masks[:1]).float()
+        self.identity = judge.identity(picture, torch.from_numpy(reference.boxes).float())
+        given = {"phrase": "emblem", "size": 96, "margin": 0.15, "mask": mask}
+        self.subject = SubjectNode.execute(picture, toy.vae, **given).args[0]
+        self.scene = draw(sample_scene(rng, 1, 0.0))
+        while emblem.plate_colour in self.scene.scene.background.colours:
+            self.scene = draw(sample_scene(rng, 1, 0.0))
+        self.prompt = f"an emblem {describe_background(self.scene.scene.background)}"
+        self.region = _free_region(self.scene.masks.any(0), rng)
+
+    def carried(self, settings: dict[str, Any] | None) -> Score:
+        """The score of a picture of the prompt, with these settings of the node, or unpatched."""
+        image = self.toy.sample([self.prompt], [self.seed], self._patched(settings), self.steps)
+        reading = self.judge.findings(image)[0]
+        emblems = [f for f in reading.objects if f.shape == "emblem"]
+        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
+        best = (emblems or list(reading.objects))[:1]
+        box = best[0].box if best else (0, 0, image.shape[2], image.shape[1])
+        return self._score(image, box, bool(emblems), reading)
+
+    def placed(self, name: str) -> Score:
+        """The score of an emblem painted into the scene's region."""
+        import torch
+
+        settings = None if name == UNPATCHED else {"region_mask": self.region[None]}
+        scene = torch.from_numpy(self.scene.image).float()[None] / 255
+        latents = self.toy.vae.encode(scene)
+        image = self.toy.sample(
+            [self.prompt],
+            [self.seed],
+            self._patched(settings),
+            self.steps,
+            latents=latents,
+            noise_mask=self.region[None],
+        )
+        rows, columns = self.region.any(1).nonzero(), self.region.any(0).nonzero()
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        reading = self.judge.findings(image)[0]
+        seen = any(f.shape == "emblem" and _inside(f.box, box) for f in reading.objects)
+        score = self._score(image, box, seen, reading)
+        # A latent pixel spreads over its neighbours when decoded: what touches the region is left out.
+        near = torch.nn.functional.max_pool2d(self.region[None], 33, 1, 16)[0]
+        kept = self.toy.vae.decode(latents)[..., :3]
+        score.outside = float((image - kept).abs().mean(-1)[0][near == 0].mean()) * 255
+        return score
+
+    def _patched(self, settings: dict[str, Any] | None) -> Any:
+        from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+
+        if settings is None:
+            return None
+        return RecycledSelfAttentionNode.execute(self.toy.model, self.subject, **settings).args[0]
+
+    def _score(self, image: Tensor, box: Sequence[float], emblem: bool, reading: Any) -> Score:
+        import torch
+
+        vector = self.judge.identity(image, torch.tensor([box], dtype=torch.float32))
+        background = reading.background == self.scene.scene.background.kind
+        return Score(float((vector * self.identity).sum()), emblem, background)
+
+
+def _inside(box: Sequence[float], region: Sequence[float]) -> bool:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return region[0] <= x <= region[2] and region[1] <= y <= region[3]
+
+
+def _free_region(taken: Any, rng: Any) -> Tensor:
+    """A disc (128, 128) of 0 and 1 that covers as little as can be of what the scene shows."""
+    import numpy as np
+    import torch
+
+    y, x = np.mgrid[: taken.shape[0], : taken.shape[1]] + 0.5
+    discs = [np.hypot(x - cx, y - cy) < 30 for cx, cy in rng.uniform(32, 96, size=(40, 2))]
+    return torch.from_numpy(min(discs, key=lambda disc: int((disc & taken).sum()))).float()
+
+
+def _table(scores: dict[str, list[Score]]) -> None:
+    import numpy as np
+
+    print(
+        "| | identity | rise, paired | emblem found | background right | outside, of 255 |\n|---|---|---|---|---|---|"
+    )
+    identity = {name: [s.identity for s in rows] for name, rows in scores.items()}
+    for name, rows in scores.items():
+        outside = [s.outside for s in rows if s.outside is not None]
+        print(
+            f"| {name} | {np.mean(identity[name]):.3f} | {paired(identity['unpatched'], identity[name])} "
+            f"| {np.mean([s.emblem for s in rows]):.0%} | {np.mean([s.background for s in rows]):.0%} "
+            f"| {f'{np.mean(outside):.2f}' if outside else ''} |"
+        )
+
+
+def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
+    """The benchmark's rows: a name, and a function that patches a model with a fresh subject."""
+    import torch
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+    from subject_patches.patches.subject import Reference, Subject
+
+    generator = torch.Generator().manual_seed(1)
+    region = torch.zeros(1, shape.size, shape.size)
+    region[:, shape.size // 4 : 3 * shape.size // 4, shape.size // 4 : 3 * shape.size // 4] = 1
+
+    def recycled(**settings: Any) -> Callable[[Any], Any]:
+        def patch(model: Any) -> Any:
+            latents = torch.randn(1, shape.channels, shape.size, shape.size, generator=generator)
+            subject = Subject((Reference(torch.empty(0), latents, settings.get("mask")),), "")
+            given = {name: value for name, value in settings.items() if name != "mask"}
+            return RecycledSelfAttentionNode.execute(model, (subject,), **given).args[0]
+
+        return patch
+
+    return {
+        "recycled self-attention": recycled(),
+        "recycled self-attention, strength 0.5": recycled(strength=0.5),
+        "recycled self-attention, region and reference masks": recycled(region_mask=region, mask=region),
+    }
