@@ -76,7 +76,8 @@ class AttentionCall:
     """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split.
 
     `grid` is the (height, width) of the query tokens, or None where another pack changed their number; an edit that
-    needs places must then leave the call as it is."""
+    needs places must then leave the call as it is. `replaced` names which of query, key and value edits have put
+    there in the place of the layer's own."""
 
     query: Tensor
     key: Tensor
@@ -90,6 +91,7 @@ class AttentionCall:
     own_bias: Tensor | None = None
     blends: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    replaced: set[str] = field(default_factory=set)
 
     def note(self, name: str, make: Callable[[], Tensor], labels: Sequence[str] = ()) -> None:
         """Tells what an edit decided here, as in `call.note("aggregation mask", lambda: mask)`; see `Note`.
@@ -99,10 +101,14 @@ class AttentionCall:
         self.notes.append(Note(name, make, tuple(labels)))
 
     def replace(self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None) -> None:
-        """Puts other tensors in the place of query, key or value; key and value must stay of one length."""
+        """Puts other tensors in the place of query, key or value; key and value must stay of one length. A bias for
+        the keys that go, goes with them."""
         self.query = self.query if query is None else query
         self.key = self.key if key is None else key
         self.value = self.value if value is None else value
+        given = {"query": query, "key": key, "value": value}
+        self.replaced.update(name for name, tensor in given.items() if tensor is not None)
+        self.own_bias = self.own_bias if key is None else None
         if self.key.shape[1] != self.value.shape[1]:
             raise ValueError(f"{self.key.shape[1]} keys cannot go with {self.value.shape[1]} values at {self.site}.")
         self.amended = True

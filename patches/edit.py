@@ -26,6 +26,11 @@ class Edit:
         """The edit for one sampling run: itself, or a copy with the run's own state."""
         return self
 
+    def parts(self) -> Iterable[Edit]:
+        """What stands for the edit in a run, after `begin`: itself, or several edits that share the run's state, each
+        with sites and a window of its own, in this order."""
+        return (self,)
+
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when the edit cannot work in a run; asked once, before its first step. `prompts` are the
         dictionaries of the conditionings that condition on a prompt."""

@@ -56,7 +56,7 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
-    session = Session([edit.begin() for edit in edits], KEY)
+    session = Session([part for edit in edits for part in edit.begin().parts()], KEY)
     options[SESSION] = session
     try:
         return executor(*args, **kwargs)
@@ -71,7 +71,7 @@ def _predict_noise(
     session = model_options.get("transformer_options", {}).get(SESSION)
     if session is not None:
         session.enter(executor.class_obj, x, timestep)
-        for stream, sites, parts in session.requests():
+        for stream, sites, parts in session.requests(model_options):
             _run_stream(session, stream, sites, parts, timestep, model_options)
     return executor(x, timestep, model_options, seed)
 

@@ -159,7 +159,8 @@ class LayoutBias(Edit):
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), self.layout.phrases)
-        if not groups:
+        # Keys that another node put there are those of another prompt.
+        if not groups or "key" in call.replaced:
             return
         length = context_length(call.chunk)
         if call.grid is None or call.key.shape[1] % length:

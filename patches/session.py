@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from .call import AttentionCall, Chunk
 from .edit import Edit, Request
 from .identity import Same, digest_of, foreign_patches
 from .sites import Site
-from .streams import Features, Stream
+from .streams import UNCONDITIONAL, Features, Stream
 
 UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
 # What a conditioning says of the generation's picture alone, and a companion's must not take over.
@@ -129,8 +130,21 @@ class Session:
         to_sigma = guider.inner_model.model_sampling.percent_to_sigma
         self.active = tuple(edit for edit in self.edits if edit.window.contains(sigma, to_sigma))
 
-    def requests(self) -> list[Request]:
-        return [request for edit in self.active for request in edit.requests(self.sigma)]
+    def requests(self, model_options: Mapping[str, Any]) -> list[Request]:
+        """What the active edits want recorded in this call of the model."""
+        found = [request for edit in self.active for request in edit.requests(self.sigma)]
+        return [
+            request
+            for request in found
+            if request[0].conditioning is not UNCONDITIONAL or self._is_guided(model_options)
+        ]
+
+    def _is_guided(self, model_options: Mapping[str, Any]) -> bool:
+        """Whether the model is about to run on a negative conditioning: at CFG 1 the host's guider leaves it out."""
+        plain = type(self.guider) is comfy.samplers.CFGGuider and math.isclose(self.guider.cfg, 1.0)
+        if plain and not model_options.get("disable_cfg1_optimization", False):
+            return False
+        return any(self.guider.conds.get(name) for name in UNCONDITIONED)
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -213,18 +227,21 @@ class Session:
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
         """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest
         is None where hooks change the model with the conditioning, which no key can tell."""
-        source = self._positive() if stream.conditioning is None else stream.conditioning
+        source = stream.conditioning
+        if source is None or source is UNCONDITIONAL:
+            source = self._of_the_guider(conditioned=source is None)
         place = (id(stream), id(source))
         if place not in self._conditionings:
             raw = [{**source}] if isinstance(source, dict) else convert_cond(source)[:1]
             self._conditionings[place] = self._encode(stream, raw[0])
         return self._conditionings[place]
 
-    def _positive(self) -> dict[str, Any]:
-        """The generation's conditioning that is in force at this noise level."""
-        lists = [listed for name, listed in self.guider.conds.items() if name not in UNCONDITIONED and listed]
-        lists.sort(key=lambda listed: listed is not self.guider.conds.get("positive"))
-        entries = [entry for listed in lists for entry in listed]
+    def _of_the_guider(self, conditioned: bool) -> dict[str, Any]:
+        """The generation's conditioning, or its negative one, that is in force at this noise level."""
+        lists = [listed for name, listed in self.guider.conds.items() if (name in UNCONDITIONED) != conditioned]
+        usual = self.guider.conds.get("positive" if conditioned else "negative")
+        lists.sort(key=lambda listed: listed is not usual)
+        entries = [entry for listed in lists for entry in listed or ()]
         if not entries:
             raise ValueError("The sampler has no positive conditioning; connect a reference conditioning to this node.")
         for entry in entries:

@@ -7,6 +7,7 @@ branch that denoises by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,10 +22,13 @@ from .sites import Site
 NoiseScaling = Callable[[float, Tensor, Tensor], Tensor]
 # What a site's features are kept as: "query", "key", "value" or "output", each (rows, tokens, channels).
 Features = Mapping[str, Tensor]
+# In the place of a stream's conditioning: the generation's own negative one.
+UNCONDITIONAL = "unconditional"
 
 
 class Stream(Protocol):
-    """Latents beside the generation. `conditioning` None means the generation's own positive conditioning."""
+    """Latents beside the generation. `conditioning` None means the generation's own positive conditioning,
+    UNCONDITIONAL its negative one; in a run without one such a stream does not run."""
 
     conditioning: Any
     cache: FeatureCache | None
@@ -95,7 +99,8 @@ class Trajectory:
     """Kept latents of a finished path (Layout-and-Retouch): sigmas (n) falling, states (n, rows, channels, h, w).
 
     At a kept sigma the kept state is given exactly; between two, a straight line in sigma, which is the path of the
-    Euler step that made them. Outside the kept range it raises ValueError."""
+    Euler step that made them. Outside the kept range it raises ValueError. Queries and outputs keep their places: their
+    features are (rows, height, width, channels)."""
 
     sigmas: Tensor
     states: Tensor
@@ -115,12 +120,15 @@ class Trajectory:
 
     def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
         kept = self.sigmas.tolist()
-        tolerance = 1e-5 * max(kept[0], 1e-6)
-        if not kept[-1] - tolerance <= sigma <= kept[0] + tolerance:
-            raise ValueError(f"The trajectory runs from sigma {kept[0]:.4g} to {kept[-1]:.4g}; {sigma:.4g} is outside.")
-        later = next((i for i, s in enumerate(kept) if s <= sigma + tolerance), len(kept) - 1)
-        if later == 0 or abs(kept[later] - sigma) <= tolerance:
-            return self.states[later]
+        at = next((i for i, level in enumerate(kept) if math.isclose(level, sigma, rel_tol=1e-5)), None)
+        if at is not None:
+            return self.states[at]
+        if not kept[-1] <= sigma <= kept[0]:
+            raise ValueError(
+                f"The trajectory runs from sigma {kept[0]:.4g} to {kept[-1]:.4g}; {sigma:.4g} is outside. Invert the "
+                "picture with sigmas that begin as high as the sampler's."
+            )
+        later = next(i for i, level in enumerate(kept) if level < sigma)
         share = (kept[later - 1] - sigma) / (kept[later - 1] - kept[later])
         return torch.lerp(self.states[later - 1], self.states[later], share)
 
@@ -128,7 +136,12 @@ class Trajectory:
         """A kept path needs no prediction."""
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
-        return features
+        placed = {"query", "output"}
+        # Where another pack changed the number of tokens, they have no places.
+        return {
+            part: tensor.unflatten(1, grid) if part in placed and tensor.shape[1] == math.prod(grid) else tensor
+            for part, tensor in features.items()
+        }
 
 
 @dataclass

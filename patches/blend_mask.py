@@ -1,0 +1,209 @@
+"""Adaptive mask blending (Layout-and-Retouch, section 3.2.2): where the retouched picture is the target's and where it
+stays the layout's, from a segmenter's mask and from the cross-attention to the subject's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .call import AttentionCall, Chunk
+from .edit import Edit
+from .layout import context_length, tokens_of
+from .layout_regions import canonical
+from .prompt import SPANS_KEY
+from .streams import Features, Stream, resize_mask
+
+# The mask is made at this many places a latent pixel, each way: no attention layer is finer than the latents, and a
+# distance that is divided by the largest one needs no finer grid.
+FINENESS = 2
+
+# Equations. All masks are of one picture, (height, width).
+
+
+def thresholded(attention: Tensor, threshold: float) -> Tensor:
+    """M^c: where the averaged attention, brought to 0 to 1, is at least `threshold`; (h, w) to bool. The same attention
+    everywhere says nothing, and is nowhere above."""
+    low, high = attention.min(), attention.max()
+    if high <= low:
+        return torch.zeros_like(attention, dtype=torch.bool)
+    return (attention - low) / (high - low) >= threshold
+
+
+def united(attended: Tensor, segmented: Tensor, both: bool) -> Tensor:
+    """M^k, the first equation: OR of M^c and M^SAM. The text before it speaks of discarding the noise of M^c by M^SAM,
+    which is AND: that with `both`."""
+    return attended & segmented if both else attended | segmented
+
+
+def distance_weight(inside: Tensor) -> Tensor:
+    """Normalize(D_l2(M^k)) of the second equation: 0.5 at the mask's edge to 1 at its innermost place, 0 outside; bool
+    to float32. A mask without an edge is 1 everywhere."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not bool(inside.any()) or bool(inside.all()):
+        return inside.float()
+    distance = torch.from_numpy(distance_transform_edt(inside.cpu().numpy())).float()
+    return torch.where(inside.cpu(), 0.5 + 0.5 * distance / distance.max(), 0.0)
+
+
+def without_small(inside: Tensor, smallest: float) -> Tensor:
+    """C(M^c) of the second equation: without connected sets (corners count) of less than `smallest`, a share of the
+    picture."""
+    from scipy.ndimage import label
+
+    sets, count = label(inside.cpu().numpy(), structure=[[1] * 3] * 3)
+    sizes = torch.from_numpy(sets).flatten().bincount(minlength=count + 1)
+    kept = sizes >= smallest * inside.numel()
+    kept[0] = False
+    return kept[torch.from_numpy(sets).long()]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The mask of each row and what it was made of, the paper's Figure 10: `attention` and `attended` (M^c) at the
+    latents' size, None without a phrase; `subject` (M^k) and `blend` (M) finer. Each (rows, height, width), float."""
+
+    attention: Tensor | None
+    attended: Tensor | None
+    subject: Tensor
+    blend: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        stages = {
+            "subject attention": self.attention,
+            "thresholded attention": self.attended,
+            "subject region": self.subject,
+            "adaptive mask": self.blend,
+        }
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+    def note(self, call: AttentionCall) -> None:
+        """Tells the stages at a call, at its grid."""
+        stages = self.named()
+        call.note(
+            "blend mask, stage by stage",
+            lambda: torch.stack([_for_rows(resize_mask(s, call.grid), len(call.query)) for s in stages.values()], 1),
+            tuple(stages),
+        )
+
+
+def _for_rows(maps: Tensor, rows: int) -> Tensor:
+    return maps[[min(row, len(maps) - 1) for row in range(rows)]]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveMask:
+    """How to make the mask: `segmented` (1 or batch, height, width) of 0 to 1, any size, or None; the `phrase` of the
+    subject or ""; at least one of the two. `threshold` of the attention, 0 to 1; `smallest` set, a share of the
+    picture; AND instead of OR with `both`. The value on a BLEND_MASK link."""
+
+    segmented: Tensor | None
+    phrase: str
+    threshold: float = 0.3
+    smallest: float = 0.01
+    both: bool = False
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when the phrase is known to none of a run's prompts."""
+        known = {canonical(phrase): phrase for prompt in prompts for phrase in prompt.get(SPANS_KEY, ())}
+        if self.phrase and canonical(self.phrase) not in known:
+            named = f"it knows {', '.join(known.values())}" if known else "it knows no phrases"
+            raise ValueError(
+                f"The positive conditioning does not say which of its words are the blend mask's '{self.phrase}' "
+                f"({named}); make it with Encode Prompt with Subjects, with '{self.phrase}' among its phrases."
+            )
+
+    def stages(self, latent: tuple[int, int], attention: Tensor | None = None) -> Stages | None:
+        """The mask of a picture of `latent` (height, width) pixels, with the attention (rows, *latent) gathered so far.
+        None while there is nothing to make it of."""
+        if attention is None and self.segmented is None:
+            return None
+        size = (FINENESS * latent[0], FINENESS * latent[1])
+        segmented = None if self.segmented is None else resize_mask(self.segmented, size) >= 0.5
+        if attention is None:
+            blend = torch.stack([distance_weight(mask) for mask in segmented])
+            return Stages(None, None, segmented.float(), blend)
+        attention = attention.cpu()
+        attended = torch.stack([thresholded(each, self.threshold) for each in attention])
+        finer = functional.interpolate(attended[:, None].float(), size, mode="nearest")[:, 0] > 0
+        subject = finer if segmented is None else united(finer, _for_rows(segmented, len(finer)), self.both)
+        sure = torch.stack([without_small(each, self.smallest) for each in attended])
+        sure = functional.interpolate(sure[:, None].float(), size, mode="nearest")[:, 0]
+        blend = (torch.stack([distance_weight(each) for each in subject]) + sure).clamp(max=1)
+        return Stages(attention, attended.float(), subject.float(), blend)
+
+
+@dataclass
+class MaskInRun:
+    """An adaptive mask in one sampling run: gathers attention, and makes the mask of what earlier noise levels gave, so
+    that it does not depend on the order in which layers and chunks run."""
+
+    mask: AdaptiveMask
+    _sigma: float = float("nan")
+    _earlier: Tensor | None = None
+    _here: Tensor | None = None
+    _stages: Stages | None = None
+    _made: tuple[float, tuple[int, int]] | None = None
+
+    def add(self, sigma: float, attention: Tensor) -> None:
+        """More attention, (rows, height, width) at the latents' size."""
+        self._arrive(sigma)
+        self._here = attention if self._here is None else self._here + attention
+
+    def stages(self, sigma: float, latent: tuple[int, int]) -> Stages | None:
+        """The mask at a noise level; see `AdaptiveMask.stages`."""
+        self._arrive(sigma)
+        if self._made != (sigma, latent):
+            self._stages, self._made = self.mask.stages(latent, self._earlier), (sigma, latent)
+        return self._stages
+
+    def _arrive(self, sigma: float) -> None:
+        if sigma == self._sigma:
+            return
+        if self._here is not None:
+            # The sum serves as well as the mean: only its shape counts.
+            self._earlier = self._here if self._earlier is None else self._earlier + self._here
+        self._sigma, self._here = sigma, None
+
+
+@dataclass(frozen=True, eq=False)
+class Gathering(Edit):
+    """Watches cross-attention for a mask: the share of each place's attention that lies on the subject's words, summed
+    over heads, words and layers."""
+
+    mask: MaskInRun
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        tokens = _tokens_at(call, self.mask.mask.phrase)
+        if not tokens or call.grid is None:
+            return
+        maps = call.probabilities(tokens).sum((1, 3)).unflatten(-1, call.grid)
+        self.mask.add(sigma, on_canvas(maps, call.chunk))
+
+
+def _tokens_at(call: AttentionCall, phrase: str) -> list[int]:
+    """The columns of a call that are the phrase's, with those the host repeats."""
+    if not phrase or "key" in call.replaced:
+        return []
+    groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), [canonical(phrase)])
+    length = context_length(call.chunk)
+    if not groups or call.key.shape[1] % length:
+        return []
+    found = [token for tokens in groups.values() for token in tokens]
+    return [token + turn for turn in range(0, call.key.shape[1], length) for token in found]
+
+
+def on_canvas(maps: Tensor, chunk: Chunk) -> Tensor:
+    """A call's maps (rows, h, w) at the latents' size, (rows, *latent); 0 outside of area conditioning's part."""
+    size = chunk.latent if chunk.area is None else chunk.area[:2]
+    maps = functional.interpolate(maps[:, None].float(), tuple(size), mode="bilinear")[:, 0]
+    if chunk.area is None:
+        return maps
+    height, width, y, x = chunk.area
+    below, right = chunk.latent[0] - y - height, chunk.latent[1] - x - width
+    return functional.pad(maps, (x, right, y, below))

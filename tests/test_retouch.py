@@ -1,0 +1,393 @@
+"""Multi-source attention swap: the numbers of the swap it follows, and Algorithm 1 of Layout-and-Retouch by steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from safetensors import safe_open
+from subject_patches.patches.call import AttentionCall, Chunk, execute
+from subject_patches.patches.engine import add_edit
+from subject_patches.patches.retouch import (
+    Attended,
+    MultiSourceSwap,
+    ReferenceSwap,
+    blended,
+    path_of,
+    per_row,
+    swapped_early,
+    swapped_late,
+)
+from subject_patches.patches.sites import Site, attention_sites, select_sites
+from subject_patches.patches.streams import Trajectory
+from subject_patches.patches.window import Window
+from subject_patches.tests.layouts import GOLDEN
+from subject_patches.tests.models import difference, generator, prompt, sample, small_model
+from subject_patches.toy.sampling import Toy
+from torch import Tensor
+
+TOLERANCE = 2e-5
+SITE = Site("self", "output", 3, 0)
+FOLDER = GOLDEN / "mutual" if (GOLDEN / "mutual").is_dir() else GOLDEN
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+# The authors' numbers of mutual self-attention
+
+
+@dataclass(frozen=True)
+class Golden:
+    name: str
+    case: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def rows(self, name: str) -> Tensor:
+        """(rows * heads, places, width of a head) to (rows, places, channels)."""
+        return self.tensors[name].unflatten(0, (-1, self.case["heads"])).transpose(1, 2).flatten(2)
+
+    @property
+    def half(self) -> int:
+        """Rows of one half of the batch: a source, then its targets."""
+        return self.case["batch_rows"] // 2
+
+
+def cases() -> list[Golden]:
+    found = []
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
+            if "q" in tensors:
+                case = json.loads(file.metadata()["case"])
+                found.append(Golden(case["name"], case, tensors))
+    return found
+
+
+CASES = cases()
+
+
+def attend(heads: int) -> Callable[..., Tensor]:
+    return lambda q, k, v, mask: attention_pytorch(q, k, v, heads, mask)
+
+
+def swapped(golden: Golden, half: int, where: Tensor | None = None) -> Tensor:
+    """The output of a half's rows when they take key and value from its source's places `where`, through the edit."""
+    rows = slice(half * golden.half, (half + 1) * golden.half)
+    query, key, value = (golden.rows(name)[rows] for name in "qkv")
+    chunk = Chunk(slice(0, golden.half), "positive", True, {}, (1, query.shape[1]))
+    call = AttentionCall(query, key, value, golden.case["heads"], SITE, chunk, None)
+    source = Trajectory(torch.tensor([1.0]), torch.zeros(1, 1, 4, 8, 8))
+    path = path_of(source, None, both=False)
+    where = torch.ones(key.shape[1], dtype=torch.bool) if where is None else where
+    lent = {"key": key[:1, where], "value": value[:1, where]}
+    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"))
+    edit.amend(call, 1.0, lambda stream: lent if stream is path.conditioned else None)
+    return execute([call], attend(golden.case["heads"]))[0]
+
+
+@pytest.mark.parametrize("golden", [g for g in CASES if "mask_s" not in g.tensors], ids=lambda g: g.name)
+def test_the_authors_swap(golden: Golden) -> None:
+    ours = torch.cat([swapped(golden, half) for half in (0, 1)])
+    torch.testing.assert_close(ours, golden.tensors["out"], rtol=0, atol=TOLERANCE)
+    assert (golden.tensors["out_plain"] - golden.tensors["out"]).abs().max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("golden", [g for g in CASES if "mask_s" in g.tensors], ids=lambda g: g.name)
+def test_the_authors_masked_swap(golden: Golden) -> None:
+    """Theirs attends to the source's foreground and background apart and blends the two; ours blends outputs alike."""
+    side = golden.case["N"] ** 0.5
+    masks = [
+        torch.nn.functional.interpolate(
+            golden.tensors[name][None, None], (int(side), int(side)), mode="nearest"
+        ).flatten()
+        for name in ("mask_s", "mask_t")
+    ]
+    for half in (0, 1):
+        foreground, background = swapped(golden, half, masks[0] == 1), swapped(golden, half, masks[0] == 0)
+        ours = blended(foreground, background, masks[1][None])
+        # Their first row of a half is the source, which attends to itself.
+        rows = slice(half * golden.half + 1, (half + 1) * golden.half)
+        torch.testing.assert_close(ours[1:], golden.tensors["out"][rows], rtol=0, atol=TOLERANCE)
+
+
+# The equations
+
+
+def attended(seed: int, rows: int = 2, keys: int = 6) -> Attended:
+    return Attended(randn(rows, 6, 8, seed=seed), *(randn(rows, keys, 8, seed=seed + turn) for turn in (1, 2)))
+
+
+def test_early_all_is_the_layouts() -> None:
+    given = swapped_early(attended(0), attended(10, rows=1))
+    assert all(
+        torch.equal(one, other.expand(2, -1, -1)) for one, other in zip(given, attended(10, rows=1), strict=True)
+    )
+
+
+def test_late_only_the_query_is_the_targets() -> None:
+    given = swapped_late(attended(0), attended(10, keys=9))
+    assert torch.equal(given.query, attended(0).query)
+    assert torch.equal(given.key, attended(10, keys=9).key)
+    assert torch.equal(given.value, attended(10, keys=9).value)
+
+
+def test_blending() -> None:
+    target, layout, mask = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.tensor([[0.0, 0.25, 1.0]])
+    result = blended(target, layout, mask)
+    assert torch.equal(result[:, 0], layout[:, 0])
+    assert torch.equal(result[:, 2], target[:, 2])
+    torch.testing.assert_close(result[:, 1], layout[:, 1] + 0.25 * (target[:, 1] - layout[:, 1]))
+
+
+def test_rows_take_their_own_path() -> None:
+    lent = randn(2, 3, 4)
+    assert torch.equal(per_row(lent, 3), lent[[0, 1, 1]])
+    assert torch.equal(per_row(lent[:1], 3), lent[[0, 0, 0]])
+
+
+# Algorithm 1, step by step, by a plain implementation: the toy's U-Net with hooks on its attention layers.
+
+
+@dataclass
+class Hooked:
+    """The U-Net's attention layers with hooks: what goes into each, and comes out before its projection, is kept; what
+    is in `lent` takes its place. Names are (self or cross, block, number, part)."""
+
+    unet: Any
+    kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    lent: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def layers(self) -> Iterator[tuple[tuple[str, str, int], Any]]:
+        blocks = [("middle", 0, self.unet.middle_block)]
+        blocks += [("input", number, block) for number, block in enumerate(self.unet.input_blocks)]
+        blocks += [("output", number, block) for number, block in enumerate(self.unet.output_blocks)]
+        for name, number, block in blocks:
+            for transformer in (layer for layer in block if isinstance(layer, SpatialTransformer)):
+                (inner,) = transformer.transformer_blocks
+                yield ("self", name, number), inner.attn1
+                yield ("cross", name, number), inner.attn2
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        for name, layer in self.layers():
+            for part, module in (("query", layer.to_q), ("key", layer.to_k), ("value", layer.to_v)):
+                handles.append(module.register_forward_hook(lambda _m, _i, out, at=(*name, part): self.at(at, out)))
+            into = layer.to_out.register_forward_pre_hook(
+                lambda _m, args, at=(*name, "output"): (self.at(at, args[0]),)
+            )
+            handles.append(into)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def at(self, name: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        given = self.lent[name](tensor) if name in self.lent else tensor
+        self.kept[name] = given
+        return given
+
+    def run(self, model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, lent: dict[Any, Any]) -> tuple[Tensor, dict]:
+        self.kept, self.lent = {}, lent
+        with self.hooks():
+            clean = model.apply_model(x, sigma.expand(len(x)), c_crossattn=tokens.expand(len(x), -1, -1))
+        return clean, self.kept
+
+
+@dataclass(frozen=True)
+class Retouching:
+    """A case of Algorithm 1: the first `early` steps and those from `blending` on, counted from 0."""
+
+    layout: Trajectory
+    reference: Trajectory
+    sigmas: Tensor
+    prompts: dict[str, Tensor]
+    mask: Tensor | None
+    early: int
+    blending: int
+    both: bool
+    cfg: float = 3.0
+
+
+def constant(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: tensor
+
+
+def blend_with(layout: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda own: mask * own + (1 - mask) * layout
+
+
+def plain_steps(toy: Toy, case: Retouching) -> list[Tensor]:
+    """The target's latents before every step and after the last."""
+    model = toy.model.model
+    hooked = Hooked(model.diffusion_model)
+    x = case.layout.states[0]
+    states = [x]
+    for step, (sigma, following) in enumerate(zip(case.sigmas[:-1], case.sigmas[1:], strict=True)):
+        clean = []
+        for target, source in (("reference", "layout"), ("negative", "negative")):
+            lent: dict[Any, Any] = {}
+            if target == "reference" or case.both:
+                other = "reference" if target == "reference" else "negative"
+                _, layout = hooked.run(model, case.layout.states[step], sigma, case.prompts[source], {})
+                _, reference = hooked.run(model, case.reference.states[step], sigma, case.prompts[other], {})
+                lent = lends(case, step, layout, reference)
+            clean.append(hooked.run(model, x, sigma, case.prompts[target], lent)[0])
+        conditioned, unconditioned = clean
+        denoised = unconditioned + case.cfg * (conditioned - unconditioned)
+        x = x + (x - denoised) / sigma * (following - sigma)
+        states.append(x)
+    return states
+
+
+def lends(case: Retouching, step: int, layout: dict[Any, Tensor], reference: dict[Any, Tensor]) -> dict[Any, Any]:
+    """Lines 9 to 13, in the decoder and the middle."""
+    lent: dict[Any, Any] = {}
+    for kind, block, number, part in layout:
+        name = (kind, block, number, part)
+        if block == "input":
+            continue
+        if step < case.early:
+            if part != "output":
+                lent[name] = constant(layout[name])
+        elif kind == "self" and part in ("key", "value"):
+            lent[name] = constant(reference[name])
+        elif kind == "self" and part == "output" and step >= case.blending and case.mask is not None:
+            places = layout[name].shape[1]
+            side = {256: 16, 64: 8, 16: 4}[places]
+            mask = torch.nn.functional.avg_pool2d(case.mask[None], case.mask.shape[-1] // side).flatten()[:, None]
+            lent[name] = blend_with(layout[name], mask)
+    return lent
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy.load()
+
+
+def trajectory(sigmas: Tensor, seed: int, rows: int = 1) -> Trajectory:
+    """A path of random latents with random noise."""
+    clean, noise = randn(rows, 8, 16, 16, seed=seed), randn(rows, 8, 16, 16, seed=seed + 1)
+    return Trajectory(sigmas, clean + sigmas.view(-1, 1, 1, 1, 1) * noise)
+
+
+@pytest.mark.parametrize(
+    ("early", "blending", "both", "masked"),
+    [(2, 3, True, True), (1, 2, False, True), (2, 3, True, False), (0, 5, True, False)],
+    ids=["both chunks", "cond only", "no mask", "the reference alone"],
+)
+def test_algorithm_1_step_by_step(early: int, blending: int, both: bool, masked: bool, toy: Toy) -> None:
+    model = toy.model
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 5)
+    captions = {"layout": "a red star on grass", "reference": "an emblem", "negative": ""}
+    with torch.inference_mode():
+        prompts = {name: toy.encode([caption])[0][0] for name, caption in captions.items()}
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 3:11, 4:13] = 1
+    mask[:, 5:8, 4:9] = 0.5
+    case = Retouching(
+        trajectory(sigmas, 10), trajectory(sigmas, 20), sigmas, prompts, mask if masked else None, early, blending, both
+    )
+    # The schedule's shares of these five steps are 0, 1/4, 1/2, 3/4 and 1.
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    sites = attention_sites(model)
+    edit = MultiSourceSwap(
+        select_sites(sites, "self", "decoder"),
+        Window(),
+        path_of(case.layout, [[prompts["layout"], {}]], both) if early or masked else None,
+        path_of(case.reference, None, both),
+        switch=shares[early] - 0.1 if early else 0.0,
+        blend_from=min(shares[min(blending, 4)], 1.0) - 0.1,
+        mask=case.mask,
+        crossing=select_sites(sites, "cross", "decoder"),
+    )
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        right = plain_steps(toy, case)
+        sampled = comfy.sample.sample_custom(
+            add_edit(model, edit), torch.zeros_like(right[0]), case.cfg, comfy.samplers.sampler_object("euler"), sigmas,
+            [[prompts["reference"], {}]], [[prompts["negative"], {}]], case.layout.states[0],
+            callback=lambda step, x0, x, total: seen.append(x.clone()), disable_pbar=True, seed=0,
+        )  # fmt: skip
+        without = comfy.sample.sample_custom(
+            model, torch.zeros_like(right[0]), case.cfg, comfy.samplers.sampler_object("euler"), sigmas,
+            [[prompts["reference"], {}]], [[prompts["negative"], {}]], case.layout.states[0], disable_pbar=True, seed=0,
+        )  # fmt: skip
+    for step, (ours, plain) in enumerate(zip([*seen, sampled], right, strict=True)):
+        assert difference(ours, plain) < TOLERANCE, f"step {step}"
+    assert difference(without, right[-1]) > 0.05
+
+
+# In a run
+
+
+def small_path(seed: int, size: tuple[int, int] = (8, 8), rows: int = 1, top: float = 14.7) -> Trajectory:
+    sigmas = torch.tensor([top, 5.0, 1.0, 0.3, 0.0])
+    clean, noise = randn(rows, 4, *size, seed=seed), randn(rows, 4, *size, seed=seed + 1)
+    return Trajectory(sigmas, clean + sigmas.view(-1, 1, 1, 1, 1) * noise)
+
+
+def swap(model: Any, layout: Trajectory | None, reference: Trajectory | None, **values: Any) -> Any:
+    sites = attention_sites(model)
+    given = {"switch": 0.4, "crossing": select_sites(sites, "cross", "decoder"), **values}
+    paths = [None if t is None else path_of(t, prompt(31 + n), True) for n, t in enumerate((layout, reference))]
+    return add_edit(model, MultiSourceSwap(select_sites(sites, "self", "decoder"), Window(), *paths, **given))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+def test_another_size_than_the_layouts_is_refused(model: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"picture of 9 x 8 latent pixels but this one has 8 x 8; sample at the layout"
+    ):
+        sample(swap(model, small_path(1, (8, 9)), None))
+    # The reference lends no places: any size.
+    assert sample(swap(model, None, small_path(1, (5, 9)), switch=0.0)).isfinite().all()
+
+
+def test_a_path_that_begins_too_low_is_refused(model: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"runs from sigma 7 to 0; 14\.6\d is outside\. Invert the picture with sigmas"
+    ):
+        sample(swap(model, small_path(1, top=7.0), None))
+
+
+def test_an_area_takes_its_part_of_the_layout(model: Any) -> None:
+    """Over the whole picture, an area is none."""
+    patched = swap(model, small_path(1, (8, 12)), small_path(5), mask=torch.rand(1, 8, 12, generator=generator(3)))
+    whole = sample(patched, size=(8, 12), steps=4)
+    area = sample(patched, size=(8, 12), steps=4, positive=prompt(1, area=(8, 12, 0, 0)))
+    assert difference(area, sample(patched, size=(8, 12), steps=4, positive=prompt(1))) < TOLERANCE
+    part = sample(patched, size=(8, 12), steps=4, positive=prompt(1, area=(8, 6, 0, 4)))
+    assert part.isfinite().all()
+    assert difference(part, whole) > 0.003
+
+
+def test_two_references_are_attended_to_together(model: Any) -> None:
+    one, other = small_path(1), small_path(5)
+    first = swap(model, None, one, switch=0.0)
+    both = swap(first, None, other, switch=0.0)
+    results = [sample(m) for m in (first, swap(model, None, other, switch=0.0), both)]
+    assert min(difference(results[2], result) for result in results[:2]) > 0.003
+
+
+def test_cond_only_leaves_the_negative_chunk(model: Any) -> None:
+    sites = attention_sites(model)
+    path = path_of(small_path(1), prompt(31), both=False)
+    assert path.streams == (path.conditioned,)
+    patched = add_edit(model, MultiSourceSwap(select_sites(sites, "self", "decoder"), Window(), None, path, switch=0.0))
+    assert difference(sample(patched), sample(swap(model, None, small_path(1), switch=0.0))) > 0.003
