@@ -1,0 +1,18 @@
+"""What trains a residual token and an ICO concept: the shared part of both nodes.
+
+copies            `with_gradients`; private copies of a MODEL or CLIP, loaded and let go of again
+text              a CLIP's encoding that autograd goes through, also of vectors in place of words
+denoising         the denoising loss of a MODEL, in the unit that it predicts in
+images            pictures to latents
+loop              the steps: progress, cancel, precision, loss map, resume
+state             the file that a training goes on from
+
+A training is:
+
+    with with_gradients():
+        encoder, denoiser = TextEncoder(clip), Denoiser(model, dtype, checkpointing)
+        with loaded(encoder.patcher, denoiser.patcher):
+            groups = [Group(parameters, learning_rate)]
+            training = Training(groups, device=denoiser.device, dtype=dtype, seed=seed, state=state, node_id=node_id)
+            loss_map = training.run(steps, loss)
+"""
