@@ -20,6 +20,8 @@ class SubjectPatches(ComfyExtension):
         from .nodes.encode_prompt import EncodePromptWithSubjects
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
+        from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
+        from .nodes.router import RouterNode
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.subject import SubjectNode
 
@@ -32,6 +34,9 @@ class SubjectPatches(ComfyExtension):
             LayoutNode,
             LayoutBiasNode,
             SelfRecurrenceNode,
+            SubjectShareNode,
+            RouterNode,
+            RoutedReferenceAttentionNode,
         ]
 
 

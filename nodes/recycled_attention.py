@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..patches.engine import add_edit
 from ..patches.recycled_attention import RecycledSelfAttention
 from ..patches.sites import CHOICES, attention_sites, select_sites
-from ..patches.streams import NoisedReference
+from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
 from .types import CATEGORY, SubjectType, named_sites_input, window_inputs
@@ -115,7 +115,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         chosen = select_sites(attention_sites(model), "self", sites, named_sites)
         if region_mask is not None:
             region_mask = region_mask.reshape(-1, *region_mask.shape[-2:])
-        references = [r for s in subject for r in _streams(model, s, seed, reference_conditioning)]
+        references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning)]
         idle = strength == 0 or keep_probability == 0 or window.empty or not references
         if idle or (region_mask is not None and not bool(region_mask.any())):
             return io.NodeOutput(model.clone())
@@ -125,7 +125,12 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         return io.NodeOutput(add_edit(model, edit))
 
 
-def _streams(model: Any, subject: Subject, seed: int, conditioning: Any) -> list[NoisedReference]:
+def reference_streams(
+    model: Any, subject: Subject, seed: int, conditioning: Any, how: Pass | None = None
+) -> tuple[NoisedReference, ...]:
+    """A subject's references as companions of a MODEL's generation.
+
+    Raises ValueError when they were encoded for another kind of latent."""
     wanted = model.model.latent_format.latent_channels
     streams = []
     for number, reference in enumerate(subject.references):
@@ -137,5 +142,6 @@ def _streams(model: Any, subject: Subject, seed: int, conditioning: Any) -> list
             )
         clean = model.model.process_latent_in(reference.latents)
         name = ("noised reference", number)
-        streams.append(NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name))
-    return streams
+        stream = NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how or Pass())
+        streams.append(stream)
+    return tuple(streams)

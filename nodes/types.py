@@ -8,6 +8,8 @@ CATEGORY = "Subject Patches"
 SubjectType = io.Custom("SUBJECT")
 # One patches.attention_record.AttentionRecord.
 AttentionRecordType = io.Custom("ATTENTION_RECORD")
+# One patches.router.Router.
+RouterType = io.Custom("ROUTER")
 # One patches.layout_regions.Layout.
 LayoutType = io.Custom("LAYOUT")
 

@@ -77,7 +77,8 @@ class AttentionCall:
 
     `grid` is the (height, width) of the query tokens, or None where another pack changed their number; an edit that
     needs places must then leave the call as it is. `replaced` names which of query, key and value edits have put
-    there in the place of the layer's own."""
+    there in the place of the layer's own. `project` gives the layer's own keys and values of other tokens (rows, n,
+    channels of what the layer attends to)."""
 
     query: Tensor
     key: Tensor
@@ -92,6 +93,7 @@ class AttentionCall:
     blends: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def note(self, name: str, make: Callable[[], Tensor], labels: Sequence[str] = ()) -> None:
         """Tells what an edit decided here, as in `call.note("aggregation mask", lambda: mask)`; see `Note`.
@@ -214,14 +216,14 @@ def _jobs(index: int, call: AttentionCall) -> list[_Job]:
     if count > 1 and any(not torch.equal(e.route, e.route[:1].expand_as(e.route)) for e in routed):
         return [job for row in range(count) for job in _row_jobs(index, call, row)]
     # Queries that see the same extensions form a group; a group needs no mask to be kept from the others' keys.
-    sees = torch.stack(
-        [torch.ones_like(routed[0].route[0]) if e.route is None else e.route[0] for e in call.extensions]
-    )
-    patterns, group = sees.unique(dim=1, return_inverse=True)
+    # A query's pattern as a number, bit by bit: one sort of numbers, where a sort of columns is slow.
+    patterns = sum(e.route[0].long() << bit for bit, e in enumerate(routed))
+    numbers = patterns.unique().tolist()
     jobs = []
-    for number, pattern in enumerate(patterns.T.tolist()):
-        queries = None if len(patterns.T) == 1 else (group == number).nonzero().squeeze(1).to(call.query.device)
-        seen = [e for e, visible in zip(call.extensions, pattern, strict=True) if visible]
+    for number in numbers:
+        queries = None if len(numbers) == 1 else (patterns == number).nonzero().squeeze(1).to(call.query.device)
+        unseen = [id(e) for bit, e in enumerate(routed) if not number >> bit & 1]
+        seen = [e for e in call.extensions if id(e) not in unseen]
         keys, values, mask = _joint(call, seen, queries)
         query = call.query if queries is None else call.query[:, queries]
         jobs.append(_Job(index, query, keys, values, mask, None, queries))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -88,13 +89,14 @@ def _run_stream(
     if recording.complete:
         return
     inner = session.guider.inner_model
-    latents = stream.latents(session.sigma, session.noise_scaling).to(timestep)
-    sigma = timestep[:1].expand(len(latents))
+    level = session.level(stream)
+    latents = stream.latents(level, session.noise_scaling).to(timestep)
+    sigma = timestep.new_full((len(latents),), level)
     conditioning, _ = session.stream_conditioning(stream)
     options = _stream_options(model_options, recording)
     with _own_randomness(timestep.device):
         (prediction,) = comfy.samplers.calc_cond_batch(inner, [conditioning], latents, sigma, options)
-    stream.denoised(session.sigma, prediction)
+    stream.denoised(level, prediction)
     recording.finish(comfy.model_management.unet_offload_device())
 
 
@@ -106,7 +108,17 @@ def _stream_options(model_options: dict[str, Any], recording: Recording) -> dict
         kind: {key: listed for key, listed in keyed.items() if key not in STEP_CACHES}
         for kind, keyed in options.get("wrappers", {}).items()
     }
-    return {**model_options, "transformer_options": {**options, "wrappers": wrappers, RECORDING: recording}}
+    options = {**options, "wrappers": wrappers, RECORDING: recording}
+    if recording.stream.how.without_cross_attention:
+        patches = options.get("patches", {})
+        # What a layer adds to its input, output projection and its bias included, and whoever made it.
+        silent = [*patches.get("attn2_output_patch", ()), _nothing]
+        options["patches"] = {**patches, "attn2_output_patch": silent}
+    return {**model_options, "transformer_options": options}
+
+
+def _nothing(output: Tensor, extra: dict[str, Any]) -> Tensor:
+    return torch.zeros_like(output)
 
 
 @contextmanager
@@ -209,7 +221,10 @@ def _editor(session: Session, forward: Forward, site: Site) -> _Patch:
         calls = []
         for chunk in forward.chunks:
             rows = chunk.rows
-            call = AttentionCall(query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid)
+            call = AttentionCall(
+                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid,
+                project=partial(session.project, site),
+            )  # fmt: skip
             session.amend(call)
             calls.append(call)
         amended = [call for call in calls if call.amended]

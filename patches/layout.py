@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .attention_maps import context_length
 from .call import AttentionCall, Chunk, head_split
 from .edit import Edit
 from .layout_regions import Layout, canonical
@@ -196,8 +197,3 @@ class LayoutBias(Edit):
         if message not in self._warned:
             self._warned.add(message)
             logging.warning(message)
-
-
-def context_length(chunk: Chunk) -> int:
-    """How many tokens a chunk's prompt has before the host repeats it."""
-    return chunk.conditioning["model_conds"]["c_crossattn"].cond.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request
 from .identity import Same, digest_of, foreign_patches
-from .sites import Site
+from .sites import Site, layer_at
 from .streams import UNCONDITIONAL, Features, Stream
 
 UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
@@ -155,6 +155,15 @@ class Session:
         """The model's own forward process: `latents` with `noise` at `sigma`."""
         return self.guider.inner_model.model_sampling.noise_scaling(torch.tensor(sigma), noise, latents)
 
+    def level(self, stream: Stream) -> float:
+        """The noise level at which the model runs on a stream: the sampler's, or that of the schedule's end."""
+        return float(self.guider.inner_model.model_sampling.sigma_min) if stream.how.nearly_clean else self.sigma
+
+    def project(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's own keys and values of other tokens (rows, n, channels of what it attends to)."""
+        layer = layer_at(self.guider.inner_model.diffusion_model, site)
+        return layer.to_k(tokens), layer.to_v(tokens)
+
     # Chunks
 
     def forward(self, options: dict[str, Any], x: Tensor, context: Tensor | None, sigma: float) -> Forward | None:
@@ -222,7 +231,7 @@ class Session:
         inner, patcher = self.guider.inner_model, self.guider.model_patcher
         objects = tuple((name, Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
         weights = (Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
-        return (weights, digest, foreign_patches(model_options, self.own_key), self.sigma, identity)
+        return (weights, digest, foreign_patches(model_options, self.own_key), self.level(stream), identity)
 
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
         """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest
@@ -264,7 +273,11 @@ class Session:
             inner.extra_conds, [entry], noise, device, "positive",
             latent_image=noise if known is None else known, denoise_mask=mask, seed=None,
         )  # fmt: skip
-        return encoded, None if encoded[0].get("hooks") is not None else digest_of(encoded[0]["model_conds"])
+        if encoded[0].get("hooks") is not None:
+            return encoded, None
+        # What only cross-attention reads decides nothing in a pass without it.
+        unread = {"c_crossattn"} if stream.how.without_cross_attention else set()
+        return encoded, digest_of({k: v for k, v in encoded[0]["model_conds"].items() if k not in unread})
 
 
 def _is_prompt_of(entry: Mapping[str, Any], context: Tensor | None) -> bool:

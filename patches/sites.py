@@ -79,6 +79,24 @@ def attention_sites(model: Any) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def context_width(model: Any) -> int:
+    """How many channels the tokens of a MODEL's prompts have."""
+    return model.model.model_config.unet_config["context_dim"]
+
+
+def layer_at(network: Any, site: Site) -> Any:
+    """The host's module of an attention layer in a U-Net of a known family."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    if site.block == "middle":
+        block = network.middle_block
+    else:
+        block = (network.input_blocks if site.block == "input" else network.output_blocks)[site.number]
+    transformer = next(layer for layer in block if isinstance(layer, SpatialTransformer))
+    blocks = transformer.transformer_blocks[site.index]
+    return blocks.attn1 if site.kind == "self" else blocks.attn2
+
+
 def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "") -> frozenset[Site]:
     """The sites of one kind that a menu choice means. With "named", `named` lists blocks in the host's words:
     "middle, output.3, output.4.0" (a block, a numbered block, one transformer block of it).

@@ -26,11 +26,21 @@ Features = Mapping[str, Tensor]
 UNCONDITIONAL = "unconditional"
 
 
+@dataclass(frozen=True)
+class Pass:
+    """How the model runs on a stream: at the schedule's last noise level instead of the generation's, once for all
+    steps; and with its cross-attention left out, so that no prompt acts (AnyStory's ReferenceNet does both)."""
+
+    nearly_clean: bool = False
+    without_cross_attention: bool = False
+
+
 class Stream(Protocol):
     """Latents beside the generation. `conditioning` None means the generation's own positive conditioning,
     UNCONDITIONAL its negative one; in a run without one such a stream does not run."""
 
     conditioning: Any
+    how: Pass
     cache: FeatureCache | None
 
     @property
@@ -66,6 +76,7 @@ class NoisedReference:
     mask: Tensor | None = None
     cache: FeatureCache | None = None
     name: tuple[Any, ...] | None = None
+    how: Pass = Pass()
 
     @property
     def shape(self) -> torch.Size:
@@ -75,7 +86,7 @@ class NoisedReference:
         return self.clean
 
     def identity(self) -> tuple[Any, ...] | None:
-        return None if self.name is None else (*self.name, self.seed)
+        return None if self.name is None else (*self.name, self.seed, self.how)
 
     def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
         seeds = (self.seed + row for row in range(len(self.clean)))
@@ -107,6 +118,7 @@ class Trajectory:
     conditioning: Any = None
     cache: FeatureCache | None = None
     name: tuple[Any, ...] | None = None
+    how: Pass = Pass()
 
     @property
     def shape(self) -> torch.Size:
@@ -156,6 +168,7 @@ class Denoising:
     start: Tensor
     conditioning: Any = None
     cache: FeatureCache | None = None
+    how: Pass = Pass()
     _path: list[tuple[float, Tensor, Tensor | None]] = field(default_factory=list)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cache import FeatureCache
+from .window import Window
 
 MEGABYTE = 2**20
 
@@ -24,14 +25,28 @@ class Reference:
 
 
 @dataclass(frozen=True, eq=False)
+class Share:
+    """One subject's share in a routed injection: `strength` multiplies the attention weights of its references (0 is
+    none; its logarithm is Eq. 7's gamma of AnyStory), inside `window`; `tokens` (1, n, channels of a prompt) is an
+    image prompt of it, with `eta` of Eq. 5, or None."""
+
+    strength: float = 1.0
+    window: Window = field(default_factory=Window)
+    tokens: Tensor | None = None
+    eta: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """A subject: its references, the phrase that names it in prompts ("" if none), and its features between runs.
+    """A subject: its references, the phrase that names it in prompts ("" if none), its features between runs, and its
+    share where several subjects are routed.
 
     The value on a SUBJECT link is a tuple of these."""
 
     references: tuple[Reference, ...]
     phrase: str
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(2048 * MEGABYTE))
+    share: Share = field(default_factory=Share)
 
 
 def composite(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,11 @@ class Window:
                 f"The window starts at {self.start_percent}, after its end at {self.end_percent}; swap the two."
             )
 
+    def __and__(self, other: Window) -> Window:
+        """What both windows have in common; empty, and then of no meaning where it lies, if there is nothing."""
+        start, end = max(self.start_percent, other.start_percent), min(self.end_percent, other.end_percent)
+        return Window(start, max(start, end))
+
     @property
     def empty(self) -> bool:
         return self.start_percent == self.end_percent

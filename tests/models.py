@@ -11,10 +11,12 @@ import torch
 from hosting.random_models import SMALL, SMALL_CONTEXT, generator, model_of
 from subject_patches.nodes.layout import LayoutBiasNode
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+from subject_patches.nodes.router import RouterNode
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.layout_regions import Layout
 from subject_patches.patches.prompt import SPANS_KEY
-from subject_patches.patches.subject import MEGABYTE, Reference, Subject
+from subject_patches.patches.subject import MEGABYTE, Reference, Share, Subject
 from torch import Tensor
 
 CONTEXT = SMALL_CONTEXT
@@ -45,9 +47,12 @@ def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, 
     return Reference(image, torch.randn(1, channels, *size, generator=source), mask if masked else None)
 
 
-def subject(*references: Reference, megabytes: float = 64, seed: int = 0) -> Subject:
+def subject(
+    *references: Reference, megabytes: float = 64, seed: int = 0, phrase: str = "subject", **share: Any
+) -> Subject:
     """One subject; without references given, it has one."""
-    return Subject(references or (reference(seed),), "subject", FeatureCache(int(megabytes * MEGABYTE)))
+    cache = FeatureCache(int(megabytes * MEGABYTE))
+    return Subject(references or (reference(seed),), phrase, cache, Share(**share))
 
 
 def latent_noise(batch: int, size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
@@ -105,6 +110,32 @@ def laid_out(model: Any, layout: Layout, **values: Any) -> Any:
     given = {"guidance_weight": 0.08, "positive_weight": 2.5, "negative_weight": -1e8, "weaken": "everywhere outside"}
     rest = {"sites": "encoder and decoder", "start_percent": 0.0, "end_percent": 1.0}
     return LayoutBiasNode.execute(model, layout, **{**given, **rest, **values}).args[0]
+
+
+def masks(count: int, size: tuple[int, int] = (20, 30)) -> Tensor:
+    """Masks of `count` subjects at no model's size: stripes side by side, the lower quarter left to the background."""
+    height, width = size
+    painted = torch.zeros(count, height, width)
+    for number in range(count):
+        painted[number, : height * 3 // 4, number * width // count : (number + 1) * width // count] = 1
+    return painted
+
+
+def mask_router(count: int) -> Any:
+    """The Router node by `masks`."""
+    return RouterNode.execute({"by": "masks or layout", "masks": masks(count)}).args[0]
+
+
+def map_router(**values: Any) -> Any:
+    """The Router node by attention maps with its defaults; `values` are its inputs."""
+    given = {"by": "attention maps", "maps": "running mean", "threshold": 0.4, "smoothing": 0.05}
+    return RouterNode.execute({**given, **values}).args[0]
+
+
+def routed(model: Any, subjects: tuple[Subject, ...], router: Any = None, **values: Any) -> Any:
+    """The Routed Reference Attention node with its defaults, by `masks`; `values` are its inputs."""
+    router = mask_router(len(subjects)) if router is None else router
+    return RoutedReferenceAttentionNode.execute(model, subjects, router, **values).args[0]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.recycled_attention import extended_attention, flow_bias, is_recycled
 from subject_patches.patches.sites import Site, attention_sites
-from subject_patches.patches.subject import Subject
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.look import Look, Seen
@@ -25,6 +23,7 @@ from subject_patches.tests.models import (
     small_model,
     subject,
 )
+from subject_patches.tests.references import keys_and_values
 from torch import Tensor
 
 TOLERANCE = 1e-5
@@ -40,35 +39,6 @@ def looked_at(model: Any, **run: Any) -> Look:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
-
-
-def keys_and_values(
-    model: Any, who: Subject, number: int, sigma: float, seed: int
-) -> dict[Site, tuple[Tensor, Tensor]]:
-    """The reference's keys and values by a forward of the bare model, straight from the equations: the latents with
-    sigma times one fixed noise, every place of the mask that is at least half the subject's."""
-    ours = who.references[number]
-    clean = ours.latents * model.model.latent_format.scale_factor
-    noisy = clean + sigma * torch.randn(clean.shape, generator=generator(seed))
-    kept: dict[Site, tuple[Tensor, Tensor]] = {}
-
-    def keeper(site: Site) -> Callable[..., Tensor]:
-        def keep(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
-            height, width = extra["activations_shape"][-2:]
-            inside = torch.ones(height * width, dtype=torch.bool)
-            if ours.mask is not None:
-                inside = torch.nn.functional.adaptive_avg_pool2d(ours.mask, (height, width)).flatten() >= 0.5
-            kept[site] = (key[:, inside], value[:, inside])
-            return dense.attention(query, key, value, extra["n_heads"]).float()
-
-        return keep
-
-    sites = [site for site in attention_sites(model) if site.kind == "self"]
-    options = {"patches_replace": {"attn1": {site.key: keeper(site) for site in sites}}}
-    (tokens, _), *_ = prompt(1)
-    with torch.inference_mode():
-        model.model.apply_model(noisy, torch.tensor([sigma]), c_crossattn=tokens, transformer_options=options)
-    return kept
 
 
 def check(seen: Seen, keys: list[Tensor], values: list[Tensor], bias: Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from subject_patches.patches.sites import Site
-from subject_patches.patches.streams import Denoising, NoisedReference, Trajectory, resize_mask, tokens_inside
+from subject_patches.patches.streams import Denoising, NoisedReference, Pass, Trajectory, resize_mask, tokens_inside
 from subject_patches.tests.models import generator
 from torch import Tensor
 
@@ -60,7 +60,7 @@ def test_keeps_the_tokens_inside_the_mask_of_all_rows() -> None:
 
 def test_only_a_named_reference_has_an_identity() -> None:
     assert NoisedReference(randn(1, 4, 2, 2), 5).identity() is None
-    assert NoisedReference(randn(1, 4, 2, 2), 5, name=("a", 1)).identity() == ("a", 1, 5)
+    assert NoisedReference(randn(1, 4, 2, 2), 5, name=("a", 1)).identity() == ("a", 1, 5, Pass())
 
 
 # Masks at a grid

@@ -1,0 +1,250 @@
+"""Routed Reference Attention and Subject Share (AnyStory)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.edit import Edit
+from ..patches.engine import add_edit
+from ..patches.routed_reference import RoutedReference, RoutedReferenceAttention, RoutedTokens
+from ..patches.router import MOST_SUBJECTS, Router
+from ..patches.sites import CHOICES, attention_sites, context_width, select_sites
+from ..patches.streams import Pass
+from ..patches.subject import Share, Subject
+from ..patches.window import Window
+from .recycled_attention import STRENGTH_MAX, reference_streams
+from .types import CATEGORY, RouterType, SubjectType, named_sites_input, window_inputs
+
+ETA_MAX = 10.0
+CURRENT, NEARLY_CLEAN = "current", "nearly clean"
+KEPT, SKIPPED = "kept", "skipped"
+
+
+class SubjectShareNode(io.ComfyNode):
+    """Says how much of a subject is shown, and when."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesSubjectShare",
+            display_name="Subject Share",
+            category=CATEGORY,
+            description="For Routed Reference Attention: how strongly one subject is shown, in which part of the "
+            "schedule, and with which image prompt.",
+            search_aliases=["AnyStory", "subject strength", "image prompt", "gamma"],
+            inputs=[
+                SubjectType.Input("subject", tooltip="The subject; of several, all get this share."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=STRENGTH_MAX,
+                    step=0.05,
+                    tooltip="How much weight its references have in attention, times the node's own strength. The "
+                    "paper's gamma is its logarithm: 1 is gamma 0, and 0 does not show the references at all.",
+                ),
+                *window_inputs("the subject begins to act"),
+                io.Conditioning.Input(
+                    "image_prompt",
+                    optional=True,
+                    tooltip="Tokens that describe the subject, added where it is: an image encoded by a style model, "
+                    "an adapter's tokens, or a text of its own. As wide as the model's prompts.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.0,
+                    max=ETA_MAX,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How strongly the image prompt is added, times the node's own eta.",
+                ),
+            ],
+            outputs=[SubjectType.Output(display_name="subject", tooltip="The subject with this share.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        subject: tuple[Subject, ...],
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        image_prompt: Any = None,
+        eta: float = 1.0,
+    ) -> io.NodeOutput:
+        _check_number("strength", strength, STRENGTH_MAX)
+        _check_number("eta", eta, ETA_MAX)
+        share = Share(strength, Window(start_percent, end_percent), _tokens(image_prompt), eta)
+        return io.NodeOutput(tuple(replace(each, share=share) for each in subject))
+
+
+class RoutedReferenceAttentionNode(io.ComfyNode):
+    """Patches a MODEL so that several subjects show, each in its own places."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesRoutedReferenceAttention",
+            display_name="Routed Reference Attention",
+            category=CATEGORY,
+            description="Shows one to eight subjects in one picture without blending them: each place attends to the "
+            "references of its own subject only (AnyStory, without its trained weights).",
+            search_aliases=["AnyStory", "multi subject", "several subjects", "reference attention", "regional"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                SubjectType.Input(
+                    "subjects",
+                    tooltip="One to eight subjects: chain Subject nodes by their 'others'. Subject Share sets one's "
+                    "strength, window and image prompt.",
+                ),
+                RouterType.Input("router", tooltip="From Router: which place belongs to which subject."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=STRENGTH_MAX,
+                    step=0.05,
+                    tooltip="How much weight the references have in attention; the paper's gamma is its logarithm. 1 "
+                    "is gamma 0; at 0 the references are not shown.",
+                ),
+                io.Combo.Input(
+                    "sites",
+                    options=list(CHOICES),
+                    default="decoder",
+                    tooltip="Which layers see the references and image prompts. The paper trains all of them; "
+                    "without training the decoder does best.",
+                ),
+                *window_inputs("the subjects begin to act"),
+                io.Combo.Input(
+                    "noise_level",
+                    options=[CURRENT, NEARLY_CLEAN],
+                    default=CURRENT,
+                    tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one "
+                    "pass a step. 'nearly clean': that of the schedule's end, one pass in all, as the paper's "
+                    "ReferenceNet.",
+                ),
+                io.Combo.Input(
+                    "cross_attention",
+                    options=[KEPT, SKIPPED],
+                    default=KEPT,
+                    tooltip="Whether the pass over a reference has its cross-attention. 'kept': it reads the prompt. "
+                    "'skipped' is the paper's, whose ReferenceNet is trained for it.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Fixes the references' noise. Leave it alone while you try sampler seeds: the references' "
+                    "features are then computed once.",
+                ),
+                io.Conditioning.Input(
+                    "reference_conditioning",
+                    optional=True,
+                    tooltip="A prompt that describes the reference pictures. Without one, the generation's own "
+                    "positive prompt is used for them too.",
+                ),
+                io.Conditioning.Input(
+                    "background_prompt",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Tokens added where no subject is, as an image prompt is where one is. The paper's are "
+                    "those of an empty picture.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.0,
+                    max=ETA_MAX,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How strongly image prompts are added (Eq. 5); 0 adds none.",
+                ),
+                named_sites_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        subjects: tuple[Subject, ...],
+        router: Router,
+        strength: float = 1.0,
+        sites: str = "decoder",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        noise_level: str = CURRENT,
+        cross_attention: str = KEPT,
+        seed: int = 0,
+        reference_conditioning: Any = None,
+        background_prompt: Any = None,
+        eta: float = 1.0,
+        named_sites: str = "",
+    ) -> io.NodeOutput:
+        _check_number("strength", strength, STRENGTH_MAX)
+        _check_number("eta", eta, ETA_MAX)
+        for name, value, options in (
+            ("noise_level", noise_level, (CURRENT, NEARLY_CLEAN)),
+            ("cross_attention", cross_attention, (KEPT, SKIPPED)),
+        ):
+            if value not in options:
+                raise ValueError(f"{name} is '{value}'; choose one of {', '.join(options)}.")
+        window = Window(start_percent, end_percent)
+        order = attention_sites(model)
+        chosen = {kind: select_sites(order, kind, sites, named_sites) for kind in ("self", "cross")}
+        if len(subjects) > MOST_SUBJECTS:
+            raise ValueError(f"There are {len(subjects)} subjects; one node takes 1 to {MOST_SUBJECTS}.")
+        if not subjects:
+            return io.NodeOutput(model.clone())
+        background = _tokens(background_prompt)
+        prompted = background is not None or any(subject.share.tokens is not None for subject in subjects)
+        acting = chosen["self"] | (chosen["cross"] if prompted else frozenset())
+        routing = router.routing([subject.phrase for subject in subjects], order, acting, window)
+        how = Pass(noise_level == NEARLY_CLEAN, cross_attention == SKIPPED)
+        shares: list[Edit] = []
+        for number, subject in enumerate(subjects):
+            share, own = subject.share, window & subject.share.window
+            streams = reference_streams(model, subject, seed, reference_conditioning, how)
+            if strength * share.strength and not own.empty:
+                shares.append(RoutedReference(chosen["self"], own, routing, number, streams, strength * share.strength))
+            if share.tokens is not None and eta * share.eta and not own.empty:
+                tokens = _fitting(share.tokens, model, f"The image prompt of subject {number + 1}")
+                shares.append(RoutedTokens(chosen["cross"], own, routing, number, tokens, eta * share.eta))
+        if background is not None and eta and not window.empty:
+            tokens = _fitting(background, model, "The background prompt")
+            shares.append(RoutedTokens(chosen["cross"], window, routing, len(subjects), tokens, eta))
+        if not shares:
+            return io.NodeOutput(model.clone())
+        return io.NodeOutput(add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares))))
+
+
+def _check_number(name: str, value: float, most: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= most):
+        raise ValueError(f"The {name} is {value}; give a number from 0 to {most:g}.")
+
+
+def _tokens(conditioning: Any) -> Any:
+    """The tokens (1, n, channels) of a CONDITIONING's first entry."""
+    if conditioning is None:
+        return None
+    if not conditioning:
+        raise ValueError("The image prompt is an empty conditioning; connect one with tokens.")
+    return conditioning[0][0][:1]
+
+
+def _fitting(tokens: Any, model: Any, name: str) -> Any:
+    width = context_width(model)
+    if tokens.shape[-1] != width:
+        raise ValueError(
+            f"{name} has tokens of {tokens.shape[-1]} channels but this model's prompts have {width}; encode it with "
+            "the encoder or adapter that is made for this model."
+        )
+    return tokens

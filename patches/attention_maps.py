@@ -1,0 +1,56 @@
+"""Cross-attention maps: how much each place of a picture attends to a phrase of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .call import AttentionCall, Chunk
+
+
+def context_length(chunk: Chunk) -> int:
+    """How many tokens a chunk's prompt has before the host repeats it."""
+    return chunk.conditioning["model_conds"]["c_crossattn"].cond.shape[1]
+
+
+def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tensor | None:
+    """The attention to groups of a prompt's tokens: (rows, groups, height, width) of 0 to 1 in float32, averaged over
+    heads, summed over a group's tokens and over the repetitions of a prompt that the host repeats.
+
+    None where another pack changed the places or the tokens inside the layer, or another node put other keys there."""
+    length = context_length(call.chunk)
+    if call.grid is None or "key" in call.replaced or call.key.shape[1] % length:
+        return None
+    shares = call.probabilities().mean(1).unflatten(-1, (-1, length)).sum(-2)
+    maps = [shares[..., list(group)].sum(-1) for group in groups]
+    return torch.stack(maps, 1).unflatten(-1, call.grid)
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """Each map (..., height, width) stretched to 0 to 1 by its own smallest and largest value; one that is the same
+    everywhere becomes 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def smoothed(maps: Tensor, share: float) -> Tensor:
+    """Maps (rows, n, height, width) blurred by a Gaussian whose standard deviation is `share` of their shorter side."""
+    deviation = share * min(maps.shape[-2:])
+    # Below this a Gaussian's neighbours weigh less than one part in a million.
+    if deviation < 0.19:
+        return maps
+    from kornia.filters import gaussian_blur2d
+
+    # The border is repeated, and a kernel may reach over all of it.
+    size = 2 * min(int(3 * deviation) + 1, min(maps.shape[-2:])) + 1
+    return gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
+
+
+def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps (rows, n, height, width) at another grid: bilinear, averaged where it is coarser."""
+    if tuple(maps.shape[-2:]) == tuple(grid):
+        return maps
+    return functional.interpolate(maps, grid, mode="bilinear", antialias=True)

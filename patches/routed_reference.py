@@ -1,0 +1,142 @@
+"""Routed reference attention (AnyStory, section 3.3): every subject's features reach the places that are its own.
+
+Self-attention goes over the picture and the subjects' references, a reference being seen only where the route gives the
+place to its subject (Eq. 6 to 8); cross-attention adds the subjects' image prompts by the same route (Eq. 5). Without
+the paper's trained ReferenceNet the references' features are the host's own U-Net's, and the projections its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .call import AttentionCall
+from .edit import Edit, Request
+from .recycled_attention import flow_bias
+from .router import Routing
+from .streams import Features, NoisedReference, Stream
+
+# Equations
+
+
+def routed_reference_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    maps: Tensor,
+    gammas: Sequence[float],
+    heads: int,
+) -> Tensor:
+    """Eq. 6 to 8, as they stand: softmax(Q [K, K_1 .. K_N]^T / sqrt(d) + Bias) [V, V_1 .. V_N], Bias being 0 on the own
+    keys and, on those of subject i, gamma_i where sigma(M_i) is 1 and minus infinity elsewhere.
+
+    `query`, the own and then the subjects' `keys` and `values` are (rows, tokens, channels), `maps` (rows, N, queries)
+    of 0 and 1. The engine computes the same without this function and without its mask, by grouping the queries of one
+    subject; it is here to be read and to test against."""
+    biases = [torch.zeros(*query.shape[:2], keys[0].shape[1])]
+    for number, (key, gamma) in enumerate(zip(keys[1:], gammas, strict=True)):
+        seen = torch.where(maps[:, number] == 1, gamma, -math.inf)
+        biases.append(seen[..., None].expand(-1, -1, key.shape[1]))
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, torch.cat(keys, 1), torch.cat(values, 1)))
+    shares = (q @ k.mT / math.sqrt(q.shape[-1]) + torch.cat(biases, -1)[:, None]).softmax(-1)
+    return (shares @ v).transpose(1, 2).flatten(2)
+
+
+def token_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Softmax(Q K_i^T / sqrt(d)) V_i of Eq. 5: tensors (rows, tokens, channels)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def inject(output: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, mine: Tensor, eta: float) -> Tensor:
+    """One subject's term of Eq. 5: output + eta * sigma(M_i) * Softmax(Q K_i^T / sqrt(d)) V_i.
+
+    `output` and `query` are (rows, queries, channels), `key` and `value` (1, n, channels), `mine` is sigma(M_i), (1 or
+    rows, queries) bool on the CPU: only the queries in it are computed."""
+    output = output.clone()
+    shared = len(mine) == 1
+    for row, places in enumerate(mine):
+        rows = slice(None) if shared else slice(row, row + 1)
+        queries = places.nonzero().squeeze(1).to(query.device)
+        if len(queries):
+            own = query[rows][:, queries]
+            term = token_attention(own, key.expand(len(own), -1, -1), value.expand(len(own), -1, -1), heads)
+            output[rows, queries] += eta * term.to(output)
+    return output
+
+
+# The edits
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedReference(Edit):
+    """One subject of a routing, `number` from 0: its references are seen at its own places, with `strength` times
+    their attention weights (its logarithm is gamma)."""
+
+    routing: Routing
+    number: int
+    references: tuple[NoisedReference, ...]
+    strength: float = 1.0
+
+    def requests(self, sigma: float) -> Iterable[Request]:
+        return [(reference, self.sites, ("key", "value")) for reference in self.references]
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        route = self.routing.route(call)
+        if route is None:
+            return
+        mine = route == self.number
+        if not bool(mine.any()):
+            return
+        bias = flow_bias(self.strength, None)
+        for reference in self.references:
+            features = recorded(reference)
+            if features is not None:
+                call.extend(features["key"], features["value"], bias, mine)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTokens(Edit):
+    """The image prompt `tokens` (1, n, channels) of one subject of a routing, or of the background (`number` N), added
+    at its own places with the weight `eta`. The layer's own projections make its keys and values."""
+
+    routing: Routing
+    number: int
+    tokens: Tensor
+    eta: float = 1.0
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        if call.grid is None:
+            return
+        key, value = call.project(self.tokens.to(call.query))
+        query, heads = call.query, call.heads
+
+        def add(output: Tensor) -> Tensor:
+            # Asked only now: a route by maps is that of this very attention, with what every edit amended in it.
+            route = self.routing.route(call)
+            if route is None:
+                return output
+            return inject(output, query, key, value, heads, route == self.number, self.eta)
+
+        call.blend(add)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedReferenceAttention(Edit):
+    """All subjects of one node. In a run it falls into `routing` and an edit for each of `shares`, which ask it."""
+
+    routing: Routing
+    shares: tuple[RoutedReference | RoutedTokens, ...]
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        self.routing.check(prompts)
+
+    def parts(self) -> Iterable[Edit]:
+        routing = self.routing.begin()
+        return (routing, *(replace(share, routing=routing) for share in self.shares))
