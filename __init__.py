@@ -24,6 +24,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.router import RouterNode
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.subject import SubjectNode
+        from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
 
         return [
             SubjectNode,
@@ -37,6 +38,9 @@ class SubjectPatches(ComfyExtension):
             SubjectShareNode,
             RouterNode,
             RoutedReferenceAttentionNode,
+            InvertToTrajectoryNode,
+            SaveTrajectoryNode,
+            LoadTrajectoryNode,
         ]
 
 

@@ -1,0 +1,273 @@
+"""Invert to Trajectory, and its file: a picture's way back to noise with every latent kept (Layout-and-Retouch)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy.model_sampling import CONST
+from comfy.samplers import CFGGuider, Sampler
+from comfy_api.latest import io
+
+from ..patches.cache import FeatureCache
+from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, from_file, inverted, replayed, to_file
+from ..patches.sites import family_of
+from ..patches.subject import MEGABYTE
+from .types import CATEGORY, TrajectoryType
+
+ROUNDS_MAX = 20
+FOLDER = "trajectories"
+
+
+def refuse_flow(model: Any) -> None:
+    """Raises ValueError for a flow model, whose latents no DDIM step moves."""
+    if isinstance(model.get_model_object("model_sampling"), CONST):
+        raise ValueError(
+            "This model is a flow model, and DDIM inversion is for models that predict noise or velocity "
+            "(v-prediction); use SD 1.x, SD 2.x or SDXL without a flow sampling patch."
+        )
+
+
+def cache_input() -> io.Int.Input:
+    return io.Int.Input(
+        "cache_megabytes",
+        default=CACHE_MEGABYTES,
+        min=0,
+        max=65536,
+        advanced=True,
+        tooltip="How much of what the trajectory lends to keep for the next picture, which then costs little more than "
+        "without it. 0 keeps none.",
+    )
+
+
+class InvertToTrajectoryNode(io.ComfyNode):
+    """Makes a TRAJECTORY of a LATENT."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesInvertToTrajectory",
+            display_name="Invert to Trajectory",
+            category=CATEGORY,
+            description="Walks a picture's latents back to noise by DDIM inversion and keeps all of them, for "
+            "Multi-Source Attention Swap (Layout-and-Retouch).",
+            search_aliases=["DDIM inversion", "inversion", "unsampler", "Layout-and-Retouch"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample: SD 1.x, SD 2.x or SDXL."),
+                io.Latent.Input("latent", tooltip="The encoded picture; several are inverted together."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="From any scheduler node; the same as the sampler's are best. Latents between two of them "
+                    "are interpolated.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Encodes the empty prompt, the paper's, if no conditioning is given."
+                ),
+                io.Conditioning.Input("conditioning", optional=True, tooltip="A prompt to invert with, at CFG 1."),
+                io.Int.Input(
+                    "fixed_point_rounds",
+                    default=0,
+                    min=0,
+                    max=ROUNDS_MAX,
+                    tooltip="For inversions that drift: more turns of each step until it leads back to where it came "
+                    "from. Each costs another pass a step; 0 is plain DDIM inversion, 3 is often enough.",
+                ),
+                io.Boolean.Input(
+                    "measure_replay",
+                    default=False,
+                    tooltip="Also replays the inversion and reports how far it drifts, which takes another pass a "
+                    "step. The kept latents do not drift.",
+                ),
+                cache_input(),
+            ],
+            outputs=[
+                TrajectoryType.Output(display_name="trajectory", tooltip="All the latents, with their sigmas."),
+                io.Latent.Output(
+                    display_name="last_latent",
+                    tooltip="The noisiest latent: sample from it with DisableNoise to start where the picture ended.",
+                ),
+                io.String.Output(display_name="report", tooltip="How exactly the trajectory gives the picture back."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        sigmas: Any,
+        clip: Any = None,
+        conditioning: Any = None,
+        fixed_point_rounds: int = 0,
+        measure_replay: bool = False,
+        cache_megabytes: int = CACHE_MEGABYTES,
+    ) -> io.NodeOutput:
+        refuse_flow(model)
+        family = family_of(model)
+        if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
+            raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
+        levels = falling(sigmas)
+        clean = latent["samples"]
+        wanted = model.model.latent_format.latent_channels
+        if clean.ndim != 4 or clean.shape[1] != wanted:
+            raise ValueError(
+                f"The latent has the shape {tuple(clean.shape)} but this model takes {wanted} channels; encode the "
+                "picture with the VAE of this checkpoint."
+            )
+        if conditioning is None:
+            if clip is None:
+                raise ValueError(
+                    "There is no prompt to invert with; connect a CLIP, whose empty prompt is used, or one."
+                )
+            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        guider = CFGGuider(model)
+        guider.inner_set_conds({"positive": conditioning})
+        sampler = _Inverting(fixed_point_rounds, measure_replay)
+        passes = (len(levels) - 1) * (1 + fixed_point_rounds + measure_replay)
+        guider.sample(
+            torch.zeros_like(clean),
+            clean,
+            sampler,
+            levels,
+            callback=latent_preview.prepare_callback(model, passes),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=0,
+        )
+        inversion = Inversion(levels.cpu(), sampler.states, family, FeatureCache(cache_megabytes * MEGABYTE))
+        last = model.model.process_latent_out(inversion.states[0])
+        last = last.to(comfy.model_management.intermediate_device())
+        return io.NodeOutput(inversion, {"samples": last}, drift_report(inversion, sampler.replay))
+
+
+def falling(sigmas: Any) -> Any:
+    """SIGMAS as a path needs them: falling, whichever way they were given, and down to 0, where the picture is.
+
+    Raises ValueError for fewer than two, or when they go up and down."""
+    levels = sigmas.float().flatten()
+    if len(levels) > 1 and levels[0] < levels[-1]:
+        levels = levels.flip(0)
+    if len(levels) and levels[-1] > 0:
+        levels = torch.cat([levels, levels.new_zeros(1)])
+    if len(levels) < 2 or not bool((levels.diff() < 0).all()) or not bool(levels.isfinite().all()):
+        given = ", ".join(f"{level:.4g}" for level in sigmas.flatten().tolist()[:8]) or "none"
+        raise ValueError(f"The sigmas ({given}) are no schedule; connect those of a scheduler node, all of them.")
+    return levels
+
+
+class _Inverting(Sampler):
+    """Walks up the sigmas instead of down. Leaves the states it went through, and those of a replay if asked for."""
+
+    def __init__(self, rounds: int, replay: bool) -> None:
+        self.rounds = rounds
+        self.measure = replay
+        self.states: Any = None
+        self.replay: Any = None
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Any,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Any,
+        latent_image: Any = None,
+        denoise_mask: Any = None,
+        disable_pbar: bool = False,
+    ) -> Any:
+        steps = (len(sigmas) - 1) * (1 + self.rounds + self.measure)
+        done = 0
+
+        def predict(x: Any, sigma: float) -> Any:
+            return model_wrap(x, sigmas.new_full((len(x),), sigma), **extra_args)
+
+        def told(clean: Any, x: Any) -> None:
+            nonlocal done
+            if callback is not None:
+                callback(done, clean, x, steps)
+            done += 1
+
+        states = inverted(predict, latent_image, sigmas, self.rounds, told)
+        self.states = states.float().cpu()
+        if self.measure:
+            self.replay = replayed(predict, states[0], sigmas, told).float().cpu()
+        return states[0]
+
+
+class SaveTrajectoryNode(io.ComfyNode):
+    """Writes a TRAJECTORY to the output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesSaveTrajectory",
+            display_name="Save Trajectory",
+            category=CATEGORY,
+            description="Saves a trajectory as a safetensors file, so that a picture need not be inverted again.",
+            inputs=[
+                TrajectoryType.Input("trajectory", tooltip="From Invert to Trajectory."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FOLDER}/trajectory",
+                    tooltip=f"Where in the output folder; Load Trajectory lists what is in its folder {FOLDER}.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, trajectory: Inversion, filename_prefix: str) -> io.NodeOutput:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        tensors, metadata = to_file(trajectory)
+        comfy.utils.save_torch_file(tensors, str(Path(folder) / f"{name}_{counter:05}_.safetensors"), metadata=metadata)
+        return io.NodeOutput()
+
+
+def _saved() -> list[str]:
+    """The trajectory files of the input and output folders, as the host annotates names."""
+    found = []
+    for base, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
+        files = sorted((Path(base) / FOLDER).glob("*.safetensors"))
+        found += [f"{FOLDER}/{path.name}{mark}" for path in files]
+    return found
+
+
+class LoadTrajectoryNode(io.ComfyNode):
+    """Reads a TRAJECTORY."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesLoadTrajectory",
+            display_name="Load Trajectory",
+            category=CATEGORY,
+            description="Loads what Save Trajectory wrote.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_saved(),
+                    tooltip=f"A file of the folder {FOLDER} in the input folder, or in the output folder.",
+                ),
+                cache_input(),
+            ],
+            outputs=[TrajectoryType.Output(display_name="trajectory", tooltip="The trajectory as it was saved.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, cache_megabytes: int) -> Any:
+        found = os.stat(folder_paths.get_annotated_filepath(file))
+        return (file, found.st_mtime_ns, found.st_size, cache_megabytes)
+
+    @classmethod
+    def execute(cls, file: str, cache_megabytes: int = CACHE_MEGABYTES) -> io.NodeOutput:
+        path = folder_paths.get_annotated_filepath(file)
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return io.NodeOutput(from_file(tensors, metadata, file, cache_megabytes))

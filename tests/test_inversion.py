@@ -1,0 +1,354 @@
+"""Invert to Trajectory: DDIM inversion with all latents kept, in sampling runs of the host, and its file."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+from host import Server
+from safetensors.torch import save_file
+from subject_patches.nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
+from subject_patches.patches.inversion import (
+    Inversion,
+    ddim_step,
+    from_file,
+    inverted,
+    inverted_step,
+    replayed,
+    to_file,
+)
+from subject_patches.tests.models import difference, generator, prompt, recycled, sample, small_model
+from subject_patches.toy.sampling import Toy
+from torch import Tensor
+
+ROUNDING = 2e-5
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy.load()
+
+
+def schedule(model: Any, steps: int = 4, scheduler: str = "normal") -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def invert(model: Any, latent: Tensor, sigmas: Tensor | None = None, **values: Any) -> tuple[Inversion, Any, str]:
+    sigmas = schedule(model) if sigmas is None else sigmas
+    given = {"conditioning": prompt(1), **values}
+    with torch.inference_mode():
+        return InvertToTrajectoryNode.execute(model, {"samples": latent}, sigmas, **given).args
+
+
+# The equations
+
+
+def test_a_step_and_its_inverse() -> None:
+    x, clean = randn(2, 4, 3, 5), randn(2, 4, 3, 5, seed=1)
+    below = ddim_step(x, clean, 3.0, 1.2)
+    torch.testing.assert_close(inverted_step(below, clean, x, 1.2, 3.0), x)
+    # The host's Euler step.
+    torch.testing.assert_close(below, x + (x - clean) / 3.0 * (1.2 - 3.0))
+    torch.testing.assert_close(ddim_step(x, clean, 3.0, 0.0), clean)
+
+
+def model_of_a_unit_gaussian(x: Tensor, sigma: float) -> Tensor:
+    """The exact prediction where clean latents are of unit variance."""
+    return x / (1 + sigma**2)
+
+
+def nothing(*_: Tensor) -> None:
+    pass
+
+
+def test_a_gaussians_path_is_its_scale() -> None:
+    """Of the exact model the path is sqrt(1 + sigma^2) times the picture; fine steps come near it."""
+    sigmas, clean = torch.linspace(5, 0, 400), randn(1, 4, 3, 3)
+    states = inverted(model_of_a_unit_gaussian, clean, sigmas, 3, nothing)
+    right = clean * (1 + sigmas.square()).sqrt().view(-1, 1, 1, 1, 1)
+    assert difference(states, right) < 0.02
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_rounds_lead_back_better(rounds: int) -> None:
+    sigmas, clean = torch.tensor([5.0, 3.0, 1.0, 0.4, 0.0]), randn(1, 4, 3, 3)
+
+    def drift(turns: int) -> float:
+        states = inverted(model_of_a_unit_gaussian, clean, sigmas, turns, nothing)
+        return difference(replayed(model_of_a_unit_gaussian, states[0], sigmas, nothing)[-1], clean)
+
+    assert drift(rounds) < 0.5 * drift(0)
+    assert drift(12) < 1e-3
+
+
+def test_rounds_that_lead_away_are_left_out() -> None:
+    """A model whose fixed point repels: more rounds give what two do."""
+
+    def steep(x: Tensor, sigma: float) -> Tensor:
+        return x - 3 * sigma * x
+
+    sigmas, clean = torch.tensor([2.0, 1.0, 0.0]), randn(1, 4, 3, 3)
+    two, many = (inverted(steep, clean, sigmas, rounds, nothing) for rounds in (2, 10))
+    assert torch.equal(two, many)
+    assert many.abs().max() < 100 * clean.abs().max()
+
+
+# In the host
+
+
+def plain(model: Any, clean: Tensor, sigmas: Tensor, tokens: Tensor) -> Tensor:
+    """DDIM inversion in its usual writing: z of unit variance, alpha-bar, the time step of the noisier side."""
+    x = clean * model.model.latent_format.scale_factor
+    states = [x]
+    for low, high in pairwise(sigmas.flip(0)):
+        below, above = 1 / (1 + low**2), 1 / (1 + high**2)
+        z = below.sqrt() * x
+        denoised = model.model.apply_model(
+            z / above.sqrt(), high.expand(len(x)), c_crossattn=tokens.expand(len(x), -1, -1)
+        )
+        noise = (z / above.sqrt() - denoised) / high
+        z = above.sqrt() / below.sqrt() * (z - (1 - below).sqrt() * noise) + (1 - above).sqrt() * noise
+        x = z / above.sqrt()
+        states.append(x)
+    return torch.stack(states[::-1])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction", "v_prediction zsnr"])
+def test_ddim_inversion(prediction: str, model: Any) -> None:
+    bare = small_model()
+    if prediction != "eps":
+        name, *zsnr = prediction.split()
+        (model,) = ModelSamplingDiscrete().patch(model, name, bool(zsnr))
+        bare.model.model_sampling = model.get_model_object("model_sampling")
+    clean = randn(2, 4, 7, 10)
+    sigmas = schedule(model)
+    with torch.inference_mode():
+        right = plain(bare, clean, sigmas, prompt(1)[0][0])
+    inversion, last, _ = invert(model, clean)
+    assert torch.equal(inversion.sigmas, sigmas)
+    assert inversion.states.shape == (5, 2, 4, 7, 10)
+    assert inversion.states.isfinite().all()
+    for ours, theirs in zip(inversion.states, right, strict=True):
+        assert difference(ours, theirs) < ROUNDING
+    torch.testing.assert_close(last["samples"] * model.model.latent_format.scale_factor, inversion.states[0])
+
+
+def test_kept_latents_are_exact_and_a_replay_drifts(toy: Toy) -> None:
+    clean, sigmas = randn(1, 8, 16, 16), schedule(toy.model, 6)
+    with torch.inference_mode():
+        clean = toy.model.model.process_latent_out(clean)
+    inversion, _, report = invert(toy.model, clean, sigmas, conditioning=None, clip=toy.clip, measure_replay=True)
+    stream = inversion.stream
+    for sigma, state in zip(inversion.sigmas.tolist(), inversion.states, strict=True):
+        assert torch.equal(stream.latents(sigma, nothing), state)
+    assert "error with the kept latents: 0 at every sigma" in report
+    errors = [float(line.split()[1]) for line in report.splitlines()[4:-1]]
+    assert len(errors) == len(sigmas)
+    assert errors[0] == 0
+    assert errors[-1] > 0.01
+    *_, refined = invert(
+        toy.model, clean, sigmas, conditioning=None, clip=toy.clip, measure_replay=True, fixed_point_rounds=5
+    )
+    assert float(refined.splitlines()[-2].split()[1]) < 0.5 * errors[-1]
+
+
+def test_replaying_by_the_hosts_sampler(toy: Toy) -> None:
+    """From the last latent, with DisableNoise, the host's Euler goes the way the report's replay went."""
+    clean, sigmas = randn(1, 8, 16, 16), schedule(toy.model, 6)
+    with torch.inference_mode():
+        empty = toy.encode([""])
+    inversion, last, report = invert(toy.model, clean, sigmas, conditioning=empty, measure_replay=True)
+    with torch.inference_mode():
+        result = comfy.sample.sample_custom(
+            toy.model, torch.zeros_like(clean), 1.0, comfy.samplers.sampler_object("euler"), sigmas, empty, empty,
+            last["samples"], disable_pbar=True, seed=0,
+        )  # fmt: skip
+    error = float((toy.model.model.process_latent_in(result) - inversion.states[-1]).square().mean().sqrt())
+    assert error == pytest.approx(float(report.splitlines()[-2].split()[1]), rel=1e-3)
+
+
+def test_the_empty_prompt_is_the_default(toy: Toy) -> None:
+    clean = randn(1, 8, 16, 16)
+    with torch.inference_mode():
+        empty = toy.encode([""])
+    given, default = (
+        invert(toy.model, clean, schedule(toy.model, 3), **values)[0]
+        for values in ({"conditioning": empty}, {"conditioning": None, "clip": toy.clip})
+    )
+    assert torch.equal(given.states, default.states)
+
+
+def test_a_batch_is_its_singles(model: Any) -> None:
+    clean = randn(2, 4, 7, 10)
+    together, _, _ = invert(model, clean)
+    for row in (0, 1):
+        alone, _, _ = invert(model, clean[row : row + 1])
+        assert difference(together.states[:, row : row + 1], alone.states) < ROUNDING
+
+
+def test_the_models_patches_act(model: Any) -> None:
+    clean = randn(1, 4, 8, 8)
+    assert difference(invert(recycled(model), clean)[0].states[0], invert(model, clean)[0].states[0]) > 0.003
+
+
+def test_schedules_may_rise_or_end_early(model: Any) -> None:
+    clean, sigmas = randn(1, 4, 8, 8), schedule(model)
+    right = invert(model, clean, sigmas)[0]
+    for given in (sigmas.flip(0), sigmas[:-1], sigmas[:-1].flip(0)):
+        other = invert(model, clean, given)[0]
+        assert torch.equal(other.sigmas, right.sigmas)
+        assert torch.equal(other.states, right.states)
+
+
+def test_the_given_model_is_untouched(model: Any) -> None:
+    before = sample(model)
+    invert(model, randn(1, 4, 8, 8))
+    assert torch.equal(sample(model), before)
+
+
+def test_an_inversion_can_be_interrupted(model: Any) -> None:
+    comfy.model_management.interrupt_current_processing()
+
+    def interrupting(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    stopped = model.clone()
+    stopped.set_model_unet_function_wrapper(interrupting)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        invert(stopped, randn(1, 4, 8, 8))
+    assert invert(model, randn(1, 4, 8, 8))[0].states.isfinite().all()
+
+
+# Bad input
+
+
+def test_flow_models_are_refused(model: Any) -> None:
+    (flow,) = ModelSamplingSD3().patch(model, 3.0)
+    with pytest.raises(
+        ValueError, match=r"flow model, and DDIM inversion is for models that predict noise or velocity"
+    ):
+        invert(flow, randn(1, 4, 8, 8))
+
+
+def test_a_prompt_is_needed(model: Any) -> None:
+    with pytest.raises(ValueError, match="no prompt to invert with; connect a CLIP"):
+        invert(model, randn(1, 4, 8, 8), conditioning=None)
+
+
+def test_latents_of_another_vae(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 8, 8, 8\) but this model takes 4 channels; encode the picture"):
+        invert(model, randn(1, 8, 8, 8))
+
+
+@pytest.mark.parametrize("sigmas", [[], [0.0], [3.0, 5.0, 1.0], [5.0, 5.0, 0.0], [float("nan"), 0.0]])
+def test_sigmas_that_are_no_schedule(sigmas: list[float], model: Any) -> None:
+    with pytest.raises(ValueError, match=r"are no schedule; connect those of a scheduler node"):
+        invert(model, randn(1, 4, 8, 8), torch.tensor(sigmas))
+
+
+@pytest.mark.parametrize("rounds", [-1, 21])
+def test_rounds_out_of_range(rounds: int, model: Any) -> None:
+    with pytest.raises(ValueError, match=f"fixed_point_rounds are {rounds}; give a number from 0 to 20"):
+        invert(model, randn(1, 4, 8, 8), fixed_point_rounds=rounds)
+
+
+# The file
+
+
+def test_saved_and_loaded(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    inversion, _, _ = invert(model, randn(2, 4, 7, 10))
+    SaveTrajectoryNode.execute(inversion, "trajectories/a picture")
+    (path,) = tmp_path.rglob("*.safetensors")
+    assert path.stat().st_size < inversion.states.numel() * 4 + 2000
+    name = f"trajectories/{path.name} [output]"
+    assert name in LoadTrajectoryNode.define_schema().inputs[0].options
+    loaded = LoadTrajectoryNode.execute(name).args[0]
+    assert torch.equal(loaded.states, inversion.states)
+    assert torch.equal(loaded.sigmas, inversion.sigmas)
+    assert loaded.family == "SD 1.x"
+    first = LoadTrajectoryNode.fingerprint_inputs(name, 1)
+    path.touch()
+    save_file({"x": torch.zeros(1)}, path)
+    assert LoadTrajectoryNode.fingerprint_inputs(name, 1) != first
+    with pytest.raises(ValueError, match=r"a picture_00001_\.safetensors \[output\] is no trajectory; choose one that"):
+        LoadTrajectoryNode.execute(name)
+
+
+def test_a_file_whose_parts_do_not_fit(model: Any) -> None:
+    tensors, metadata = to_file(invert(model, randn(1, 4, 8, 8))[0])
+    with pytest.raises(ValueError, match=r"file x has 4 sigmas for states of shape \(5, 1, 4, 8, 8\); invert the"):
+        from_file({**tensors, "sigmas": tensors["sigmas"][1:]}, metadata, "x", 1)
+    with pytest.raises(ValueError, match=r"file x has sigmas that do not fall"):
+        from_file({**tensors, "sigmas": tensors["sigmas"].flip(0)}, metadata, "x", 1)
+
+
+def test_on_a_server(server: Server) -> None:
+    """Inverted, saved, and sampled from the last latent in one run; loaded in the next."""
+    prompt_ = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}},
+        "2": {"class_type": "EmptyImage", "inputs": {"width": 96, "height": 128, "batch_size": 1, "color": 3368550}},
+        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 2]}},
+        "4": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": ["1", 0], "scheduler": "normal", "steps": 3, "denoise": 1.0},
+        },
+        "5": {
+            "class_type": "SubjectPatchesInvertToTrajectory",
+            "inputs": {
+                "model": ["1", 0], "latent": ["3", 0], "sigmas": ["4", 0], "clip": ["1", 1], "fixed_point_rounds": 1,
+                "measure_replay": True, "cache_megabytes": 64,
+            },
+        },
+        "6": {
+            "class_type": "SubjectPatchesSaveTrajectory",
+            "inputs": {"trajectory": ["5", 0], "filename_prefix": "trajectories/test"},
+        },
+        "7": {"class_type": "PreviewAny", "inputs": {"source": ["5", 2]}},
+    }  # fmt: skip
+    server.queue(prompt_)
+    (path,) = (server.base / "output" / "trajectories").glob("test*.safetensors")
+    again = {
+        "1": {
+            "class_type": "SubjectPatchesLoadTrajectory",
+            "inputs": {"file": f"trajectories/{path.name} [output]", "cache_megabytes": 64},
+        },
+        "2": {
+            "class_type": "SubjectPatchesSaveTrajectory",
+            "inputs": {"trajectory": ["1", 0], "filename_prefix": "trajectories/again"},
+        },
+    }
+    server.queue(again)
+    (copy,) = (server.base / "output" / "trajectories").glob("again*.safetensors")
+    assert copy.read_bytes() == path.read_bytes()
+
+
+# Help
+
+
+@pytest.mark.parametrize("node", [InvertToTrajectoryNode, SaveTrajectoryNode, LoadTrajectoryNode])
+def test_the_help_page_names_every_input(node: Any) -> None:
+    schema = node.define_schema()
+    page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# {schema.display_name}\n")
+    for each in (*schema.inputs, *schema.outputs):
+        assert f"`{each.id if each in schema.inputs else each.display_name}`" in text
+        assert each.tooltip
