@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .attention_maps import attention_maps, normalised
 from .call import AttentionCall, Chunk
 from .edit import Edit
-from .layout import context_length, tokens_of
+from .layout import tokens_of
 from .layout_regions import canonical
 from .prompt import SPANS_KEY
 from .streams import Features, Stream, resize_mask
@@ -26,12 +27,8 @@ FINENESS = 2
 
 
 def thresholded(attention: Tensor, threshold: float) -> Tensor:
-    """M^c: where the averaged attention, brought to 0 to 1, is at least `threshold`; (h, w) to bool. The same attention
-    everywhere says nothing, and is nowhere above."""
-    low, high = attention.min(), attention.max()
-    if high <= low:
-        return torch.zeros_like(attention, dtype=torch.bool)
-    return (attention - low) / (high - low) >= threshold
+    """M^c: where the averaged attention, brought to 0 to 1, is at least `threshold`, above 0; (h, w) to bool."""
+    return normalised(attention) >= threshold
 
 
 def united(attended: Tensor, segmented: Tensor, both: bool) -> Tensor:
@@ -179,23 +176,10 @@ class Gathering(Edit):
     mask: MaskInRun
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        tokens = _tokens_at(call, self.mask.mask.phrase)
-        if not tokens or call.grid is None:
-            return
-        maps = call.probabilities(tokens).sum((1, 3)).unflatten(-1, call.grid)
-        self.mask.add(sigma, on_canvas(maps, call.chunk))
-
-
-def _tokens_at(call: AttentionCall, phrase: str) -> list[int]:
-    """The columns of a call that are the phrase's, with those the host repeats."""
-    if not phrase or "key" in call.replaced:
-        return []
-    groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), [canonical(phrase)])
-    length = context_length(call.chunk)
-    if not groups or call.key.shape[1] % length:
-        return []
-    found = [token for tokens in groups.values() for token in tokens]
-    return [token + turn for turn in range(0, call.key.shape[1], length) for token in found]
+        groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), [canonical(self.mask.mask.phrase)])
+        maps = attention_maps(call, [[token for tokens in groups.values() for token in tokens]]) if groups else None
+        if maps is not None:
+            self.mask.add(sigma, on_canvas(maps[:, 0], call.chunk))
 
 
 def on_canvas(maps: Tensor, chunk: Chunk) -> Tensor:
