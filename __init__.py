@@ -16,7 +16,7 @@ class SubjectPatches(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
-        from .nodes.attention_report import AttentionReportNode, RecordAttentionNode
+        from .nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
         from .nodes.encode_prompt import EncodePromptWithSubjects
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
@@ -31,7 +31,7 @@ class SubjectPatches(ComfyExtension):
             EncodePromptWithSubjects,
             RecycledSelfAttentionNode,
             RecordAttentionNode,
-            AttentionReportNode,
+            AttentionInspectorNode,
             LayoutNode,
             LayoutBiasNode,
             SelfRecurrenceNode,

@@ -1,17 +1,28 @@
-"""What a run's attention to its references was like: ASA and SLD by layer and step (AnyLogo, Figure 1, Appendix E)."""
+"""What a run's attention was like: maps of phrases and of what edits decided, and how much it lay on references.
+
+ASA and SLD are AnyLogo's (Figure 1, Appendix E).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .call import AttentionCall
+from .attention_maps import attention_maps
+from .call import AttentionCall, Chunk
 from .edit import Edit
+from .layout_regions import canonical
+from .prompt import SPANS_KEY, Spans
 from .sites import Site
 from .streams import Features, Stream
+
+CROSS_ATTENTION = "cross-attention"
+# Finer maps than this say nothing more to the eye and fill the memory: 70 layers times 25 steps is an SDXL run.
+FINEST = 64
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,69 @@ class Row:
     sld: float
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a map is of: `kind` is CROSS_ATTENTION or the name that an edit gave its note, `label` the phrase or
+    subject; `token` is the number of one token in a phrase, from 1, or 0 for all of them."""
+
+    kind: str
+    label: str
+    token: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.label}, token {self.token}" if self.token else self.label
+
+
+@dataclass
+class Kept:
+    """The mean of the maps (height, width) that one layer gave at one noise level."""
+
+    map: Tensor
+    count: int = 1
+
+    def add(self, other: Tensor) -> None:
+        if other.shape == self.map.shape:
+            self.count += 1
+            self.map = self.map + (other - self.map) / self.count
+
+
 @dataclass
 class AttentionRecord:
-    """The rows of the last run."""
+    """The last run: its rows, and its maps by what they show, layer and noise level, in the order they came. `sites`
+    are the recorded layers, `picture` the recorded one of the batch, from 0."""
 
+    sites: tuple[Site, ...] = ()
+    picture: int = 0
     rows: list[Row] = field(default_factory=list)
+    maps: dict[tuple[Shown, Site, float], Kept] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.rows.clear()
+        self.maps.clear()
+
+    def add(self, shown: Shown, site: Site, sigma: float, values: Tensor) -> None:
+        """Keeps a map (height, width), on the CPU and at most FINEST cells on a side. A layer that is called several
+        times at a noise level gives their mean."""
+        if max(values.shape) > FINEST:
+            scale = FINEST / max(values.shape)
+            size = [max(round(side * scale), 1) for side in values.shape]
+            values = functional.interpolate(values[None, None], size, mode="area")[0, 0]
+        place = (shown, site, sigma)
+        if place in self.maps:
+            self.maps[place].add(values.cpu())
+        else:
+            self.maps[place] = Kept(values.cpu())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of map there are, in the order they came."""
+        return tuple(dict.fromkeys(shown.kind for shown, _, _ in self.maps))
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise levels of the run's steps, falling."""
+        levels = {sigma for _, _, sigma in self.maps} | {row.sigma for row in self.rows}
+        return sorted(levels, reverse=True)
 
 
 def subject_attention(call: AttentionCall) -> float:
@@ -44,77 +113,65 @@ def latent_difference(call: AttentionCall) -> float:
     return float((delivered - call.value.float().mean((0, 1))).abs().mean())
 
 
+def phrase_tokens(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[Shown, list[int]]:
+    """The tokens of each phrase of a prompt, together and one by one; without `phrases`, of all that it knows."""
+    wanted = {canonical(phrase) for phrase in phrases}
+    groups: dict[Shown, list[int]] = {}
+    for phrase, found in spans.items():
+        if wanted and canonical(phrase) not in wanted:
+            continue
+        tokens = [token for start, stop in found for token in range(start, stop)]
+        groups[Shown(CROSS_ATTENTION, phrase)] = tokens
+        if len(tokens) > 1:
+            groups |= {Shown(CROSS_ATTENTION, phrase, number): [token] for number, token in enumerate(tokens, 1)}
+    return groups
+
+
 @dataclass(frozen=True, eq=False)
 class RecordAttention(Edit):
-    """Amends nothing; looks at every call that attends to a reference."""
+    """Amends nothing; looks at every call for the maps of `phrases` (all that a prompt knows, without any), for what
+    the other edits note, and for attention to references. Of a batch it keeps one picture's maps, the last one's where
+    there are fewer."""
 
     record: AttentionRecord
+    phrases: tuple[str, ...] = ()
 
     def begin(self) -> RecordAttention:
-        self.record.rows.clear()
+        self.record.clear()
         return self
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.extensions:
             self.record.rows.append(Row(sigma, call.site, subject_attention(call), latent_difference(call)))
+        if call.site.kind == "cross":
+            self._keep_phrases(call, sigma)
+        for note in call.notes:
+            maps = note.maps()
+            maps = maps[min(self.record.picture, len(maps) - 1)]
+            labels = note.labels or tuple(f"{n}" if len(maps) > 1 else note.name for n in range(1, len(maps) + 1))
+            for label, values in zip(labels, maps, strict=True):
+                self.record.add(Shown(note.name, _placed(label, call.chunk)), call.site, sigma, values)
+
+    def _keep_phrases(self, call: AttentionCall, sigma: float) -> None:
+        groups = phrase_tokens(call.chunk.conditioning.get(SPANS_KEY, {}), self.phrases)
+        maps = attention_maps(call, list(groups.values())) if groups else None
+        if maps is None:
+            return
+        maps = maps[min(self.record.picture, len(maps) - 1)]
+        for shown, values in zip(groups, maps, strict=True):
+            placed = Shown(shown.kind, _placed(shown.label, call.chunk), shown.token)
+            self.record.add(placed, call.site, sigma, values)
+
+
+def _placed(label: str, chunk: Chunk) -> str:
+    """A label that says which part of the picture a map is of, where area conditioning cut one out."""
+    if chunk.area is None:
+        return label
+    height, width, y, x = chunk.area
+    return f"{label} (area {8 * width} x {8 * height} at {8 * x}, {8 * y})"
 
 
 def table(rows: Iterable[Row]) -> str:
     """CSV with a heading: sigma, layer, asa, sld."""
     lines = [f"{row.sigma:.4f},{row.site},{row.asa:.5f},{row.sld:.5f}" for row in rows]
     return "\n".join(["sigma,layer,asa,sld", *lines])
-
-
-def _matrix(rows: Sequence[Row], name: str) -> tuple[Tensor, list[str], list[float]]:
-    sites = list(dict.fromkeys(row.site for row in rows))
-    sigmas = sorted({row.sigma for row in rows}, reverse=True)
-    sums, counts = torch.zeros(len(sites), len(sigmas)), torch.zeros(len(sites), len(sigmas))
-    for row in rows:
-        place = (sites.index(row.site), sigmas.index(row.sigma))
-        sums[place] += getattr(row, name)
-        counts[place] += 1
-    return sums / counts, [str(site) for site in sites], sigmas
-
-
-def plot(rows: Sequence[Row]) -> Tensor:
-    """A picture (1, height, width, 3) of 0 to 1: for ASA and SLD a map of layers (down) by noise levels (across),
-    white the largest value; layers that saw no reference at a level are grey."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    cell, label, heading = 28, 110, 34
-    panels = []
-    for name, title in (("asa", "ASA: share of attention on the reference"), ("sld", "SLD: distance of mean features")):
-        values, sites, sigmas = _matrix(rows, name)
-        most = float(values[values.isfinite()].max())
-        width = label + max(cell * len(sigmas) + 10, 260)
-        panel = Image.new("RGB", (width, heading + cell * len(sites) + 26), (24, 26, 32))
-        pen = ImageDraw.Draw(panel)
-        pen.text((8, 10), f"{title}, 0 to {most:.3g}", fill=(235, 235, 235))
-        for down, site in enumerate(sites):
-            pen.text((8, heading + down * cell + 8), site, fill=(200, 200, 200))
-            for across in range(len(sigmas)):
-                value = float(values[down, across]) / max(most, 1e-12)
-                shade = (90, 90, 90) if value != value else _shade(value)
-                x, y = label + across * cell, heading + down * cell
-                pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=shade)
-        below = heading + cell * len(sites) + 6
-        pen.text((label, below), f"sigma {sigmas[0]:.2f}", fill=(200, 200, 200))
-        pen.text((label + cell * len(sigmas) - 60, below), f"{sigmas[-1]:.2f}", fill=(200, 200, 200))
-        panels.append(panel)
-    sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), (24, 26, 32))
-    top = 0
-    for panel in panels:
-        sheet.paste(panel, (0, top))
-        top += panel.height
-    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]
-
-
-def _shade(value: float) -> tuple[int, int, int]:
-    """Dark blue over orange to white."""
-    stops = ((20, 24, 60), (170, 60, 90), (245, 150, 50), (255, 255, 240))
-    position = min(max(value, 0.0), 1.0) * (len(stops) - 1)
-    low = min(int(position), len(stops) - 2)
-    share = position - low
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(stops[low], stops[low + 1], strict=True))
-    return red, green, blue

@@ -173,6 +173,13 @@ class LayoutBias(Edit):
         deviation = logit_deviation(call.query, call.key[:, :length], call.heads, self.each_row)
         bias = layout_bias(self._weights_at(call, groups, length), self.guidance, eta(sigma, self.constant), deviation)
         call.bias(bias.clamp_(-HARDEST, HARDEST))
+        call.note("layout region", lambda: self._shown_at(call), self.layout.phrases)
+
+    def _shown_at(self, call: AttentionCall) -> Tensor:
+        """Where each phrase is shown, at a call's places: (1, phrases, height, width) of 0 to 1."""
+        shown = self.layout.shown().values()
+        maps = [at_grid(crop(mask.float(), call.chunk), call.grid).view(call.grid) for mask in shown]
+        return torch.stack(maps)[None]
 
     def _weights_at(self, call: AttentionCall, groups: Mapping[frozenset[str], Sequence[int]], length: int) -> Tensor:
         """M for a call, (queries, keys) float32 on its device; a layer's is the same at every step."""

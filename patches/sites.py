@@ -107,14 +107,22 @@ def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "")
         if choice not in _STAGES:
             raise ValueError(f"Sites are one of {', '.join(CHOICES)}, not '{choice}'.")
         return frozenset(site for site in mine if site.stage in _STAGES[choice])
-    chosen: set[Site] = set()
-    words = [word.strip() for word in named.split(",") if word.strip()]
-    for word in words:
+    return sites_named(mine, named, f"{kind}-attention")
+
+
+def sites_named(sites: Iterable[Site], named: str, kind: str = "attention") -> frozenset[Site]:
+    """The sites that lie in blocks written in the host's words; see `select_sites`. `kind` is what errors call them.
+
+    Raises ValueError when a name means none of them, or nothing is named."""
+    mine, chosen = tuple(sites), set()
+    for word in (word.strip() for word in named.split(",")):
+        if not word:
+            continue
         match = _NAMED.fullmatch(word)
         found = {site for site in mine if match and _is_named(site, match)}
         if not found:
-            blocks = ", ".join(str(site) for site in sorted(mine))
-            raise ValueError(f"The block '{word}' names no {kind}-attention of this model; it has {blocks}.")
+            blocks = ", ".join(dict.fromkeys(str(site) for site in sorted(mine)))
+            raise ValueError(f"The block '{word}' names no {kind} of this model; it has {blocks}.")
         chosen |= found
     if not chosen:
         raise ValueError("Sites are set to named blocks but none is named; write for example: middle, output.3")

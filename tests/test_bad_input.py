@@ -8,7 +8,7 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
-from subject_patches.nodes.attention_report import AttentionReportNode, RecordAttentionNode
+from subject_patches.nodes.attention_inspector import RecordAttentionNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.tests.models import SMALL, model_of, recycled, reference, small_model, subject
 
@@ -155,12 +155,3 @@ def test_other_families_are_refused_by_name(family: Any, config: dict[str, Any],
         recycled(other, strength=strength)
     with pytest.raises(ValueError, match=rf"family {family.__name__}; {KNOWN}"):
         RecordAttentionNode.execute(other)
-
-
-# Attention Report
-
-
-def test_report_of_nothing(model: Any) -> None:
-    _, record = RecordAttentionNode.execute(model).args
-    with pytest.raises(ValueError, match=r"Nothing was recorded: .* Put Recycled Self-Attention in front of it"):
-        AttentionReportNode.execute(record, {"samples": torch.zeros(1, 4, 8, 8)})

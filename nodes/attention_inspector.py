@@ -1,0 +1,212 @@
+"""Record Attention and Attention Inspector: what happened inside the attention layers, for every mechanism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..patches.attention_pictures import BY_LAYER, BY_STEP, Selection, by_shown, draw_sheets, mean_map, overlay, plot
+from ..patches.attention_pictures import sheets as sheets_of
+from ..patches.attention_record import CROSS_ATTENTION, AttentionRecord, RecordAttention, table
+from ..patches.engine import add_edit
+from ..patches.prompt import split_phrases
+from ..patches.sites import attention_sites, sites_named
+from ..patches.window import Window
+from .types import CATEGORY, AttentionRecordType
+
+ALL = "all"
+KINDS = (
+    CROSS_ATTENTION,
+    "routing map",
+    "aggregation mask",
+    "blend mask",
+    "blend mask, stage by stage",
+    "layout region",
+    ALL,
+)
+MOST_STEPS = 10000
+
+
+class RecordAttentionNode(io.ComfyNode):
+    """Patches a MODEL so that its next runs are recorded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesRecordAttention",
+            display_name="Record Attention",
+            category=CATEGORY,
+            description="Records, while the model samples, what its attention layers look at, for Attention Inspector. "
+            "Slows sampling; leave it out when nothing is to be inspected. Changes nothing in the picture.",
+            search_aliases=["attention maps", "debug", "inspect"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that goes to the sampler; other nodes before or after."),
+                io.String.Input(
+                    "phrases",
+                    multiline=True,
+                    default="",
+                    placeholder="one phrase a line; empty: all",
+                    tooltip="The phrases whose cross-attention maps to record, one a line. Empty: all that the prompt "
+                    "knows. The prompt must come from Encode Prompt with Subjects.",
+                ),
+                io.Int.Input(
+                    "picture",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Which picture of the batch to record, 1 is the first.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The recorded model, for the sampler."),
+                AttentionRecordType.Output(display_name="record", tooltip="For Attention Inspector."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, phrases: str = "", picture: int = 1) -> io.NodeOutput:
+        if picture < 1:
+            raise ValueError(f"The picture is number {picture}; the first one of a batch is 1.")
+        record = AttentionRecord(attention_sites(model), picture - 1)
+        edit = RecordAttention(frozenset(record.sites), Window(), record, split_phrases(phrases))
+        return io.NodeOutput(add_edit(model, edit), record)
+
+
+class AttentionInspectorNode(io.ComfyNode):
+    """Shows what Record Attention recorded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesAttentionInspector",
+            display_name="Attention Inspector",
+            category=CATEGORY,
+            description="For the last run of a recorded model: the attention maps of phrases and tokens, the routes, "
+            "masks and regions that the nodes of this pack used, and how much the layers looked at references.",
+            search_aliases=["attention maps", "heatmap", "debug", "ASA", "SLD", "report"],
+            inputs=[
+                AttentionRecordType.Input("record", tooltip="From Record Attention."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The decoded result of the recorded run: maps are laid over it, and it makes this node "
+                    "wait for the run. Of a batch, the picture that was recorded, or else the first.",
+                ),
+                io.Combo.Input(
+                    "show",
+                    options=list(KINDS),
+                    default=CROSS_ATTENTION,
+                    tooltip="What to show: attention maps of the prompt's phrases, or what a node decided: Routed "
+                    "Reference Attention's routing maps, Dual-Branch Integration's aggregation masks, Retouch's blend "
+                    "masks, Layout Bias's regions. 'all' puts everything that was recorded below one another.",
+                ),
+                io.Combo.Input(
+                    "arrange",
+                    options=[BY_STEP, BY_LAYER],
+                    default=BY_STEP,
+                    tooltip="A row for each phrase or subject, layers averaged; or for each of them a block with a "
+                    "row for each layer. Steps go across.",
+                ),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    tooltip="Only these layers: blocks in the host's words, for example: middle, output.3, output.4.0. "
+                    "Empty: all.",
+                ),
+                io.Int.Input("first_step", default=1, min=1, max=MOST_STEPS, tooltip="The first step to show, from 1."),
+                io.Int.Input("last_step", default=MOST_STEPS, min=1, max=MOST_STEPS, tooltip="The last step to show."),
+                io.Float.Input(
+                    "opacity",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much a map covers the picture. 1 shows the map alone.",
+                ),
+                io.String.Input(
+                    "subjects",
+                    multiline=True,
+                    default="",
+                    placeholder="one a line; empty: all",
+                    tooltip="Only what is labelled with these words, one phrase or subject a line.",
+                ),
+                io.Boolean.Input(
+                    "tokens",
+                    default=False,
+                    tooltip="Also show each token of a phrase by itself.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="The maps in a grid, with titles."),
+                io.Image.Output(
+                    display_name="maps",
+                    tooltip="One picture for each phrase or subject: the mean over the chosen layers and steps.",
+                ),
+                io.String.Output(
+                    display_name="table", tooltip="ASA and SLD of references: one line a layer and noise level, as CSV."
+                ),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="ASA, the share of attention on references, and SLD, how far their features are, as maps: "
+                    "layers down, steps across.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        record: AttentionRecord,
+        image: Any,
+        show: str = CROSS_ATTENTION,
+        arrange: str = BY_STEP,
+        layers: str = "",
+        first_step: int = 1,
+        last_step: int = MOST_STEPS,
+        opacity: float = 0.7,
+        subjects: str = "",
+        tokens: bool = False,
+    ) -> io.NodeOutput:
+        for name, value, options in (("show", show, KINDS), ("arrange", arrange, (BY_STEP, BY_LAYER))):
+            if value not in options:
+                raise ValueError(f"{name} is '{value}'; choose one of {', '.join(options)}.")
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"The opacity is {opacity}; give a number from 0 to 1.")
+        if not 1 <= first_step <= last_step:
+            raise ValueError(f"The steps go from {first_step} to {last_step}; give the first one first, from 1.")
+        if not record.maps and not record.rows:
+            raise ValueError(
+                "Nothing was recorded: connect the model of Record Attention to the sampler, and give this node the "
+                "picture of that run."
+            )
+        chosen = sites_named(record.sites, layers) if layers.strip() else None
+        selection = Selection(chosen, first_step, last_step, tokens, split_phrases(subjects))
+        kinds = record.kinds if show == ALL else (show,)
+        picked = {kind: selection.of(record, kind) for kind in kinds}
+        found = [maps for maps in picked.values() if maps]
+        if not found and (show != ALL or record.maps):
+            raise ValueError(_nothing_of(record, show))
+        picture = image[min(record.picture, len(image) - 1), ..., :3].float().cpu()
+        made = [sheet for maps in found for sheet in sheets_of(maps, record.sigmas, arrange)]
+        means = [mean_map(each) for maps in found for each in by_shown(maps).values()]
+        # A run that no prompt or node said anything of has its plot alone.
+        grid = draw_sheets(made, picture, opacity) if made else picture[None]
+        maps = torch.stack([overlay(each, picture, opacity) for each in means] or [picture])
+        return io.NodeOutput(grid, maps, table(record.rows), plot(record.rows))
+
+
+def _nothing_of(record: AttentionRecord, show: str) -> str:
+    if show not in record.kinds and show == CROSS_ATTENTION:
+        return (
+            "The prompt of the recorded run knows none of the phrases, so there are no cross-attention maps; make it "
+            "with Encode Prompt with Subjects, with phrases."
+        )
+    if show not in record.kinds and show != ALL:
+        there = ", ".join(record.kinds) or "none"
+        return f"The recorded run has nothing called '{show}'; choose one of those it has ({there})."
+    labels = ", ".join(dict.fromkeys(shown.label for shown, _, _ in record.maps if show in (ALL, shown.kind)))
+    return (
+        f"None of the recorded maps is of these layers, steps and subjects; the run has {len(record.sigmas)} steps and "
+        f"maps of {labels}: choose among those, or leave the choice empty."
+    )
