@@ -9,10 +9,12 @@ class SubjectPatches(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Makes the host's checkpoint loader know the toy."""
+        """Makes the host's checkpoint loader know the toy, and the host the folder of residual tokens."""
+        from .nodes.residual import register_folder
         from .toy.family import register
 
         register()
+        register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
@@ -20,10 +22,12 @@ class SubjectPatches(ComfyExtension):
         from .nodes.encode_prompt import EncodePromptWithSubjects
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
+        from .nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
         from .nodes.router import RouterNode
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.subject import SubjectNode
+        from .nodes.train_residual import TrainResidualToken
         from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
 
         return [
@@ -35,6 +39,10 @@ class SubjectPatches(ComfyExtension):
             LayoutNode,
             LayoutBiasNode,
             SelfRecurrenceNode,
+            ApplyResidualTokens,
+            TrainResidualToken,
+            SaveResidualToken,
+            LoadResidualToken,
             SubjectShareNode,
             RouterNode,
             RoutedReferenceAttentionNode,

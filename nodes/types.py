@@ -12,6 +12,8 @@ AttentionRecordType = io.Custom("ATTENTION_RECORD")
 RouterType = io.Custom("ROUTER")
 # One patches.layout_regions.Layout.
 LayoutType = io.Custom("LAYOUT")
+# One patches.residual.ResidualToken.
+ResidualTokenType = io.Custom("RESIDUAL_TOKEN")
 # One patches.inversion.Inversion.
 TrajectoryType = io.Custom("TRAJECTORY")
 

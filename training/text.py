@@ -37,12 +37,15 @@ class TextEncoder:
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The context (1, 77 for each chunk, width) of a prompt, as the host's CLIP gives it, and the pooled output
-        (1, width) where the family has one. Every chunk is encoded by itself."""
+        (1, width) where the family has one. Every chunk is encoded by itself.
+
+        In float32 whatever autocast says, as the host encodes: a tuned encoder is compared with the one it was."""
         self.model.reset_clip_options()
         if self.clip.layer_idx is not None:
             self.model.set_clip_options({"layer": self.clip.layer_idx})
         self.model.set_clip_options({"execution_device": self.patcher.load_device})
-        context, pooled = self.model.encode_token_weights(tokens)[:2]
+        with torch.autocast(self.patcher.load_device.type, enabled=False):
+            context, pooled = self.model.encode_token_weights(tokens)[:2]
         return context, pooled
 
     def encode_all(self, prompts: Sequence[Tokens]) -> Tensor:

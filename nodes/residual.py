@@ -1,0 +1,196 @@
+"""Apply, save and load residual tokens (Cones 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.prompt import SPANS_KEY
+from ..patches.residual import ResidualToken, add_residual, family_of, subject_positions
+from .types import CATEGORY, ResidualTokenType
+
+STRENGTH_MAX = 10.0
+FOLDER = "residual_tokens"
+FORMAT = "subject_patches.residual_token"
+
+
+def register_folder() -> None:
+    """Makes the host know the models folder of residual tokens. Calling it again changes nothing."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+
+class ApplyResidualTokens(io.ComfyNode):
+    """Adds a residual to an encoded prompt."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesApplyResidualTokens",
+            display_name="Apply Residual Tokens",
+            category=CATEGORY,
+            description="Turns a noun of the prompt into a learned subject (Cones 2). Chain one node for each subject.",
+            search_aliases=["Cones 2", "personalization", "custom subject", "concept"],
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="From Encode Prompt with Subjects, with the residual's noun among its phrases, or from "
+                    "another node of this kind. SD 1.x, SD 2.x or SDXL.",
+                ),
+                ResidualTokenType.Input("residual", tooltip="From Load Residual Token or Train Residual Token."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-STRENGTH_MAX,
+                    max=STRENGTH_MAX,
+                    step=0.05,
+                    tooltip="How far the noun moves to the subject. 1 is the paper's, 0 leaves the prompt as it is.",
+                ),
+                io.String.Input(
+                    "phrase",
+                    default="",
+                    tooltip="Which words become the subject: empty for every occurrence of the residual's noun; 'brown "
+                    "dog' for the dog of that phrase where the prompt has several; or another name, like 'puppy'. "
+                    "Phrase and noun must both be among the phrases of Encode Prompt with Subjects.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The prompt with the subject in it; still knows its phrases.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, conditioning: list[Any], residual: ResidualToken, strength: float = 1.0, phrase: str = ""
+    ) -> io.NodeOutput:
+        if not (math.isfinite(strength) and abs(strength) <= STRENGTH_MAX):
+            raise ValueError(f"The strength is {strength}; give a number from {-STRENGTH_MAX:g} to {STRENGTH_MAX:g}.")
+        shifted = []
+        for context, values in conditioning:
+            if context.shape[-1] != residual.width:
+                raise ValueError(
+                    f"The residual token of '{residual.noun}' is for {family_of(residual.width)} ({residual.width} "
+                    f"wide), but the prompt is encoded for {family_of(context.shape[-1])} ({context.shape[-1]} wide); "
+                    "take one that was trained with this checkpoint's family."
+                )
+            positions = subject_positions(values.get(SPANS_KEY, {}), residual.noun, phrase)
+            changed = context if strength == 0 else add_residual(context, residual.vectors, positions, strength)
+            shifted.append([changed, values.copy()])
+        return io.NodeOutput(shifted)
+
+
+class SaveResidualToken(io.ComfyNode):
+    """Writes a residual token to a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesSaveResidualToken",
+            display_name="Save Residual Token",
+            category=CATEGORY,
+            description=f"Saves a residual token, a few kilobytes, into the models folder {FOLDER}.",
+            search_aliases=["Cones 2", "export residual"],
+            is_output_node=True,
+            inputs=[
+                ResidualTokenType.Input("residual", tooltip="From Train Residual Token."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="subject",
+                    tooltip="The name of the file; a number is added, as for pictures. May name a subfolder.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name, as Load Residual Token has it.")],
+        )
+
+    @classmethod
+    def execute(cls, residual: ResidualToken, filename_prefix: str) -> io.NodeOutput:
+        import folder_paths
+        from safetensors.torch import save_file
+
+        top = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        top.mkdir(parents=True, exist_ok=True)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(top))
+        file = f"{name}_{counter:05}_.safetensors"
+        about = {
+            "format": FORMAT,
+            "noun": residual.noun,
+            "family": family_of(residual.width),
+            "width": str(residual.width),
+            "steps": str(residual.steps),
+        }
+        save_file({"residual": residual.vectors.float().cpu().contiguous()}, Path(folder) / file, about)
+        shown = (Path(subfolder) / file).as_posix()
+        return io.NodeOutput(shown, ui={"text": (shown,)})
+
+
+class LoadResidualToken(io.ComfyNode):
+    """Reads a residual token from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        import folder_paths
+
+        return io.Schema(
+            node_id="SubjectPatchesLoadResidualToken",
+            display_name="Load Residual Token",
+            category=CATEGORY,
+            description=f"Loads a residual token from the models folder {FOLDER}.",
+            search_aliases=["Cones 2", "import residual"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip=f"A file of the models folder {FOLDER}, where Save Residual Token puts them.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The CLIP that encodes the prompts. With it, a file for another model family is refused "
+                    "here; without, where it is applied.",
+                ),
+            ],
+            outputs=[ResidualTokenType.Output(display_name="residual", tooltip="For Apply Residual Tokens.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, clip: Any = None) -> str:
+        import folder_paths
+
+        path = Path(folder_paths.get_full_path_or_raise(FOLDER, file))
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    @classmethod
+    def execute(cls, file: str, clip: Any = None) -> io.NodeOutput:
+        import folder_paths
+
+        residual = _read(Path(folder_paths.get_full_path_or_raise(FOLDER, file)))
+        if clip is not None:
+            width = clip.encode_from_tokens(clip.tokenize("")).shape[-1]
+            if width != residual.width:
+                raise ValueError(
+                    f"The residual token {file} is for {family_of(residual.width)} ({residual.width} wide), but this "
+                    f"CLIP is of {family_of(width)} ({width} wide); choose a file that was trained with this "
+                    "checkpoint's family."
+                )
+        return io.NodeOutput(residual)
+
+
+def _read(path: Path) -> ResidualToken:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise ValueError("it was not saved by Save Residual Token")
+            vectors = file.get_tensor("residual").float()
+            residual = ResidualToken(vectors, about["noun"], int(about["steps"]))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path.name} is no residual token ({error}); choose another file.") from error
+    if vectors.ndim != 2 or not bool(vectors.isfinite().all()):
+        raise ValueError(f"{path.name} is no residual token (its vectors are broken); choose another file.")
+    return residual

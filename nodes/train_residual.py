@@ -1,0 +1,232 @@
+"""Train Residual Token: one subject from a few pictures (Cones 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.sites import attention_sites
+from .training_inputs import PRECISIONS, STEPS_MAX, loss_output, steps_input, training_inputs
+from .types import CATEGORY, ResidualTokenType
+
+NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
+
+
+class TrainResidualToken(io.ComfyNode):
+    """Learns a residual token. Its inputs come as lists, so that a list of pictures is one training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesTrainResidualToken",
+            display_name="Train Residual Token",
+            category=CATEGORY,
+            description="Learns a subject from 3 to 5 pictures of it, as one vector that turns its noun into it (Cones "
+            "2). The MODEL and CLIP stay as they are. Needs about as much memory as training their text encoder.",
+            search_aliases=["Cones 2", "personalization", "DreamBooth", "textual inversion", "concept"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL, with its LoRA if any."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Image.Input(
+                    "images",
+                    tooltip="3 to 5 pictures of the subject from different sides: a batch, or the list that Load Image "
+                    "Dataset from Folder gives. Of each the middle square is taken.",
+                ),
+                io.String.Input(
+                    "noun",
+                    default="",
+                    tooltip="What the subject is: dog, backpack. A noun of several tokens gets a vector for each.",
+                ),
+                steps_input(3000, "How many steps. 3000 is the paper's."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-6,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-8,
+                    tooltip="0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take "
+                    "more.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures a step. 1 is the paper's."),
+                io.Float.Input(
+                    "preservation",
+                    default=0.1,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
+                    "More keeps residuals of several subjects apart better, less learns faster.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Side of the square that each picture becomes: what the checkpoint is made for, 512 for SD "
+                    "1.x, 768 for SD 2.x, 1024 for SDXL.",
+                ),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="a photo of a {}",
+                    tooltip="What the pictures show, with {} for the noun: one line for all, or one for each. Words "
+                    "for what is not the subject, like its ground, keep that out of the residual.",
+                ),
+                io.String.Input(
+                    "more_templates",
+                    multiline=True,
+                    default="",
+                    placeholder="a {} on a skateboard",
+                    advanced=True,
+                    tooltip="Further sentences, one a line, with {} for the noun. They join those that come with the "
+                    "pack: over them other words are kept, and the residual is their mean.",
+                ),
+                *training_inputs(),
+            ],
+            outputs=[
+                ResidualTokenType.Output(
+                    display_name="residual", tooltip="For Apply Residual Tokens and Save Residual Token."
+                ),
+                loss_output(),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: list[Any],
+        clip: list[Any],
+        vae: list[Any],
+        images: list[Any],
+        noun: list[str],
+        steps: list[int],
+        learning_rate: list[float],
+        batch_size: list[int],
+        preservation: list[float],
+        resolution: list[int],
+        captions: list[str],
+        seed: list[int],
+        more_templates: list[str] | None = None,
+        precision: list[str] | None = None,
+        gradient_checkpointing: list[bool] | None = None,
+        resume_name: list[str] | None = None,
+    ) -> io.NodeOutput:
+        from ..training.copies import with_gradients
+        from ..training.images import latents_of, pictures_of, square
+        from ..training.loop import compute_dtype
+        from ..training.residual import filled, shipped_templates, train_residual_token
+        from ..training.state import StateFile
+
+        name, chosen = noun[0].strip(), _first(precision, "auto")
+        _check(name, steps[0], learning_rate[0], batch_size[0], preservation[0], chosen)
+        for value, what in ((clip[0], "text encoder"), (vae[0], "VAE")):
+            if value is None:
+                raise ValueError(f"The checkpoint has no {what}; load one with its loader node.")
+        attention_sites(model[0])
+        pictures = pictures_of(images)
+        if not pictures:
+            raise ValueError("There are no training pictures; give 3 to 5 of the subject.")
+        if len(pictures) == 1:
+            logging.warning(
+                "Train Residual Token has one picture: it will learn the ground and the view along with the subject. "
+                "Give 3 to 5 from different sides if you can."
+            )
+        lines = _templates(captions[0], "captions") or ["a photo of a {}"]
+        if len(lines) not in (1, len(pictures)):
+            raise ValueError(
+                f"There are {len(lines)} captions for {len(pictures)} pictures; write one line for all, or one for "
+                "each."
+            )
+        shown = [filled(line, name) for line in (lines * len(pictures) if len(lines) == 1 else lines)]
+        templates = shipped_templates() + _templates(_first(more_templates, ""), "more_templates")
+        squares = [square(picture, resolution[0]) for picture in pictures]
+        _check_widths(model[0], clip[0])
+        dtype = compute_dtype(chosen, model[0].load_device)
+        resumed = _first(resume_name, "").strip()
+        about = {
+            "noun": name,
+            "pictures": _digest(squares),
+            "captions": "; ".join(shown),
+            "sentences": str(len(templates)),
+            "learning rate": str(learning_rate[0]),
+            "batch size": str(batch_size[0]),
+            "preservation": str(preservation[0]),
+            "precision": str(dtype),
+            "seed": str(seed[0]),
+        }
+        state = StateFile(resumed, about) if resumed else None
+        with with_gradients():
+            latents = latents_of(vae[0], squares)
+        residual, loss_map = train_residual_token(
+            model[0],
+            clip[0],
+            latents,
+            shown,
+            [filled(line, name) for line in templates],
+            name,
+            steps=steps[0],
+            learning_rate=learning_rate[0],
+            batch=batch_size[0],
+            preservation=preservation[0],
+            seed=seed[0],
+            dtype=dtype,
+            checkpointing=_first(gradient_checkpointing, True),
+            state=state,
+            node_id=cls.hidden.unique_id if cls.hidden is not None else None,
+        )
+        return io.NodeOutput(residual, loss_map)
+
+
+def _first(values: list[Any] | None, otherwise: Any) -> Any:
+    return values[0] if values else otherwise
+
+
+def _check(noun: str, steps: int, learning_rate: float, batch: int, preservation: float, precision: str) -> None:
+    if not noun:
+        raise ValueError("The noun is empty; write what the subject is, like dog or backpack.")
+    if NOT_IN_A_NOUN.search(noun):
+        raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
+    for name, value, least, most in (
+        ("steps", steps, 1, STEPS_MAX),
+        ("learning rate", learning_rate, 1e-8, 1.0),
+        ("batch size", batch, 1, 64),
+        ("preservation", preservation, 0.0, 1000.0),
+    ):
+        if not (math.isfinite(value) and least <= value <= most):
+            raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"The precision is '{precision}'; choose one of {', '.join(PRECISIONS)}.")
+
+
+def _templates(text: str, name: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if line.count("{}") != 1:
+            raise ValueError(f"The line '{line}' of {name} needs the place of the noun once, written as {{}}.")
+    return lines
+
+
+def _check_widths(model: Any, clip: Any) -> None:
+    takes = model.model.model_config.unet_config.get("context_dim")
+    gives = clip.encode_from_tokens(clip.tokenize("")).shape[-1]
+    if takes != gives:
+        raise ValueError(
+            f"The model takes prompts {takes} wide, but this CLIP encodes them {gives} wide; give both from one "
+            "checkpoint."
+        )
+
+
+def _digest(pictures: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""Residual tokens on a stock server: trained, saved, loaded and applied over its queue, and cancelled."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from hosting.client import Progress
+from hosting.errors import WorkflowInterrupted
+from hosting.server import Server
+
+CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
+
+
+def training(steps: int, **values: Any) -> dict[str, dict[str, Any]]:
+    inputs = {
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "noun": "emblem", "steps": steps,
+        "learning_rate": 0.001, "batch_size": 1, "preservation": 0.1, "resolution": 128, "captions": "a {}",
+        "more_templates": "", "seed": 0, "precision": "auto", "gradient_checkpointing": False, "resume_name": "",
+    }  # fmt: skip
+    return {
+        "1": CHECKPOINT,
+        "2": {"class_type": "LoadImage", "inputs": {"image": "emblem.png"}},
+        "3": {"class_type": "SubjectPatchesTrainResidualToken", "inputs": {**inputs, **values}},
+        "4": {
+            "class_type": "SubjectPatchesSaveResidualToken",
+            "inputs": {"residual": ["3", 0], "filename_prefix": "emblem"},
+        },
+        "5": {"class_type": "LossGraphNode", "inputs": {"loss": ["3", 1], "filename_prefix": "loss"}},
+    }
+
+
+def picture(file: str, strength: float) -> dict[str, dict[str, Any]]:
+    given = {"seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    return {
+        "1": CHECKPOINT,
+        "2": {"class_type": "SubjectPatchesLoadResidualToken", "inputs": {"file": file, "clip": ["1", 1]}},
+        "3": {
+            "class_type": "SubjectPatchesEncodePrompt",
+            "inputs": {"clip": ["1", 1], "text": "an emblem on grass", "phrases": "emblem"},
+        },
+        "4": {
+            "class_type": "SubjectPatchesApplyResidualTokens",
+            "inputs": {"conditioning": ["3", 0], "residual": ["2", 0], "strength": strength, "phrase": ""},
+        },
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "6": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "positive": ["4", 0],
+                "negative": ["3", 0],
+                "latent_image": ["5", 0],
+                **given,
+            },
+        },
+        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
+        "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "residual"}},
+    }
+
+
+def test_train_save_load_apply(server: Server) -> None:
+    seen: list[Progress] = []
+    outputs = server.queue(training(3, resume_name="emblem"), progress=seen.append)
+    (file,) = outputs["4"]["text"]
+    assert (server.base / "models" / "residual_tokens" / file).is_file()
+    assert outputs["5"]["images"]
+    assert (server.base / "output" / "training" / "emblem.safetensors").is_file()
+    assert [(step.done, step.total) for step in seen if step.node_id == "3"][-1] == (3, 3)
+    pictures = []
+    for strength in (0.0, 1.0):
+        (image,) = server.queue(picture(file, strength))["8"]["images"]
+        pictures.append(server.fetch(image))
+    assert pictures[0] != pictures[1]
+
+
+def test_cancel_ends_a_training_at_once(server: Server) -> None:
+    def stop(step: Progress) -> None:
+        if step.node_id == "3" and step.done >= 1:
+            threading.Thread(target=server.interrupt).start()
+
+    with pytest.raises(WorkflowInterrupted):
+        server.queue(training(500_000), progress=stop, seconds=120)
+    assert server.queue(training(2))["4"]["text"]
