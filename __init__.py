@@ -26,6 +26,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
         from .nodes.router import RouterNode
         from .nodes.self_recurrence import SelfRecurrenceNode
+        from .nodes.step_blended_guider import StepBlendedGuiderNode
         from .nodes.subject import SubjectNode
         from .nodes.train_residual import TrainResidualToken
         from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
@@ -46,6 +47,7 @@ class SubjectPatches(ComfyExtension):
             SubjectShareNode,
             RouterNode,
             RoutedReferenceAttentionNode,
+            StepBlendedGuiderNode,
             InvertToTrajectoryNode,
             SaveTrajectoryNode,
             LoadTrajectoryNode,

@@ -141,8 +141,8 @@ class Session:
 
     def _is_guided(self, model_options: Mapping[str, Any]) -> bool:
         """Whether the model is about to run on a negative conditioning: at CFG 1 the host's guider leaves it out."""
-        plain = type(self.guider) is comfy.samplers.CFGGuider and math.isclose(self.guider.cfg, 1.0)
-        if plain and not model_options.get("disable_cfg1_optimization", False):
+        plain = type(self.guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+        if plain and math.isclose(self.guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False):
             return False
         return any(self.guider.conds.get(name) for name in UNCONDITIONED)
 
