@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hosting.sheet import Group
 
 OUTPUT = ROOT / "demo_output"
+HELP = ROOT / "web" / "docs"
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--workflow", metavar="NAME", help="run only the workflow of this name")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="use this checkpoint instead of the toy")
     parser.add_argument("--keep-server", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--thumbnails", action="store_true", help="also refresh workflows/*.jpg")
+    parser.add_argument("--thumbnails", action="store_true", help="also refresh the pictures of workflows/ and web/docs/")
     parser.add_argument("--offline", action="store_true", help="fetch nothing; fail if something is missing")
     options = parser.parse_args()
     if options.checkpoint is not None and not options.checkpoint.is_file():
@@ -65,6 +66,7 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
                     _write(OUTPUT / f"{path.stem}_{_slug(group.caption)}_{number}.png", picture)
             if thumbnails:
                 draw_thumbnail(groups).save(path.with_suffix(".jpg"), quality=88)
+                draw_sheet(blocks[-1:]).save(HELP / f"{path.stem}.jpg", quality=88)
         sheet = OUTPUT / "contact_sheet.png"
         draw_sheet(blocks).save(sheet)
         print(sheet, flush=True)

@@ -175,7 +175,8 @@ def train(
     drawn = max(batch // 12, 1)
     capacity = 2_000_000 if device.type == "cuda" else 100_000
     store = Latents(autoencoder, batches(drawn, workers, own, tokenize=True), device, capacity)
-    while store.written < 2 * batch:
+    # So many that the first steps do not rehearse a few.
+    while store.written < 40 * batch:
         store.add()
     going = True
     while going:
