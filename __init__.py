@@ -23,6 +23,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
         from .nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
+        from .nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
         from .nodes.router import RouterNode
         from .nodes.self_recurrence import SelfRecurrenceNode
@@ -51,6 +52,8 @@ class SubjectPatches(ComfyExtension):
             InvertToTrajectoryNode,
             SaveTrajectoryNode,
             LoadTrajectoryNode,
+            MultiSourceSwapNode,
+            AdaptiveBlendMaskNode,
         ]
 
 

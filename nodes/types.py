@@ -16,6 +16,8 @@ LayoutType = io.Custom("LAYOUT")
 ResidualTokenType = io.Custom("RESIDUAL_TOKEN")
 # One patches.inversion.Inversion.
 TrajectoryType = io.Custom("TRAJECTORY")
+# One patches.blend_mask.AdaptiveMask.
+BlendMaskType = io.Custom("BLEND_MASK")
 
 
 def window_inputs(acts: str) -> list[io.Float.Input]:

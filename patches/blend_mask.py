@@ -121,10 +121,9 @@ class AdaptiveMask:
         if attention is None and self.segmented is None:
             return None
         size = (FINENESS * latent[0], FINENESS * latent[1])
-        segmented = None if self.segmented is None else resize_mask(self.segmented, size) >= 0.5
         if attention is None:
-            blend = torch.stack([distance_weight(mask) for mask in segmented])
-            return Stages(None, None, segmented.float(), blend)
+            return self.of_the_segmenter(size)
+        segmented = None if self.segmented is None else resize_mask(self.segmented, size) >= 0.5
         attention = attention.cpu()
         attended = torch.stack([thresholded(each, self.threshold) for each in attention])
         finer = functional.interpolate(attended[:, None].float(), size, mode="nearest")[:, 0] > 0
@@ -133,6 +132,11 @@ class AdaptiveMask:
         sure = functional.interpolate(sure[:, None].float(), size, mode="nearest")[:, 0]
         blend = (torch.stack([distance_weight(each) for each in subject]) + sure).clamp(max=1)
         return Stages(attention, attended.float(), subject.float(), blend)
+
+    def of_the_segmenter(self, size: tuple[int, int]) -> Stages:
+        """The mask at a (height, width), of the segmenter's alone."""
+        segmented = resize_mask(self.segmented, size) >= 0.5
+        return Stages(None, None, segmented.float(), torch.stack([distance_weight(mask) for mask in segmented]))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from subject_patches.patches.blend_mask import AdaptiveMask
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.subject import Share, Subject
 from torch import Tensor
@@ -24,6 +25,8 @@ from .models import (
     sample,
     small_model,
     subject,
+    swapped,
+    trajectory,
 )
 
 Window = tuple[float, float]
@@ -31,14 +34,23 @@ Window = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`patch` is (model, subjects, strength, window) -> patched model."""
+    """`patch` is (model, subjects, strength, window) -> patched model; of a `sized` one it also takes the `size` of the
+    latents that will be sampled."""
 
     name: str
-    patch: Callable[[Any, tuple[Subject, ...], float, Window], Any]
+    patch: Callable[..., Any]
+    sized: bool = False
 
-    def on(self, model: Any, subjects: tuple[Subject, ...] | None = None, strength: float = 1.0) -> Any:
-        """The model with the mechanism at work."""
-        return self.patch(model, (subject(),) if subjects is None else subjects, strength, (0.0, 1.0))
+    def on(
+        self,
+        model: Any,
+        subjects: tuple[Subject, ...] | None = None,
+        strength: float = 1.0,
+        size: tuple[int, int] = (8, 8),
+    ) -> Any:
+        """The model with the mechanism at work, for latents of `size`."""
+        values = {"size": size} if self.sized else {}
+        return self.patch(model, (subject(),) if subjects is None else subjects, strength, (0.0, 1.0), **values)
 
     def off(self, model: Any, how: str) -> Any:
         """The model with a node that has nothing to do, for the reason `how`, one of `IDLE`."""
@@ -95,6 +107,25 @@ def _prompted(model: Any, subjects: tuple[Subject, ...], strength: float, window
     return routed(model, given, mask_router(1), eta=strength, start_percent=start, end_percent=end)
 
 
+def _retouched(
+    model: Any,
+    subjects: tuple[Subject, ...],
+    strength: float,
+    window: Window,
+    size: tuple[int, int] = (8, 8),
+    **values: Any,
+) -> Any:
+    # From the first step on, or for no part of the schedule.
+    start, end = window
+    given = {"lambda2": 0.0, "mask_blend_start": 1.0 - strength, "start_percent": start, "end_percent": end, **values}
+    if not subjects:
+        return swapped(model, **{**given, "blend_mask": None})
+    latents, cache = subjects[0].references[0].latents, subjects[0].cache
+    reference = trajectory(latents, cache) if strength else None
+    layout = trajectory(torch.nn.functional.interpolate(latents.flip(-1), size)) if values or not strength else None
+    return swapped(model, layout, reference, **given)
+
+
 MECHANISMS = (
     Mechanism("recycled self-attention", _recycled),
     Mechanism("recycled self-attention in a region", partial(_recycled, region_mask=left_half())),
@@ -109,6 +140,8 @@ MECHANISMS = (
     Mechanism("two references routed by maps", partial(_routed, count=2, router=map_router())),
     Mechanism("a reference routed by the layer before", partial(_routed, router=map_router(maps="preceding layer"))),
     Mechanism("a routed image prompt", _prompted),
+    Mechanism("a swapped reference", _retouched),
+    Mechanism("multi-source swap", partial(_retouched, blend_mask=AdaptiveMask(left_half(), "subject")), sized=True),
 )
 
 

@@ -11,9 +11,11 @@ import torch
 from hosting.random_models import SMALL, SMALL_CONTEXT, generator, model_of
 from subject_patches.nodes.layout import LayoutBiasNode
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
 from subject_patches.nodes.router import RouterNode
 from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.inversion import Inversion
 from subject_patches.patches.layout_regions import Layout
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.subject import MEGABYTE, Reference, Share, Subject
@@ -136,6 +138,19 @@ def routed(model: Any, subjects: tuple[Subject, ...], router: Any = None, **valu
     """The Routed Reference Attention node with its defaults, by `masks`; `values` are its inputs."""
     router = mask_router(len(subjects)) if router is None else router
     return RoutedReferenceAttentionNode.execute(model, subjects, router, **values).args[0]
+
+
+def trajectory(latents: Tensor, cache: FeatureCache | None = None, seed: int = 40) -> Inversion:
+    """A path as Invert to Trajectory makes it for the small model: one fixed noise over the latents (rows, 4, h, w)."""
+    sigmas = torch.tensor([20.0, 5.0, 1.0, 0.3, 0.0])
+    noise = torch.randn(latents.shape, generator=generator(seed))
+    states = latents + sigmas.view(-1, 1, 1, 1, 1) * noise
+    return Inversion(sigmas, states, "SD 1.x", FeatureCache(64 * MEGABYTE) if cache is None else cache)
+
+
+def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | None = None, **values: Any) -> Any:
+    """The Multi-Source Attention Swap node with its defaults; `values` are its inputs."""
+    return MultiSourceSwapNode.execute(model, layout, reference, **values).args[0]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

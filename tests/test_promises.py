@@ -124,7 +124,7 @@ def test_2_the_run_after_an_ended_one(
 @over_mechanisms
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 def test_3_a_batch_is_its_singles(mechanism: Mechanism, size: tuple[int, int], model: Any) -> None:
-    patched = mechanism.on(model)
+    patched = mechanism.on(model, size=size)
     together = sample(patched, batch=3, size=size)
     for row in range(3):
         alone = sample(patched, size=size, seed=5 + row)
@@ -192,7 +192,7 @@ def test_4_a_batch_that_another_pack_takes_apart(mechanism: Mechanism, model: An
 @over_mechanisms
 @pytest.mark.parametrize("size", [(13, 21), (16, 24), (5, 30), (9, 9)])
 def test_5_any_width_and_height(mechanism: Mechanism, size: tuple[int, int], model: Any) -> None:
-    result = sample(mechanism.on(model), size=size)
+    result = sample(mechanism.on(model, size=size), size=size)
     assert result.shape == (1, 4, *size)
     assert result.isfinite().all()
     assert difference(result, sample(model, size=size)) > 0.01

@@ -1,6 +1,6 @@
 """What effects.py and bench.py measure: each mechanism has a `study` of its effect, and `costs`, rows of the table."""
 
-from . import layout, recycled_attention, routed_reference
+from . import layout, recycled_attention, retouch, routed_reference
 
-STUDIES = {"recycled attention": recycled_attention.study, "layout": layout.study}
-COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs)
+STUDIES = {"recycled attention": recycled_attention.study, "layout": layout.study, "retouch": retouch.study}
+COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs)

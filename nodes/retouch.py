@@ -1,0 +1,274 @@
+"""Multi-Source Attention Swap and Adaptive Blend Mask (Layout-and-Retouch)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..patches.blend_mask import AdaptiveMask
+from ..patches.engine import add_edit
+from ..patches.inversion import Inversion
+from ..patches.retouch import MultiSourceSwap, path_of
+from ..patches.sites import CHOICES, attention_sites, family_of, select_sites
+from ..patches.window import Window
+from .trajectory import refuse_flow
+from .types import CATEGORY, BlendMaskType, TrajectoryType, named_sites_input, window_inputs
+
+BOTH, COND_ONLY = "both", "cond only"
+OR, AND = "OR", "AND"
+
+
+class MultiSourceSwapNode(io.ComfyNode):
+    """Patches a MODEL so that it retouches one picture with the looks of another."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        share = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return io.Schema(
+            node_id="SubjectPatchesMultiSourceSwap",
+            display_name="Multi-Source Attention Swap",
+            category=CATEGORY,
+            description="Retouches a picture: its structure comes from the layout trajectory, the subject's details "
+            "from the reference trajectory, both by their attention (Layout-and-Retouch). No training.",
+            search_aliases=["Layout-and-Retouch", "MasaCtrl", "mutual self-attention", "retouch", "attention swap"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                TrajectoryType.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="From Invert to Trajectory: the picture to retouch, of the size that you sample at. Start "
+                    "sampling from its last latent with DisableNoise.",
+                ),
+                TrajectoryType.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="From Invert to Trajectory: the picture with the subject's details, of any size.",
+                ),
+                io.Conditioning.Input(
+                    "layout_conditioning",
+                    optional=True,
+                    tooltip="The prompt that the layout was made with (the paper's y_p). Without one, the generation's "
+                    "own.",
+                ),
+                io.Conditioning.Input(
+                    "reference_conditioning",
+                    optional=True,
+                    tooltip="A neutral prompt of the subject, as 'a photo of <*>' (the paper's y_r). Without one, the "
+                    "generation's, which should be the same.",
+                ),
+                io.Float.Input(
+                    "lambda2",
+                    default=0.2,
+                    **share,
+                    tooltip="The share of the schedule in which query, key and value are the layout's. 0.2 is the "
+                    "paper's 10 of 50 steps; more keeps more of the layout's structure.",
+                ),
+                io.Float.Input(
+                    "mask_blend_start",
+                    default=0.6,
+                    **share,
+                    tooltip="From here on the blend mask acts. 0.6 is the paper's 31st of 50 steps.",
+                ),
+                io.MultiType.Input(
+                    "blend_mask",
+                    [BlendMaskType, io.Mask],
+                    optional=True,
+                    tooltip="Where the picture is retouched: from Adaptive Blend Mask, or any mask. White is "
+                    "retouched, black stays the layout's. Without one, all of it is.",
+                ),
+                io.Combo.Input(
+                    "sites",
+                    options=list(CHOICES),
+                    default="decoder",
+                    tooltip="Which self-attention layers swap. The paper and the swap it follows take the decoder.",
+                ),
+                io.Boolean.Input(
+                    "swap_cross_attention",
+                    default=True,
+                    advanced=True,
+                    tooltip="Whether the layout's query, key and value also replace those of the cross-attention in "
+                    "the same blocks, as in the paper's Algorithm 1.",
+                ),
+                *window_inputs("the swap begins"),
+                io.Combo.Input(
+                    "apply_to",
+                    options=[BOTH, COND_ONLY],
+                    default=BOTH,
+                    advanced=True,
+                    tooltip="'both': the negative prompt's pass takes from passes with the negative prompt, as in the "
+                    "swap that the paper follows. 'cond only' leaves it alone, which costs half as much.",
+                ),
+                named_sites_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        layout: Inversion | None = None,
+        reference: Inversion | None = None,
+        layout_conditioning: Any = None,
+        reference_conditioning: Any = None,
+        lambda2: float = 0.2,
+        mask_blend_start: float = 0.6,
+        blend_mask: Any = None,
+        sites: str = "decoder",
+        swap_cross_attention: bool = True,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        apply_to: str = BOTH,
+        named_sites: str = "",
+    ) -> io.NodeOutput:
+        for name, value in (("lambda2", lambda2), ("mask_blend_start", mask_blend_start)):
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
+        if apply_to not in (BOTH, COND_ONLY):
+            raise ValueError(f"apply_to is '{apply_to}'; choose {BOTH} or {COND_ONLY}.")
+        window = Window(start_percent, end_percent)
+        refuse_flow(model)
+        every = attention_sites(model)
+        chosen = select_sites(every, "self", sites, named_sites)
+        _check_trajectories(model, layout, reference)
+        if blend_mask is not None and layout is None:
+            raise ValueError("The blend mask needs a picture to blend with; connect a layout trajectory, or no mask.")
+        mask = blend_mask
+        if isinstance(mask, torch.Tensor):
+            mask = mask.reshape(-1, *mask.shape[-2:]).float()
+        blends = mask is not None and mask_blend_start < 1
+        if window.empty or (reference is None and not blends and (layout is None or lambda2 == 0)):
+            return io.NodeOutput(model.clone())
+        both = apply_to == BOTH
+        crossing = select_sites(every, "cross", sites, named_sites) if swap_cross_attention else frozenset()
+        edit = MultiSourceSwap(
+            chosen,
+            window,
+            None if layout is None else path_of(layout.stream, layout_conditioning, both),
+            None if reference is None else path_of(reference.stream, reference_conditioning, both),
+            switch=lambda2,
+            blend_from=mask_blend_start,
+            mask=mask,
+            crossing=crossing,
+            watched=select_sites(every, "cross", "decoder"),
+        )
+        return io.NodeOutput(add_edit(model, edit))
+
+
+def _check_trajectories(model: Any, layout: Inversion | None, reference: Inversion | None) -> None:
+    family = family_of(model)
+    wanted = model.model.latent_format.latent_channels
+    for name, each in (("layout", layout), ("reference", reference)):
+        if each is None:
+            continue
+        channels = each.states.shape[2]
+        if each.family != family or channels != wanted:
+            raise ValueError(
+                f"The {name} trajectory is of a model of the family {each.family} with {channels} latent channels but "
+                f"this one is {family} with {wanted}; invert the picture with this model."
+            )
+    if layout is not None and reference is not None and len(layout.sigmas) != len(reference.sigmas):
+        raise ValueError(
+            f"The layout trajectory keeps {len(layout.sigmas)} latents but the reference trajectory "
+            f"{len(reference.sigmas)}; invert both with the same sigmas."
+        )
+
+
+class AdaptiveBlendMaskNode(io.ComfyNode):
+    """Says how to make a BLEND_MASK while sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesAdaptiveBlendMask",
+            display_name="Adaptive Blend Mask",
+            category=CATEGORY,
+            description="Where a picture is retouched: a segmenter's mask of the layout picture, joined with where the "
+            "prompt's words for the subject act, which is found while sampling (Layout-and-Retouch).",
+            search_aliases=["Layout-and-Retouch", "foreground mask", "cross-attention mask", "blend mask"],
+            inputs=[
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the subject is in the layout picture, from any segmenter or painted, any "
+                    "size. Without one, the attention alone decides.",
+                ),
+                io.String.Input(
+                    "phrase",
+                    default="",
+                    tooltip="The prompt's words for the subject. The prompt must come from Encode Prompt with "
+                    "Subjects, with these words among its phrases. Empty: the mask alone decides.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.3,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much attention counts as the subject, between its smallest and its largest. The paper "
+                    "does not give its value.",
+                ),
+                io.Float.Input(
+                    "smallest_component",
+                    default=0.01,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Connected parts of the attention's mask smaller than this share of the picture are noise.",
+                ),
+                io.Combo.Input(
+                    "join",
+                    options=[OR, AND],
+                    default=OR,
+                    tooltip="OR is the paper's formula: a place counts where either finds the subject. AND is its "
+                    "text, which discards what the attention finds outside of the mask.",
+                ),
+            ],
+            outputs=[
+                BlendMaskType.Output(display_name="blend_mask", tooltip="For Multi-Source Attention Swap."),
+                io.Image.Output(
+                    display_name="preview",
+                    tooltip="The mask, and the weights made of it, as far as they are known before sampling. Attention "
+                    "Inspector shows all stages.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        mask: Any = None,
+        phrase: str = "",
+        threshold: float = 0.3,
+        smallest_component: float = 0.01,
+        join: str = OR,
+    ) -> io.NodeOutput:
+        phrase = phrase.strip()
+        if mask is None and not phrase:
+            raise ValueError("There is nothing to make a blend mask of; connect a mask, or write the subject's phrase.")
+        for name, value, least in (("threshold", threshold, 0.01), ("smallest_component", smallest_component, 0.0)):
+            if not (math.isfinite(value) and least <= value <= 1):
+                raise ValueError(f"The {name} is {value}; give a number from {least:g} to 1.")
+        if join not in (OR, AND):
+            raise ValueError(f"join is '{join}'; choose {OR} or {AND}.")
+        if mask is not None:
+            mask = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+            for number, each in enumerate(mask, 1):
+                if not bool((each > 0.5).any()):
+                    raise ValueError(
+                        f"Mask {number} of {len(mask)} is empty: no place of its {each.shape[1]} x {each.shape[0]} is "
+                        "above one half. Segment the subject in the layout picture, or invert the mask."
+                    )
+        made = AdaptiveMask(mask, phrase, threshold, smallest_component, join == AND)
+        return io.NodeOutput(made, _preview(made))
+
+
+def _preview(made: AdaptiveMask) -> torch.Tensor:
+    """(n, height, 2 * width, 3): the mask beside its weights, at the mask's own size; black without a mask."""
+    if made.segmented is None:
+        return torch.zeros(1, 64, 128, 3)
+    stages = made.of_the_segmenter(tuple(made.segmented.shape[1:]))
+    return torch.cat([stages.subject, stages.blend], 2)[..., None].repeat(1, 1, 1, 3)

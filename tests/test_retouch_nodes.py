@@ -1,0 +1,392 @@
+"""Multi-Source Attention Swap and Adaptive Blend Mask: the mask's equations, what runs cost, and bad input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+from scipy import ndimage
+from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
+from subject_patches.nodes.trajectory import InvertToTrajectoryNode
+from subject_patches.patches.blend_mask import (
+    AdaptiveMask,
+    MaskInRun,
+    distance_weight,
+    thresholded,
+    united,
+    without_small,
+)
+from subject_patches.patches.engine import add_edit
+from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.subject import MEGABYTE
+from subject_patches.patches.window import Window
+from subject_patches.tests.look import Look
+from subject_patches.tests.models import (
+    FeatureCache,
+    difference,
+    generator,
+    known_prompt,
+    prompt,
+    sample,
+    small_model,
+    swapped,
+    trajectory,
+)
+from subject_patches.toy.sampling import Toy
+from torch import Tensor
+
+ROUNDING = 2e-5
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def block(size: tuple[int, int], y0: int, y1: int, x0: int, x1: int) -> Tensor:
+    mask = torch.zeros(size)
+    mask[y0:y1, x0:x1] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+# The mask's equations
+
+
+def test_thresholded_attention() -> None:
+    attention = torch.tensor([[1.0, 2.0], [4.0, 5.0]])
+    assert thresholded(attention, 0.75).tolist() == [[False, False], [True, True]]
+    assert thresholded(attention, 0.76).tolist() == [[False, False], [False, True]]
+    assert not thresholded(torch.full((2, 2), 0.3), 0.3).any()
+
+
+def test_or_and_and() -> None:
+    attended, segmented = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    assert united(attended, segmented, False).tolist() == [True, True, True, False]
+    assert united(attended, segmented, True).tolist() == [True, False, False, False]
+
+
+def test_distance_weight() -> None:
+    """By hand: the Euclidean distance to the nearest place outside, over the largest one, brought to 0.5 to 1."""
+    inside = block((9, 12), 2, 7, 1, 10) > 0
+    inside[4, 8:] = False
+    right = torch.zeros(inside.shape)
+    outside = (~inside).nonzero().float()
+    for y, x in inside.nonzero().tolist():
+        right[y, x] = (outside - torch.tensor([float(y), float(x)])).norm(dim=1).min()
+    right = torch.where(inside, 0.5 + 0.5 * right / right.max(), 0.0)
+    torch.testing.assert_close(distance_weight(inside), right)
+    assert distance_weight(torch.ones(3, 4, dtype=torch.bool)).eq(1).all()
+    assert distance_weight(torch.zeros(3, 4, dtype=torch.bool)).eq(0).all()
+
+
+def test_small_components_go() -> None:
+    mask = block((10, 10), 0, 3, 0, 3) + block((10, 10), 5, 7, 5, 6)
+    # Touching at a corner is touching.
+    mask[7, 6] = 1
+    assert without_small(mask > 0, 0.03).equal(mask > 0)
+    assert without_small(mask > 0, 0.04).equal(block((10, 10), 0, 3, 0, 3) > 0)
+    assert not without_small(mask > 0, 0.1).any()
+
+
+def test_the_mask_is_the_papers_sum() -> None:
+    """M = Normalize(D(M^k)) + C(M^c), clamped, at twice the latents' size."""
+    attention = torch.rand(2, 6, 8, generator=generator(3))
+    segmented = block((33, 50), 5, 22, 11, 40)[None]
+    for both in (False, True):
+        stages = AdaptiveMask(segmented, "subject", 0.6, 0.05, both).stages((6, 8), attention)
+        shape = torch.nn.functional.adaptive_avg_pool2d(segmented, (12, 16))[0] >= 0.5
+        for row in (0, 1):
+            low, high = attention[row].min(), attention[row].max()
+            attended = (attention[row] - low) / (high - low) >= 0.6
+            finer = attended.repeat_interleave(2, 0).repeat_interleave(2, 1)
+            subject = finer & shape if both else finer | shape
+            far = torch.from_numpy(ndimage.distance_transform_edt(subject.numpy())).float()
+            weight = torch.where(subject, 0.5 + 0.5 * far / far.max(), torch.tensor(0.0))
+            labels, count = ndimage.label(attended.numpy(), structure=[[1] * 3] * 3)
+            kept = sum((labels == n for n in range(1, count + 1) if (labels == n).sum() >= 0.05 * 48), labels * 0)
+            sure = torch.from_numpy(kept).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            torch.testing.assert_close(stages.blend[row], (weight + sure).clamp(max=1).float())
+            assert stages.subject[row].bool().equal(subject)
+
+
+def test_only_earlier_levels_decide() -> None:
+    run = MaskInRun(AdaptiveMask(None, "subject"))
+    first, second = (torch.rand(1, 4, 4, generator=generator(n)) for n in (1, 2))
+    run.add(9.0, first)
+    assert run.stages(9.0, (4, 4)) is None
+    run.add(4.0, second)
+    assert torch.equal(run.stages(4.0, (4, 4)).attention, first)
+    assert torch.equal(run.stages(1.0, (4, 4)).attention, first + second)
+
+
+# In a run
+
+
+def test_the_mask_blends_the_layouts_output(model: Any) -> None:
+    """Where a plain mask is 0 the output of self-attention is the layout's, with the prompt it was given."""
+    mask = block((8, 8), 0, 8, 0, 4)[None]
+    layout = trajectory(randn(1, 4, 8, 8, seed=1))
+    sites = frozenset(s for s in attention_sites(model) if s.kind == "self" and s.key == ("output", 3, 0))
+    look, bare = Look(sites, Window()), Look(sites, Window())
+    patched = swapped(
+        model, layout, layout_conditioning=prompt(31), lambda2=0.0, mask_blend_start=0.0, blend_mask=mask,
+        sites="named", named_sites="output.3",
+    )  # fmt: skip
+    sample(add_edit(patched, look))
+    state = layout.stream.latents(look.of("positive")[0].sigma, None)
+    sigma = torch.tensor([look.of("positive")[0].sigma])
+    kept: list[Tensor] = []
+
+    def keep(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        kept.append(optimized_attention(query, key, value, extra["n_heads"]))
+        return kept[-1]
+
+    options = {"patches_replace": {"attn1": {("output", 3, 0): keep}}}
+    with torch.inference_mode():
+        model.model.apply_model(state, sigma, c_crossattn=prompt(31)[0][0], transformer_options=options)
+    places = mask.flatten() == 0
+    seen = look.of("positive")[0]
+    assert difference(seen.output[:, places], kept[0][:, places]) < ROUNDING
+    assert difference(seen.output[:, ~places], kept[0][:, ~places]) > 0.01
+    assert not bare.seen
+
+
+def counting(model: Any, rows: list[int]) -> Any:
+    """A clone that adds the rows of every pass of the model to `rows`."""
+
+    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows[0] += len(x)
+        return executor(x, *args, **kwargs)
+
+    counted = model.clone()
+    counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", count)
+    return counted
+
+
+def fresh(*seeds: int) -> list[Any]:
+    return [trajectory(randn(1, 4, 8, 8, seed=seed)) for seed in seeds]
+
+
+MASK = AdaptiveMask(block((20, 30), 4, 15, 6, 22)[None], "subject")
+
+
+@pytest.mark.parametrize(("apply_to", "each"), [("both", 2), ("cond only", 1)])
+def test_what_it_costs(apply_to: str, each: int, model: Any) -> None:
+    """Two of ten steps run the layout, the others the reference, and the last four both; the next picture none."""
+    rows = [0]
+    patched = counting(swapped(model, *fresh(1, 2), blend_mask=MASK, apply_to=apply_to), rows)
+    first = sample(patched, steps=10)
+    assert rows == [20 + each * (10 + 4)]
+    again = sample(patched, steps=10, seed=6)
+    assert rows == [20 + each * (10 + 4) + 20]
+    assert torch.equal(sample(patched, steps=10), first)
+    assert not torch.equal(again, first)
+
+
+def test_nothing_is_run_for_a_prompt_that_is_left_out(model: Any) -> None:
+    """At CFG 1 the host leaves the negative prompt out."""
+    rows = [0]
+    sample(counting(swapped(model, *fresh(1, 2), blend_mask=MASK), rows), steps=10, cfg=1.0)
+    assert rows == [10 + 10 + 4]
+
+
+def test_a_cache_too_small_changes_nothing(model: Any) -> None:
+    layout, reference = fresh(1, 2)
+    right = sample(swapped(model, layout, reference, blend_mask=MASK), steps=4)
+    for megabytes in (0, 0.2):
+        small = [replace(t, cache=FeatureCache(int(megabytes * MEGABYTE))) for t in (layout, reference)]
+        patched = swapped(model, *small, blend_mask=MASK)
+        assert torch.equal(sample(patched, steps=4), right)
+        assert torch.equal(sample(patched, steps=4), right)
+
+
+def test_each_prompt_has_features_of_its_own(model: Any) -> None:
+    """One trajectory with two prompts, in one cache: what one lends must not be given to the other."""
+    layout, _ = fresh(1, 2)
+    results = [
+        sample(swapped(model, layout, lambda2=1.0, layout_conditioning=conditioning), steps=3)
+        for conditioning in (prompt(31), prompt(32), prompt(31))
+    ]
+    assert difference(results[0], results[1]) > 0.003
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_negative_prompt_lends_to_the_negative_chunk(model: Any) -> None:
+    layout, _ = fresh(1, 2)
+    patched = swapped(model, layout, lambda2=1.0, layout_conditioning=prompt(31))
+    look = Look(frozenset(s for s in attention_sites(model) if s.kind == "cross" and s.stage != "encoder"), Window())
+    sample(add_edit(patched, look), positive=known_prompt(1), negative=prompt(2, 5))
+    attn = {site.key: None for site in look.sites}
+    assert attn
+    for name, tokens in (("positive", prompt(31)[0][0]), ("negative", prompt(2, 5)[0][0])):
+        assert {seen.call.key.shape[1] for seen in look.of(name)} == {tokens.shape[1]}
+
+
+def test_masks_of_attention_in_a_run(model: Any) -> None:
+    """A phrase's mask depends on the phrase, and on nothing but what the prompt says of it."""
+    layout, reference = fresh(1, 2)
+    results = {
+        phrase: sample(
+            swapped(model, layout, reference, lambda2=0.0, mask_blend_start=0.3, blend_mask=AdaptiveMask(None, phrase)),
+            steps=5,
+        )
+        for phrase in ("subject", "scene", "Subject")
+    }
+    assert difference(results["subject"], results["scene"]) > 0.0003
+    assert torch.equal(results["subject"], results["Subject"])
+    with pytest.raises(ValueError, match=r"which of its words are the blend mask's 'dog' \(it knows subject, scene\)"):
+        sample(swapped(model, layout, reference, blend_mask=AdaptiveMask(None, "dog")))
+
+
+def test_the_stages_are_told(model: Any) -> None:
+    layout, reference = fresh(1, 2)
+    sites = frozenset(s for s in attention_sites(model) if s.kind == "self")
+    look = Look(sites, Window())
+    patched = swapped(model, layout, reference, blend_mask=MASK)
+    sample(add_edit(patched, look), steps=6)
+    notes = {note.name: note for seen in look.of("positive") for note in seen.call.notes}
+    stages = notes["blend mask, stage by stage"]
+    assert stages.labels == ("subject attention", "thresholded attention", "subject region", "adaptive mask")
+    assert stages.maps().shape[1] == 4
+    assert 0 <= notes["blend mask"].maps().min() <= notes["blend mask"].maps().max() <= 1
+
+
+def test_a_velocity_model(model: Any) -> None:
+    (velocity,) = ModelSamplingDiscrete().patch(model, "v_prediction", False)
+    sigmas = comfy.samplers.calculate_sigmas(velocity.get_model_object("model_sampling"), "normal", 4)
+    with torch.inference_mode():
+        layout, reference = (
+            InvertToTrajectoryNode.execute(
+                velocity, {"samples": randn(1, 4, 8, 8, seed=n)}, sigmas, None, prompt(1)
+            ).args[0]
+            for n in (1, 2)
+        )
+    result = sample(swapped(velocity, layout, reference, blend_mask=MASK), steps=4)
+    assert result.isfinite().all()
+    assert difference(result, sample(velocity, steps=4)) > 0.003
+
+
+def test_the_same_picture_twice_and_an_empty_mask_give_it_back() -> None:
+    """Layout and reference are one picture and all of it stays the layout's: the picture comes back."""
+    toy = Toy.load()
+    sigmas = comfy.samplers.calculate_sigmas(toy.model.get_model_object("model_sampling"), "normal", 8)
+    with torch.inference_mode():
+        picture = toy.sample(["a red star on grass"], [3], steps=8)
+        latent = toy.vae.encode(picture)
+        path, last, _ = InvertToTrajectoryNode.execute(toy.model, {"samples": latent}, sigmas, toy.clip).args
+        patched = swapped(toy.model, path, path, blend_mask=torch.zeros(1, 128, 128))
+        shown = toy.vae.decode(latent)[..., :3].clamp(0, 1)
+
+        def again(model: Any) -> float:
+            result = comfy.sample.sample_custom(
+                model, torch.zeros_like(latent), 4.0, comfy.samplers.sampler_object("euler"), sigmas,
+                toy.encode(["a red star on grass"]), toy.encode([""]), last["samples"], disable_pbar=True, seed=0,
+            )  # fmt: skip
+            error = (toy.vae.decode(result)[..., :3].clamp(0, 1) - shown).square().mean()
+            return -10 * math.log10(float(error))
+
+        assert again(patched) > again(toy.model) + 1
+
+
+# Bad input
+
+
+def test_trajectories_that_do_not_fit(model: Any) -> None:
+    layout, reference = fresh(1, 2)
+    with pytest.raises(
+        ValueError, match=r"layout trajectory is of a model of the family SDXL with 4 latent channels but "
+    ):
+        swapped(model, replace(layout, family="SDXL"), reference)
+    with pytest.raises(
+        ValueError, match=r"reference trajectory is of .* with 8 latent channels .* invert the picture wi"
+    ):
+        swapped(model, layout, replace(reference, states=torch.zeros(5, 1, 8, 8, 8)))
+    shorter = replace(reference, sigmas=reference.sigmas[1:], states=reference.states[1:])
+    with pytest.raises(ValueError, match=r"keeps 5 latents but the reference trajectory 4; invert both with the same"):
+        swapped(model, layout, shorter)
+
+
+@pytest.mark.parametrize("name", ["lambda2", "mask_blend_start"])
+@pytest.mark.parametrize("value", [-0.1, 1.01, math.nan])
+def test_shares_beyond_the_schedule(name: str, value: float, model: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1"):
+        swapped(model, *fresh(1, 2), **{name: value})
+
+
+def test_other_bad_input_of_the_swap(model: Any) -> None:
+    with pytest.raises(ValueError, match="blend mask needs a picture to blend with; connect a layout trajectory"):
+        swapped(model, None, fresh(1)[0], blend_mask=MASK)
+    with pytest.raises(ValueError, match="apply_to is 'all'; choose both or cond only"):
+        swapped(model, *fresh(1, 2), apply_to="all")
+    (flow,) = ModelSamplingSD3().patch(model, 3.0)
+    with pytest.raises(ValueError, match="This model is a flow model"):
+        swapped(flow, *fresh(1, 2))
+
+
+def blend_mask(**values: Any) -> Any:
+    return AdaptiveBlendMaskNode.execute(**values).args
+
+
+def test_masks_of_any_size_and_their_preview() -> None:
+    made, preview = blend_mask(mask=MASK.segmented)
+    assert preview.shape == (1, 20, 60, 3)
+    assert preview[0, :, :30, 0].equal(MASK.segmented[0])
+    torch.testing.assert_close(preview[0, :, 30:, 0], distance_weight(MASK.segmented[0] > 0))
+    stages = made.stages((8, 8))
+    assert stages.blend.shape == (1, 16, 16)
+    assert 0.5 <= stages.blend.max() <= 1
+    assert blend_mask(phrase=" subject ")[0].phrase == "subject"
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(1, 8, 9), torch.full((8, 9), 0.4), torch.stack([torch.zeros(8, 9)] * 2)])
+def test_an_empty_mask(mask: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"Mask 1 of \d is empty: no place of its 9 x 8 is above one half\. Segment the"
+    ):
+        blend_mask(mask=mask)
+
+
+def test_other_bad_input_of_the_mask() -> None:
+    with pytest.raises(
+        ValueError, match="nothing to make a blend mask of; connect a mask, or write the subject's phrase"
+    ):
+        blend_mask()
+    for name, value, least in (
+        ("threshold", 0.0, "0.01"),
+        ("threshold", math.nan, "0.01"),
+        ("smallest_component", 1.5, "0"),
+    ):
+        with pytest.raises(ValueError, match=rf"The {name} is {value}; give a number from {least} to 1"):
+            blend_mask(phrase="dog", **{name: value})
+    with pytest.raises(ValueError, match="join is 'XOR'; choose OR or AND"):
+        blend_mask(phrase="dog", join="XOR")
+
+
+# Help
+
+
+@pytest.mark.parametrize("node", [MultiSourceSwapNode, AdaptiveBlendMaskNode])
+def test_the_help_page_names_every_input(node: Any) -> None:
+    schema = node.GET_SCHEMA()
+    text = (Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    assert all(f"`{each.id}`" in text for each in schema.inputs)
+    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
+
+
+def test_defaults_are_the_papers() -> None:
+    defaults = {each.id: each.default for each in MultiSourceSwapNode.GET_SCHEMA().inputs if hasattr(each, "default")}
+    assert (defaults["lambda2"], defaults["mask_blend_start"]) == (10 / 50, 30 / 50)
+    assert (defaults["sites"], defaults["apply_to"], defaults["swap_cross_attention"]) == ("decoder", "both", True)
