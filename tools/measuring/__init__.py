@@ -2,5 +2,10 @@
 
 from . import layout, recycled_attention, retouch, routed_reference
 
-STUDIES = {"recycled attention": recycled_attention.study, "layout": layout.study, "retouch": retouch.study}
+STUDIES = {
+    "recycled attention": recycled_attention.study,
+    "layout": layout.study,
+    "retouch": retouch.study,
+    "routed reference": routed_reference.study,
+}
 COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs)

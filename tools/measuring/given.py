@@ -74,6 +74,12 @@ def paired(first: Sequence[float], other: Sequence[float]) -> str:
     return f"{rise.mean():+.3f} ± {error:.3f}"
 
 
+def centred(found: Sequence[float], box: Sequence[float]) -> bool:
+    """Whether the middle of a found box (x0, y0, x1, y1) lies in another."""
+    x, y = (found[0] + found[2]) / 2, (found[1] + found[3]) / 2
+    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+
+
 def share(found: Sequence[bool]) -> str:
     """How many of these are true: "85%"."""
     import numpy as np

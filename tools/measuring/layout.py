@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .given import PHRASES, Given, Shape, paired, share
+from .given import PHRASES, Given, Shape, centred, paired, share
 
 # Strengthening alone and weakening alone are the paper's Figure 6.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -103,18 +103,13 @@ def _score(findings: Sequence[Any], thing: Any, box: Sequence[int]) -> Score:
 
     mine = torch.tensor([box], dtype=torch.float32)
     overlaps = [float(box_overlap(mine, torch.tensor([f.box]))) for f in findings]
-    here = [f for f in findings if _centred(f.box, box)]
+    here = [f for f in findings if centred(f.box, box)]
     return Score(
         max(overlaps, default=0.0),
         bool(here),
         any(f.colour == thing.colour for f in here),
         any(answers(f, thing) for f in here),
     )
-
-
-def _centred(found: Sequence[float], box: Sequence[int]) -> bool:
-    x, y = (found[0] + found[2]) / 2, (found[1] + found[3]) / 2
-    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
 
 
 def _table(scores: dict[str, list[Score]], grounds: dict[str, list[bool]]) -> None:

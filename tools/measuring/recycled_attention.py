@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .given import Given, Shape, paired
+from .emblems import known
+from .given import Given, Shape, centred, paired
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def study(given: Given) -> None:
     whole: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
     region: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, "decoder, in the region")}
     for number in range(given.count):
-        pair = Pair(given.toy, given.judge, number, given.steps)
+        pair = Pair(given, number)
         for name, settings in {UNPATCHED: None, **SETTINGS}.items():
             whole[name].append(pair.carried(settings))
         for name in region:
@@ -54,23 +55,16 @@ def study(given: Given) -> None:
 class Pair:
     """One emblem with its reference picture, and one scene to put it in."""
 
-    def __init__(self, toy: Any, judge: Any, number: int, steps: int) -> None:
+    def __init__(self, given: Given, number: int) -> None:
         import numpy as np
-        import torch
-        from subject_patches.nodes.subject import SubjectNode
         from subject_patches.toy.drawing import draw
-        from subject_patches.toy.scenes import Background, describe_background, sample_emblem, sample_scene, view
+        from subject_patches.toy.scenes import describe_background, sample_emblem, sample_scene
 
         rng = np.random.default_rng((2**42, number))
-        self.toy, self.judge, self.seed, self.steps = toy, judge, number, steps
+        self.toy, self.judge, self.seed, self.steps = given.toy, given.judge, number, given.steps
         emblem = sample_emblem(rng)
-        plain = "gray" if emblem.plate_colour != "gray" else "white"
-        reference = draw(view(emblem, rng, Background("plain", (plain,))))
-        picture = torch.from_numpy(reference.image).float()[None] / 255
-        mask = torch.from_numpy(reference.masks[:1]).float()
-        self.identity = judge.identity(picture, torch.from_numpy(reference.boxes).float())
-        given = {"phrase": "emblem", "size": 96, "margin": 0.15, "mask": mask}
-        self.subject = SubjectNode.execute(picture, toy.vae, **given).args[0]
+        reference = known(given, emblem, rng)
+        self.identity, self.subject = reference.identity, reference.subject
         self.scene = draw(sample_scene(rng, 1, 0.0))
         while emblem.plate_colour in self.scene.scene.background.colours:
             self.scene = draw(sample_scene(rng, 1, 0.0))
@@ -105,7 +99,7 @@ class Pair:
         rows, columns = self.region.any(1).nonzero(), self.region.any(0).nonzero()
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         reading = self.judge.findings(image)[0]
-        seen = any(f.shape == "emblem" and _inside(f.box, box) for f in reading.objects)
+        seen = any(f.shape == "emblem" and centred(f.box, box) for f in reading.objects)
         score = self._score(image, box, seen, reading)
         # A latent pixel spreads over its neighbours when decoded: what touches the region is left out.
         near = torch.nn.functional.max_pool2d(self.region[None], 33, 1, 16)[0]
@@ -126,11 +120,6 @@ class Pair:
         vector = self.judge.identity(image, torch.tensor([box], dtype=torch.float32))
         background = reading.background == self.scene.scene.background.kind
         return Score(float((vector * self.identity).sum()), emblem, background)
-
-
-def _inside(box: Sequence[float], region: Sequence[float]) -> bool:
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return region[0] <= x <= region[2] and region[1] <= y <= region[3]
 
 
 def _free_region(taken: Any, rng: Any) -> Tensor:

@@ -2,10 +2,133 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .given import PHRASES, Shape
+from .emblems import Likeness, at_boxes, known, matched
+from .given import PHRASES, Given, Shape, centred, paired, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COUNTS = (2, 3)
+UNPATCHED, ALONE = "unpatched", "layout bias alone"
+# Free placement: the model draws the emblems where it likes, unless masks are given.
+FREE = (UNPATCHED, "all references everywhere", "routed by masks", "routed by attention maps")
+# With a layout bias in the same layers.
+PLACED = (ALONE, "and all references everywhere", "and routed by masks", "and routed by attention maps")
+# Each emblem's word with the one after it, by which a layout tells the emblems of one prompt apart.
+PHRASES_OF = {2: ("emblem and", "emblem on"), 3: ("emblem,", "emblem and", "emblem on")}
+
+
+def study(given: Given) -> None:
+    """Prints two tables for each number of emblems, over `given.count` scenes each."""
+    for count in COUNTS:
+        free: dict[str, list[Likeness]] = {name: [] for name in FREE}
+        placed: dict[str, list[Likeness]] = {name: [] for name in PLACED}
+        grounds: dict[str, list[bool]] = {name: [] for name in (*FREE, *PLACED)}
+        for number in range(given.count):
+            case = Case(given, count, number)
+            for name in FREE:
+                found, ground = case.free(name)
+                free[name] += found
+                grounds[name].append(ground)
+            for name in PLACED:
+                found, ground = case.placed(name)
+                placed[name] += found
+                grounds[name].append(ground)
+            print(f"{count} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
+        print(f"{count} emblems, {given.count} scenes, where the judge finds them:\n")
+        _table(free, grounds)
+        print(f"{count} emblems, {given.count} scenes, in the boxes of a layout:\n")
+        _table(placed, grounds)
+
+
+class Case:
+    """A scene of emblems that are all known: its prompt, its places, and a subject for each emblem."""
+
+    def __init__(self, given: Given, count: int, number: int) -> None:
+        import numpy as np
+        import torch
+        from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+        from subject_patches.nodes.layout import LayoutNode
+        from subject_patches.toy.drawing import draw
+        from subject_patches.toy.scenes import SIZE, describe, sample_scene
+
+        rng = np.random.default_rng((2**44, count, number))
+        scene = sample_scene(rng, count, 1.0)
+        while any(thing.emblem.plate_colour in scene.background.colours for thing in scene.things):
+            scene = sample_scene(rng, count, 1.0)
+        phrases = PHRASES_OF[count]
+        references = [
+            known(given, thing.emblem, rng, phrase) for thing, phrase in zip(scene.things, phrases, strict=True)
+        ]
+        self.given, self.seed, self.ground = given, number, scene.background.kind
+        self.subjects = tuple(subject for each in references for subject in each.subject)
+        self.identities = torch.stack([each.identity for each in references])
+        drawn = draw(scene)
+        self.boxes = [tuple(box) for box in drawn.boxes.tolist()]
+        boxes = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in self.boxes]
+        self.layout = LayoutNode.execute(SIZE, SIZE, "\n".join(phrases), boxes=boxes).args[0]
+        masks = torch.from_numpy(drawn.masks)
+        # Of two that touch, the earlier one has the place.
+        self.masks = masks & ~(masks.cumsum(0) > 1)
+        text = describe(scene)
+        self.positive = EncodePromptWithSubjects.execute(given.toy.clip, text, "\n".join(phrases)).args[0]
+
+    def free(self, name: str) -> tuple[list[Likeness], bool]:
+        """A likeness for each subject in a picture of the prompt, and whether its background is right."""
+        image, reading = self._picture(self._referenced(self.given.toy.model, name))
+        return matched(self.given.judge, image, reading, self.identities), reading.background == self.ground
+
+    def placed(self, name: str) -> tuple[list[Likeness], bool]:
+        """The same in the boxes of the layout, with a layout bias."""
+        from subject_patches.nodes.layout import LayoutBiasNode
+
+        from .layout import DEFAULTS
+
+        model = LayoutBiasNode.execute(self.given.toy.model, self.layout, **DEFAULTS).args[0]
+        image, reading = self._picture(self._referenced(model, name))
+        seen = [
+            any(each.shape == "emblem" and centred(each.box, box) for each in reading.objects) for box in self.boxes
+        ]
+        return at_boxes(self.given.judge, image, self.boxes, self.identities, seen), reading.background == self.ground
+
+    def _picture(self, model: Any) -> tuple[Tensor, Any]:
+        image = self.given.picture(self.positive, self.seed, model)
+        return image, self.given.judge.findings(image)[0]
+
+    def _referenced(self, model: Any, name: str) -> Any:
+        """The model with the references, as `name` says."""
+        from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+        from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+        from subject_patches.patches.router import MapRouter, MaskRouter
+
+        if name in (UNPATCHED, ALONE):
+            return model
+        if "everywhere" in name:
+            return RecycledSelfAttentionNode.execute(model, self.subjects).args[0]
+        router = MapRouter() if "maps" in name else MaskRouter(self.masks)
+        return RoutedReferenceAttentionNode.execute(model, self.subjects, router).args[0]
+
+
+def _table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) -> None:
+    import numpy as np
+
+    print(
+        "| | identity | rise, paired | looks more like another | emblem found | background right |\n"
+        "|---|---|---|---|---|---|"
+    )
+    identity = {name: [each.identity for each in rows] for name, rows in scores.items()}
+    first = next(iter(identity.values()))
+    for name, rows in scores.items():
+        print(
+            f"| {name} | {np.mean(identity[name]):.3f} | {paired(first, identity[name])} "
+            f"| {share([each.blended for each in rows])} | {share([each.emblem for each in rows])} "
+            f"| {share(grounds[name])} |"
+        )
+    print()
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
