@@ -30,71 +30,68 @@ class RouterNode(io.ComfyNode):
             "blend: by masks or boxes, or by what the model itself means to put there (AnyStory).",
             search_aliases=["AnyStory", "routing", "regional", "multi subject", "masks", "boxes"],
             inputs=[
-                io.DynamicCombo.Input(
+                io.Combo.Input(
                     "by",
+                    options=[MASKS, MAPS],
+                    default=MASKS,
                     tooltip="'masks or layout': you say where each subject is. 'attention maps': the model does; where "
                     "it attends to a subject's phrase, that subject goes.",
-                    options=[
-                        io.DynamicCombo.Option(
-                            MASKS,
-                            [
-                                io.Mask.Input(
-                                    "masks",
-                                    optional=True,
-                                    tooltip="One mask a subject, in the order of the subjects, white where it is. Any "
-                                    "size. They must not overlap; what none covers is background.",
-                                ),
-                                LayoutType.Input(
-                                    "layout",
-                                    optional=True,
-                                    tooltip="Instead of masks: boxes or masks with phrases; each subject goes where "
-                                    "its own phrase does.",
-                                ),
-                            ],
-                        ),
-                        io.DynamicCombo.Option(
-                            MAPS,
-                            [
-                                io.Combo.Input(
-                                    "maps",
-                                    options=[PRECEDING, MEAN],
-                                    default=MEAN,
-                                    tooltip="'preceding layer' is the paper's: each layer goes by the cross-attention "
-                                    "just before it. 'running mean' is steadier: the mean over all layers and steps "
-                                    "so far.",
-                                ),
-                                io.Float.Input(
-                                    "threshold",
-                                    default=0.4,
-                                    min=0.0,
-                                    max=1.0,
-                                    step=0.01,
-                                    tooltip="Background is where every subject's map, stretched to 0 to 1, is at or "
-                                    "below this. Higher gives the subjects less room; 1 gives them none.",
-                                ),
-                                io.Float.Input(
-                                    "smoothing",
-                                    default=0.05,
-                                    min=0.0,
-                                    max=SMOOTHING_MAX,
-                                    step=0.01,
-                                    tooltip="How far the maps are blurred, as a share of the picture's shorter side.",
-                                ),
-                            ],
-                        ),
-                    ],
+                ),
+                io.Combo.Input(
+                    "maps",
+                    options=[PRECEDING, MEAN],
+                    default=MEAN,
+                    tooltip="By attention maps: 'preceding layer' is the paper's: each layer goes by the "
+                    "cross-attention just before it. 'running mean' is steadier: the mean over all layers and steps so "
+                    "far.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.4,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="By attention maps: background is where every subject's map, stretched to 0 to 1, is at or "
+                    "below this. Higher gives the subjects less room; 1 gives them none.",
+                ),
+                io.Float.Input(
+                    "smoothing",
+                    default=0.05,
+                    min=0.0,
+                    max=SMOOTHING_MAX,
+                    step=0.01,
+                    tooltip="By attention maps: how far they are blurred, as a share of the picture's shorter side.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="By masks: one a subject, in the order of the subjects, white where it is. Any size. They "
+                    "must not overlap; what none covers is background.",
+                ),
+                LayoutType.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="By masks, instead of them: boxes or masks with phrases; each subject goes where its own "
+                    "phrase does.",
                 ),
             ],
             outputs=[RouterType.Output(display_name="router", tooltip="For Routed Reference Attention.")],
         )
 
     @classmethod
-    def execute(cls, by: dict[str, Any]) -> io.NodeOutput:
-        if by["by"] == MASKS:
-            return io.NodeOutput(_by_masks(by.get("masks"), by.get("layout")))
-        if by["by"] != MAPS:
-            raise ValueError(f"The router goes by '{by['by']}'; choose one of {MASKS}, {MAPS}.")
-        maps, threshold, smoothing = by["maps"], by["threshold"], by["smoothing"]
+    def execute(
+        cls,
+        by: str,
+        maps: str = MEAN,
+        threshold: float = 0.4,
+        smoothing: float = 0.05,
+        masks: Any = None,
+        layout: Layout | None = None,
+    ) -> io.NodeOutput:
+        if by == MASKS:
+            return io.NodeOutput(_by_masks(masks, layout))
+        if by != MAPS:
+            raise ValueError(f"The router goes by '{by}'; choose one of {MASKS}, {MAPS}.")
         if maps not in (PRECEDING, MEAN):
             raise ValueError(f"maps is '{maps}'; choose one of {PRECEDING}, {MEAN}.")
         for name, value, most in (("threshold", threshold, 1.0), ("smoothing", smoothing, SMOOTHING_MAX)):

@@ -125,13 +125,12 @@ def masks(count: int, size: tuple[int, int] = (20, 30)) -> Tensor:
 
 def mask_router(count: int) -> Any:
     """The Router node by `masks`."""
-    return RouterNode.execute({"by": "masks or layout", "masks": masks(count)}).args[0]
+    return RouterNode.execute("masks or layout", masks=masks(count)).args[0]
 
 
 def map_router(**values: Any) -> Any:
     """The Router node by attention maps with its defaults; `values` are its inputs."""
-    given = {"by": "attention maps", "maps": "running mean", "threshold": 0.4, "smoothing": 0.05}
-    return RouterNode.execute({**given, **values}).args[0]
+    return RouterNode.execute(**{"by": "attention maps", **values}).args[0]
 
 
 def routed(model: Any, subjects: tuple[Subject, ...], router: Any = None, **values: Any) -> Any:

@@ -218,7 +218,7 @@ LAYOUT = Layout(40, 20, (Region("cat", box(40, 20, 0, 0, 15, 20)), Region("dog",
 
 
 def by_masks(**values: Any) -> Any:
-    return RouterNode.execute({"by": "masks or layout", **values}).args[0]
+    return RouterNode.execute("masks or layout", **values).args[0]
 
 
 @pytest.mark.parametrize(
