@@ -13,6 +13,7 @@ from .scenes import EMBLEM, SIZE, Background, Emblem, Scene, Thing
 
 FOLDER = Path(__file__).parents[1] / "workflows" / "input"
 SHIELD = Emblem("shield", "yellow", "blue", tuple(c == "#" for c in "#..##..#.##..##."))
+RING = Emblem("disc", "red", "white", tuple(c == "#" for c in ".##.#..##..#.##."))
 MIDDLE = SIZE / 2
 
 
@@ -24,9 +25,10 @@ def save(name: str, image: NDArray[np.uint8], opaque: NDArray[np.bool_]) -> None
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    emblem = Thing(EMBLEM, SHIELD.plate_colour, "plain", MIDDLE, MIDDLE, 42, 0.0, SHIELD)
-    reference = draw(Scene((emblem,), Background("plain", ("gray",))))
-    save("emblem.png", reference.image, reference.masks[0])
+    for name, emblem in (("emblem.png", SHIELD), ("second_emblem.png", RING)):
+        thing = Thing(EMBLEM, emblem.plate_colour, "plain", MIDDLE, MIDDLE, 42, 0.0, emblem)
+        reference = draw(Scene((thing,), Background("plain", ("gray",))))
+        save(name, reference.image, reference.masks[0])
     neighbour = Thing("star", "red", "plain", 34, 92, 24, 0.2)
     scene = draw(Scene((neighbour,), Background("grass"), seed=5))
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
