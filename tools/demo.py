@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--workflow", metavar="NAME", help="run only the workflow of this name")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="use this checkpoint instead of the toy")
     parser.add_argument("--keep-server", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--thumbnails", action="store_true", help="also refresh the pictures of workflows/ and web/docs/")
+    parser.add_argument("--thumbnails", action="store_true", help="also refresh the pictures in workflows/, web/docs/")
     parser.add_argument("--offline", action="store_true", help="fetch nothing; fail if something is missing")
     options = parser.parse_args()
     if options.checkpoint is not None and not options.checkpoint.is_file():
