@@ -19,6 +19,8 @@ class SubjectPatches(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
         from .nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
+        from .nodes.auxiliary_prompt import AuxiliaryPromptNode
+        from .nodes.dual_branch import DualBranchIntegrationNode
         from .nodes.encode_prompt import EncodePromptWithSubjects
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
@@ -54,6 +56,8 @@ class SubjectPatches(ComfyExtension):
             LoadTrajectoryNode,
             MultiSourceSwapNode,
             AdaptiveBlendMaskNode,
+            AuxiliaryPromptNode,
+            DualBranchIntegrationNode,
         ]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .call import AttentionCall, Chunk
 from .sites import Site
 from .streams import Features, Stream
@@ -13,6 +15,16 @@ from .window import Window
 
 # Which features of which stream an edit needs, at which sites: ("key", "value"), say.
 Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run's sampler starts from: its noise and clean latents, both (rows, channels, height, width) in the
+    model's latent space. `noised` gives what it would start from with another noise instead."""
+
+    noise: Tensor
+    clean: Tensor
+    noised: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +42,9 @@ class Edit:
         """What stands for the edit in a run, after `begin`: itself, or several edits that share the run's state, each
         with sites and a window of its own, in this order."""
         return (self,)
+
+    def start(self, start: Start) -> None:
+        """Told what the run starts from, once, after `begin`."""
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when the edit cannot work in a run; asked once, before its first step. `prompts` are the

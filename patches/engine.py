@@ -8,6 +8,7 @@ another pack has put there by then. Nothing is kept outside the model's options 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,11 +22,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .call import Attend, AttentionCall, execute
-from .edit import Edit
+from .edit import Edit, Start
 from .identity import STEP_CACHES
 from .session import UNCONDITIONED, Forward, Recording, Session
 from .sites import Site
-from .streams import Stream
+from .streams import Denoising, Stream
 
 KEY = "subject_patches"
 SESSION = "subject_patches_session"
@@ -47,34 +48,91 @@ def add_edit(model: Any, edit: Edit) -> Any:
     return patched
 
 
-def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _sample(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     guider = executor.class_obj
     # The host gives every run its own copy of these options, and drops it afterwards.
     options = guider.model_options["transformer_options"]
     edits = options.get(KEY, ())
     if not edits or SESSION in options:
-        return executor(*args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
-    session = Session([part for edit in edits for part in edit.begin().parts()], KEY)
+    start = _start(guider.model_patcher, noise, latent_image, sigmas)
+    begun = [edit.begin() for edit in edits]
+    for edit in begun:
+        edit.start(start)
+    session = Session([part for edit in begun for part in edit.parts()], KEY)
     options[SESSION] = session
     try:
-        return executor(*args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         del options[SESSION]
         session.close()
+
+
+def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Start:
+    """As the host's samplers begin."""
+    model_sampling = patcher.get_model_object("model_sampling")
+    # The host does not shift an empty latent.
+    clean = patcher.model.process_latent_in(latents) if bool(latents.any()) else latents
+    first, most = float(sigmas[0]), float(model_sampling.sigma_max)
+    whole = math.isclose(first, most, rel_tol=1e-5) or first > most
+
+    def noised(other: Tensor) -> Tensor:
+        return model_sampling.noise_scaling(sigmas[0], other.float(), clean.to(other.device), whole)
+
+    return Start(noise, clean, noised)
 
 
 def _predict_noise(
     executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None
 ) -> Tensor:
     session = model_options.get("transformer_options", {}).get(SESSION)
-    if session is not None:
-        session.enter(executor.class_obj, x, timestep)
-        for stream, sites, parts in session.requests(model_options):
-            _run_stream(session, stream, sites, parts, timestep, model_options)
-    return executor(x, timestep, model_options, seed)
+    if session is None:
+        return executor(x, timestep, model_options, seed)
+    session.enter(executor.class_obj, x, timestep)
+    requests = session.requests(model_options)
+    for stream, sites, parts in requests:
+        _run_stream(session, stream, sites, parts, timestep, model_options)
+    branches = list(dict.fromkeys(stream for stream, *_ in requests if isinstance(stream, Denoising)))
+    if not branches:
+        return executor(x, timestep, model_options, seed)
+    seen: list[dict[str, Any]] = []
+
+    def look(arguments: dict[str, Any]) -> Tensor:
+        seen.append(arguments)
+        return arguments["denoised"]
+
+    others = model_options.get("sampler_post_cfg_function", [])
+    result = executor(x, timestep, {**model_options, "sampler_post_cfg_function": [look, *others]}, seed)
+    # A guider that leaves out the unconditional prediction does not guide.
+    if seen and seen[0]["uncond"] is not None:
+        for branch in branches:
+            _guide(session, branch, seen[0], timestep, model_options)
+    return result
+
+
+def _guide(
+    session: Session,
+    branch: Denoising,
+    guidance: dict[str, Any],
+    timestep: Tensor,
+    model_options: dict[str, Any],
+) -> None:
+    """Gives a branch the generation's guidance at this noise level: its unconditional prediction, or one for the
+    branch's own latents."""
+    latents, unconditional = guidance["input"], guidance["uncond_denoised"]
+    if branch.own_guidance:
+        if branch.is_guided(session.sigma):
+            return
+        latents = branch.latents(session.sigma, session.noise_scaling).to(timestep)
+        conditioning = session.stripped(branch, session.in_force(guidance["uncond"]))
+        options = _stream_options(model_options, Recording(branch, (), None, session.run))
+        unconditional = _predict(session, conditioning, latents, timestep, session.sigma, options)
+    branch.guided(session.sigma, guidance["cond_scale"], latents, unconditional)
 
 
 def _run_stream(
@@ -88,16 +146,27 @@ def _run_stream(
     recording = session.recording(stream, sites, parts, model_options, timestep.device)
     if recording.complete:
         return
-    inner = session.guider.inner_model
     level = session.level(stream)
     latents = stream.latents(level, session.noise_scaling).to(timestep)
-    sigma = timestep.new_full((len(latents),), level)
     conditioning, _ = session.stream_conditioning(stream)
     options = _stream_options(model_options, recording)
-    with _own_randomness(timestep.device):
-        (prediction,) = comfy.samplers.calc_cond_batch(inner, [conditioning], latents, sigma, options)
+    prediction = _predict(session, conditioning, latents, timestep, level, options)
     stream.denoised(level, prediction)
     recording.finish(comfy.model_management.unet_offload_device())
+
+
+def _predict(
+    session: Session,
+    conditioning: list[dict[str, Any]],
+    latents: Tensor,
+    timestep: Tensor,
+    level: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """A companion's pass at a noise level: the model's prediction of its clean latents."""
+    sigma = timestep.new_full((len(latents),), level)
+    with _own_randomness(timestep.device):
+        return comfy.samplers.calc_cond_batch(session.guider.inner_model, [conditioning], latents, sigma, options)[0]
 
 
 def _stream_options(model_options: dict[str, Any], recording: Recording) -> dict[str, Any]:

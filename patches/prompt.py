@@ -56,6 +56,37 @@ def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]
     return {phrase: _find(clip, prompt, phrase) for phrase in wanted}
 
 
+def check_embeddings(clip: Any, phrase: str) -> None:
+    """Raises ValueError when a phrase names a textual embedding that the host does not find, or that is made for a
+    text encoder of another family; the host itself leaves such a one out of the prompt."""
+    for name in re.findall(rf"{_EMBEDDING}([^\s,:()]+)", phrase):
+        for encoder, chunks in clip.tokenize(_EMBEDDING + name).items():
+            widths = {value.shape[-1] for chunk in chunks for value, _ in chunk if torch.is_tensor(value)}
+            wanted = _tokenizer(clip, encoder).embedding_size
+            if not widths:
+                raise ValueError(f"There is no embedding '{name}' in the embeddings folder; put its file there.")
+            if widths != {wanted}:
+                raise ValueError(
+                    f"The embedding '{name}' has vectors of {', '.join(map(str, widths))} numbers but this CLIP takes "
+                    f"{wanted}; use it with a checkpoint of the same family that it was trained on."
+                )
+
+
+def prompt_spans(clip: Any, text: str) -> Spans:
+    """Where the prompt's own tokens lie in the context: all but start, end and padding, in every chunk of 77.
+
+    Raises ValueError when two encoders of the CLIP have them at different positions, or it has one not in ENCODERS."""
+    found = {name: tuple(_ranges(token.position for token in tokens)) for name, tokens in _tokens(clip, text).items()}
+    spans = next(iter(found.values()))
+    if any(other != spans for other in found.values()):
+        places = " and ".join(f"{_places(each)} for the encoder {name}" for name, each in found.items())
+        raise ValueError(
+            f"The prompt's words are {places}, usually because an embedding has not as many vectors for one as for "
+            "the other; use an embedding that is made for this CLIP."
+        )
+    return spans
+
+
 def _find(clip: Any, prompt: Mapping[str, list[_Token]], phrase: str) -> Spans:
     if phrase.endswith(_EMBEDDING):
         raise ValueError(f"The phrase '{phrase}' names no embedding; write its file name after the colon.")

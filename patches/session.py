@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,6 +239,13 @@ class Session:
         source = stream.conditioning
         if source is None or source is UNCONDITIONAL:
             source = self._of_the_guider(conditioned=source is None)
+        return self._prepared(stream, source)
+
+    def stripped(self, stream: Stream, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """An entry of the guider's lists, prepared for a stream."""
+        return self._prepared(stream, entry)[0]
+
+    def _prepared(self, stream: Stream, source: Any) -> tuple[list[dict[str, Any]], str | None]:
         place = (id(stream), id(source))
         if place not in self._conditionings:
             raw = [{**source}] if isinstance(source, dict) else convert_cond(source)[:1]
@@ -253,6 +260,10 @@ class Session:
         entries = [entry for listed in lists for entry in listed or ()]
         if not entries:
             raise ValueError("The sampler has no positive conditioning; connect a reference conditioning to this node.")
+        return self.in_force(entries)
+
+    def in_force(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The first of a prompt's entries whose part of the schedule this noise level is in."""
         for entry in entries:
             start, end = entry.get("timestep_start"), entry.get("timestep_end")
             if (start is None or self.sigma <= start) and (end is None or self.sigma >= end):

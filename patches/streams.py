@@ -157,19 +157,33 @@ class Trajectory:
 
 
 @dataclass
+class _Point:
+    """Where a branch was at a noise level, and what it steps on with: the model's prediction, then the guided one."""
+
+    sigma: float
+    state: Tensor
+    prediction: Tensor | None = None
+    guided: Tensor | None = None
+
+
+@dataclass(eq=False)
 class Denoising:
     """A branch that denoises by itself (DCI's auxiliary branch), starting from `start`, its latents at the first
     sigma it is asked for.
 
     Between two noise levels at which the sampler calls the model it takes one deterministic Euler step. A sampler
     that comes back to an earlier level (a second evaluation in a step) gets the state it had there. One run uses
-    one such object: an edit makes it when a session begins."""
+    one such object: an edit makes it when a run starts.
+
+    Where the generation is guided, the engine gives the branch its guidance: with the generation's unconditional
+    prediction, or with `own_guidance` one for the branch's own latents, which costs another pass."""
 
     start: Tensor
     conditioning: Any = None
     cache: FeatureCache | None = None
     how: Pass = Pass()
-    _path: list[tuple[float, Tensor, Tensor | None]] = field(default_factory=list)
+    own_guidance: bool = False
+    _path: list[_Point] = field(default_factory=list)
 
     @property
     def shape(self) -> torch.Size:
@@ -182,22 +196,39 @@ class Denoising:
         return None
 
     def latents(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
-        while self._path and self._path[-1][0] < sigma:
+        while self._path and self._path[-1].sigma < sigma:
             self._path.pop()
         if not self._path:
-            self._path.append((sigma, self.start, None))
-        last_sigma, state, prediction = self._path[-1]
-        if last_sigma > sigma:
-            if prediction is None:
-                raise ValueError(f"The branch has no prediction at sigma {last_sigma:.4g} to step on to {sigma:.4g}.")
-            state = state + (state - prediction) / last_sigma * (sigma - last_sigma)
-            self._path.append((sigma, state, None))
+            self._path.append(_Point(sigma, self.start))
+        last = self._path[-1]
+        if last.sigma == sigma:
+            return last.state
+        prediction = last.prediction if last.guided is None else last.guided
+        if prediction is None:
+            raise ValueError(f"The branch has no prediction at sigma {last.sigma:.4g} to step on to {sigma:.4g}.")
+        state = last.state.to(prediction)
+        state = state + (state - prediction) / last.sigma * (sigma - last.sigma)
+        self._path.append(_Point(sigma, state))
         return state
 
     def denoised(self, sigma: float, prediction: Tensor) -> None:
-        last_sigma, state, _ = self._path[-1]
-        if last_sigma == sigma:
-            self._path[-1] = (sigma, state, prediction)
+        if self._path[-1].sigma == sigma:
+            self._path[-1].prediction, self._path[-1].guided = prediction, None
+
+    def is_guided(self, sigma: float) -> bool:
+        """Whether the branch has its guidance at a noise level."""
+        return self._path[-1].sigma == sigma and self._path[-1].guided is not None
+
+    def guided(self, sigma: float, scale: float, latents: Tensor, unconditional: Tensor) -> None:
+        """Told the guidance at `sigma`: its scale, and the unconditional prediction of some latents.
+
+        Guidance adds in noises, e_u + scale * (e - e_u), so the latents need not be the branch's: e is their distance
+        from their prediction, in sigmas (DCI's code, which shares e_u; in no equation of the paper)."""
+        point = self._path[-1]
+        if point.sigma == sigma and point.prediction is not None:
+            state = point.state.to(point.prediction)
+            without = latents - unconditional
+            point.guided = state - without - scale * (state - point.prediction - without)
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         return features

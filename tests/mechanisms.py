@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .models import (
     CONTEXT,
+    auxiliary_prompt,
     generator,
+    integrated,
     laid_out,
     map_router,
     mask_router,
@@ -126,6 +128,14 @@ def _retouched(
     return swapped(model, layout, reference, **given)
 
 
+def _integrated(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
+    # Another auxiliary prompt for each subject; one at least has to be.
+    seed = round(1000 * float(subjects[0].references[0].latents.mean())) + 10**6 if subjects else 0
+    auxiliary = auxiliary_prompt(seed) if subjects else []
+    end = window[1] if window[1] > window[0] else 0.0
+    return integrated(model, auxiliary=auxiliary, strength=strength, end_percent=end, **values)
+
+
 MECHANISMS = (
     Mechanism("recycled self-attention", _recycled),
     Mechanism("recycled self-attention in a region", partial(_recycled, region_mask=left_half())),
@@ -142,6 +152,8 @@ MECHANISMS = (
     Mechanism("a routed image prompt", _prompted),
     Mechanism("a swapped reference", _retouched),
     Mechanism("multi-source swap", partial(_retouched, blend_mask=AdaptiveMask(left_half(), "subject")), sized=True),
+    Mechanism("dual branch", _integrated),
+    Mechanism("dual branch with guidance of its own", partial(_integrated, guidance="own", gain_mode="by resolution")),
 )
 
 

@@ -9,12 +9,14 @@ import comfy.sample
 import comfy.supported_models
 import torch
 from hosting.random_models import SMALL, SMALL_CONTEXT, generator, model_of
+from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
 from subject_patches.nodes.layout import LayoutBiasNode
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
 from subject_patches.nodes.router import RouterNode
 from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
 from subject_patches.patches.inversion import Inversion
 from subject_patches.patches.layout_regions import Layout
 from subject_patches.patches.prompt import SPANS_KEY
@@ -23,6 +25,8 @@ from torch import Tensor
 
 CONTEXT = SMALL_CONTEXT
 Conditioning = list[list[Any]]
+CONCEPT = BranchTokens(((1, 6),), ((2, 4),))
+AUXILIARY = BranchTokens(((1, 5),), ((2, 3),))
 
 
 def small_model(seed: int = 0, in_channels: int = 4, **options: Any) -> Any:
@@ -36,8 +40,10 @@ def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> C
 
 
 def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
-    """An encoded prompt that knows where its phrases "subject" and "scene" are, as Encode Prompt with Subjects says."""
-    return prompt(seed, length, width, **{SPANS_KEY: {"subject": ((2, 4),), "scene": ((5, 6),)}, **values})
+    """An encoded prompt that knows where its phrases "subject" and "scene" are, as Encode Prompt with Subjects says,
+    and that "subject" is its concept, as Auxiliary Prompt does."""
+    spans = {"subject": ((2, 4),), "scene": ((5, 6),)}
+    return prompt(seed, length, width, **{SPANS_KEY: spans, BRANCH_KEY: CONCEPT, **values})
 
 
 def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
@@ -150,6 +156,17 @@ def trajectory(latents: Tensor, cache: FeatureCache | None = None, seed: int = 4
 def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | None = None, **values: Any) -> Any:
     """The Multi-Source Attention Swap node with its defaults; `values` are its inputs."""
     return MultiSourceSwapNode.execute(model, layout, reference, **values).args[0]
+
+
+def auxiliary_prompt(seed: int = 9, length: int = 7) -> Conditioning:
+    """An auxiliary prompt, as Auxiliary Prompt makes it."""
+    return prompt(seed, length, **{BRANCH_KEY: AUXILIARY})
+
+
+def integrated(model: Any, **values: Any) -> Any:
+    """The Dual-Branch Integration node with its defaults, over the whole schedule; `values` are its inputs."""
+    given = {"concept": known_prompt(), "auxiliary": auxiliary_prompt(), "injection_strength": 1.0, "strength": 1.0}
+    return DualBranchIntegrationNode.execute(model, **{**given, "end_percent": 1.0, **values}).args[0]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -68,6 +68,8 @@ def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only:
 def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
     import torch
     from measuring import COSTS
+    from measuring.given import concept_tokens
+    from subject_patches.patches.dual_branch import BRANCH_KEY
     from subject_patches.patches.prompt import SPANS_KEY
 
     model = _model(shape)
@@ -80,8 +82,8 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> N
     print("|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     conditionings = [
-        [[torch.randn(1, 77, shape.width, generator=generator), {**_pooled(shape, generator), SPANS_KEY: spans}]]
-        for spans in (PHRASES, {})
+        [[torch.randn(1, 77, shape.width, generator=generator), {**_pooled(shape, generator), **known}]]
+        for known in ({SPANS_KEY: PHRASES, BRANCH_KEY: concept_tokens()}, {})
     ]
     vanilla = _sampling(model, shape, conditionings, steps, cfg)
     # Once each before anything counts.

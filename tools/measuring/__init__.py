@@ -1,6 +1,6 @@
 """What effects.py and bench.py measure: each mechanism has a `study` of its effect, and `costs`, rows of the table."""
 
-from . import layout, recycled_attention, retouch, routed_reference
+from . import dual_branch, layout, recycled_attention, retouch, routed_reference
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
@@ -8,4 +8,4 @@ STUDIES = {
     "retouch": retouch.study,
     "routed reference": routed_reference.study,
 }
-COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs)
+COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)

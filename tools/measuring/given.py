@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 PHRASES = {f"phrase {number}": ((2 * number, 2 * number + 2),) for number in range(1, 9)}
 
 
+def concept_tokens() -> Any:
+    """Where the benchmark's prompt has its own tokens, and a concept's: as Auxiliary Prompt says it."""
+    from subject_patches.patches.dual_branch import BranchTokens
+
+    return BranchTokens(((1, 18),), PHRASES["phrase 1"])
+
+
 @dataclass(frozen=True)
 class Given:
     """The toy and its judge in this process, the host for a study that needs a server, how many cases to measure, and

@@ -1,0 +1,105 @@
+"""The Auxiliary Prompt node: both prompts of Dual-Branch Integration (DCI)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
+from ..patches.dual_branch import BRANCH_KEY, BranchTokens
+from ..patches.prompt import SPANS_KEY, check_embeddings, find_spans, prompt_spans, split_phrases
+from .types import CATEGORY
+
+AUTOMATIC = "automatic"
+
+
+class AuxiliaryPromptNode(io.ComfyNode):
+    """Encodes a concept's prompt, and the same with another noun in the concept's place."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesAuxiliaryPrompt",
+            display_name="Auxiliary Prompt",
+            category=CATEGORY,
+            description="Encodes a prompt with a trained concept in it, and the same prompt with a common noun in the "
+            "concept's place, for Dual-Branch Integration (DCI).",
+            search_aliases=["DCI", "dual branch", "auxiliary noun", "concept prompt", "clip text encode"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP that encodes both prompts: of SD 1.x, SD 2.x or SDXL."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt, with the concept's words in it. Weights and embedding:name work as in CLIP "
+                    "Text Encode.",
+                ),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    placeholder="embedding:my_concept backpack",
+                    tooltip="The concept's words and its noun, as they stand in the prompt, for example "
+                    "embedding:my_concept backpack. All occurrences are replaced in the auxiliary prompt.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTOMATIC, *PRESETS],
+                    default=AUTOMATIC,
+                    tooltip="The noun that stands for the concept in the auxiliary prompt. 'automatic' takes the first "
+                    "of the list that is not in the prompt.",
+                ),
+                io.String.Input(
+                    "noun",
+                    default="",
+                    tooltip="An auxiliary noun of your own, instead of a preset. It must differ from the concept's; "
+                    "one that is usual in the prompt's scene works best.",
+                ),
+                io.String.Input(
+                    "phrases",
+                    multiline=True,
+                    default="",
+                    placeholder="one phrase a line",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Further phrases of the prompt to find, for Layout Bias and other nodes, as in Encode "
+                    "Prompt with Subjects. The concept's is always among them.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="concept",
+                    tooltip="The encoded prompt, identical to CLIP Text Encode's: the sampler's positive one, and for "
+                    "Dual-Branch Integration.",
+                ),
+                io.Conditioning.Output(
+                    display_name="auxiliary", tooltip="The encoded auxiliary prompt, for Dual-Branch Integration."
+                ),
+                io.String.Output(display_name="text", tooltip="The auxiliary prompt, to read."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, text: str, concept: str, preset: str = AUTOMATIC, noun: str = "", phrases: str = ""
+    ) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError(
+                "The clip input is None, so the checkpoint has no text encoder; load one with a CLIP loader node."
+            )
+        if preset not in (AUTOMATIC, *PRESETS):
+            raise ValueError(f"The preset is '{preset}'; choose one of {', '.join((AUTOMATIC, *PRESETS))}.")
+        chosen = noun.strip() or (preset_noun(text) if preset == AUTOMATIC else preset)
+        check_embeddings(clip, concept)
+        other = auxiliary_text(text, concept, chosen)
+        encoded = [
+            _encode(clip, text, concept.strip(), split_phrases(phrases)),
+            _encode(clip, other, chosen, ()),
+        ]
+        return io.NodeOutput(*encoded, other)
+
+
+def _encode(clip: Any, text: str, noun: str, phrases: tuple[str, ...]) -> Any:
+    spans = find_spans(clip, text, (noun, *phrases))
+    tokens = BranchTokens(prompt_spans(clip, text), spans[noun])
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans, BRANCH_KEY: tokens})

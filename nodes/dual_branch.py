@@ -1,0 +1,196 @@
+"""The Dual-Branch Integration node (DCI)."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
+from ..patches.engine import add_edit
+from ..patches.sites import CHOICES, attention_sites, select_sites
+from .types import CATEGORY, named_sites_input
+
+INJECTION_MAX = 100.0
+GAIN_MAX = 100000.0
+SHARPNESS_MAX = 1000.0
+FIXED, BY_RESOLUTION = "fixed", "by resolution"
+SHARED, OWN = "shared", "own"
+OWN_NOISE, SAME_NOISE = "own", "the concept's"
+
+
+class DualBranchIntegrationNode(io.ComfyNode):
+    """Patches a MODEL so that an auxiliary branch gives what is not the concept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesDualBranchIntegration",
+            display_name="Dual-Branch Integration",
+            category=CATEGORY,
+            description="Makes a model that was tuned on a concept follow the rest of the prompt again: in the first "
+            "steps a second branch, with a common noun for the concept, gives everything else (DCI). No training.",
+            search_aliases=["DCI", "dual branch", "concept", "overfitting", "editability", "prompt following"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="SD 1.x, SD 2.x or SDXL, tuned on the concept. The given model stays as it is."
+                ),
+                io.Conditioning.Input(
+                    "concept", tooltip="From Auxiliary Prompt; the sampler's positive conditioning is the same."
+                ),
+                io.Conditioning.Input("auxiliary", tooltip="From Auxiliary Prompt."),
+                io.Float.Input(
+                    "injection_strength",
+                    default=1.0,
+                    min=-INJECTION_MAX,
+                    max=INJECTION_MAX,
+                    step=0.1,
+                    tooltip="The paper's lambda, in practice -2 to 2: the more, the more of the picture comes from the "
+                    "auxiliary branch. 0 still mixes; use strength to switch off.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of the mix is taken. 1 is the paper's, 0 is the unpatched model.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.15,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For how much of the schedule, from its start, the branches run side by side (T_a). The "
+                    "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more.",
+                ),
+                io.Combo.Input(
+                    "gain_mode",
+                    options=[FIXED, BY_RESOLUTION],
+                    default=FIXED,
+                    tooltip="'fixed' is the authors': layers with few places switch between the branches hard, those "
+                    "with many mix about half and half, so the mix depends on the picture's size. 'by resolution' "
+                    "mixes at every size as the authors' does at 512 x 512.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=[OWN_NOISE, SAME_NOISE],
+                    default=OWN_NOISE,
+                    tooltip="What the auxiliary branch starts from: a noise of its own, as in the authors' code, or "
+                    "the concept's, which lays both pictures out alike.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Fixes the auxiliary branch's own noise, together with the sampler's.",
+                ),
+                io.Combo.Input(
+                    "guidance",
+                    options=[SHARED, OWN],
+                    default=SHARED,
+                    tooltip="Whether the auxiliary branch is guided by the generation's negative prediction, or by one "
+                    "of its own, which costs another pass in each of these steps.",
+                ),
+                io.Float.Input(
+                    "gain",
+                    default=500.0,
+                    min=0.0,
+                    max=GAIN_MAX,
+                    step=10.0,
+                    advanced=True,
+                    tooltip="How hard places switch between the branches. The authors' is 500.",
+                ),
+                io.Float.Input(
+                    "sharpness",
+                    default=10.0,
+                    min=0.0,
+                    max=SHARPNESS_MAX,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="How much the attention to words is sharpened, first over the words and then over the "
+                    "places. The authors' is 10.",
+                ),
+                io.Combo.Input(
+                    "sites",
+                    options=list(CHOICES),
+                    default="encoder and decoder",
+                    advanced=True,
+                    tooltip="Which cross-attention layers mix the branches. The paper's is all.",
+                ),
+                named_sites_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concept: Any,
+        auxiliary: Any,
+        injection_strength: float,
+        strength: float,
+        end_percent: float,
+        gain_mode: str = FIXED,
+        noise: str = OWN_NOISE,
+        seed: int = 0,
+        guidance: str = SHARED,
+        gain: float = 500.0,
+        sharpness: float = 10.0,
+        sites: str = "encoder and decoder",
+        named_sites: str = "",
+    ) -> io.NodeOutput:
+        for name, value, least, most in (
+            ("injection strength", injection_strength, -INJECTION_MAX, INJECTION_MAX),
+            ("strength", strength, 0.0, 1.0),
+            ("gain", gain, 0.0, GAIN_MAX),
+            ("sharpness", sharpness, 0.0, SHARPNESS_MAX),
+        ):
+            if not (math.isfinite(value) and least <= value <= most):
+                raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
+        for name, value, options in (
+            ("gain mode", gain_mode, (FIXED, BY_RESOLUTION)),
+            ("noise", noise, (OWN_NOISE, SAME_NOISE)),
+            ("guidance", guidance, (SHARED, OWN)),
+        ):
+            if value not in options:
+                raise ValueError(f"The {name} is '{value}'; choose one of {', '.join(options)}.")
+        window = BranchWindow(0.0, end_percent)
+        chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
+        if strength == 0 or window.empty or not auxiliary:
+            return io.NodeOutput(model.clone())
+        edit = DualBranchIntegration(
+            chosen,
+            window,
+            _tokens(concept, "concept"),
+            _tokens(auxiliary, "auxiliary"),
+            auxiliary,
+            injection=injection_strength,
+            strength=strength,
+            gain=gain,
+            by_resolution=gain_mode == BY_RESOLUTION,
+            sharpness=sharpness,
+            own_guidance=guidance == OWN,
+            noise=partial(auxiliary_noise, seed=seed) if noise == OWN_NOISE else _same,
+        )
+        return io.NodeOutput(add_edit(model, edit))
+
+
+def _tokens(conditioning: Any, name: str) -> BranchTokens:
+    found = next((values[BRANCH_KEY] for _, values in conditioning if BRANCH_KEY in values), None)
+    if found is None:
+        raise ValueError(
+            f"The {name} conditioning does not say which of its words are the concept's; connect the {name} output of "
+            "Auxiliary Prompt."
+        )
+    return found
+
+
+def _same(noise: Any) -> Any:
+    return noise

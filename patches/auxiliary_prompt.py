@@ -1,0 +1,48 @@
+"""The auxiliary prompt (DCI, section 3.3): the query prompt with another noun in the place of "V* noun"."""
+
+from __future__ import annotations
+
+import re
+
+# Common nouns, as the paper presets them without naming them; the first that may stand in a prompt is taken.
+PRESETS = ("cat", "dog", "man", "woman", "car", "chair", "flower", "house", "toy", "ball")
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def auxiliary_text(text: str, concept: str, noun: str) -> str:
+    """The prompt with `noun` in the place of every occurrence of the concept's phrase, letter case aside.
+
+    Raises ValueError when the phrase is empty or not in the prompt, or when the noun is empty, a word of the phrase (it
+    would bring back what the model was tuned on), or elsewhere in the prompt (its tokens could not be told apart)."""
+    concept, noun = concept.strip(), noun.strip()
+    if not concept:
+        raise ValueError("The concept phrase is empty; write the concept's words as they stand in the prompt.")
+    if not words_of(noun):
+        raise ValueError("The auxiliary noun is empty; write a common noun, or choose a preset.")
+    pattern = re.compile(rf"(?<![\w:.-]){re.escape(concept)}(?![\w.-]*\w)", re.IGNORECASE)
+    rest = pattern.sub(" ", text)
+    if rest == text:
+        raise ValueError(f"The concept phrase '{concept}' is not in the prompt '{text}'; write it as it stands there.")
+    if words_of(noun) & words_of(concept):
+        raise ValueError(
+            f"The auxiliary noun '{noun}' is part of the concept phrase '{concept}'; choose one that differs from it."
+        )
+    if re.search(rf"\b{re.escape(noun)}\b", rest, re.IGNORECASE):
+        raise ValueError(f"The auxiliary noun '{noun}' is already in the prompt; choose one that is not.")
+    return pattern.sub(lambda _: noun, text)
+
+
+def preset_noun(text: str) -> str:
+    """The first preset that is no word of the prompt, plural or singular.
+
+    Raises ValueError when the prompt has them all."""
+    words = words_of(text)
+    found = (noun for noun in PRESETS if not words & {noun, f"{noun}s", f"{noun}es"})
+    noun = next(found, None)
+    if noun is None:
+        raise ValueError("The prompt has every preset noun in it; write an auxiliary noun of your own.")
+    return noun

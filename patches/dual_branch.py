@@ -1,0 +1,236 @@
+"""Dual-branch integration (DCI, section 3.3), as its authors' code computes it.
+
+For the first part of the schedule a second branch denoises beside the generation, with the concept's words replaced by
+another noun. In every cross-attention the two branches' outputs are mixed place by place (Eq. 3 to 5), so that the
+concept's branch gives the concept and the auxiliary branch everything else.
+
+Eq. 4 as printed does nothing: a softmax over h * w places gives numbers near 1 / (h * w), and the softmax over the two
+branches of two such numbers is one half. The code sharpens, with the steps that follow here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_maps import context_length
+from .call import AttentionCall, Chunk
+from .edit import Edit, Request, Start
+from .prompt import Spans
+from .sites import Site
+from .streams import Denoising, Features, Stream
+from .window import Window
+
+# The key of a conditioning's dictionary under which its BranchTokens lie.
+BRANCH_KEY = "subject_patches_branch"
+TIMESTEPS = 1000
+# The authors' models make pictures from latents of this many places; their gain is made for them.
+USUAL_PLACES = 64 * 64
+
+
+@dataclass(frozen=True)
+class BranchTokens:
+    """Where in a branch's context its prompt's own tokens are, and those of the noun that stands for the concept in it:
+    "V* backpack" in the concept's prompt, the auxiliary noun in the other."""
+
+    prompt: Spans
+    noun: Spans
+
+
+def positions(spans: Spans) -> list[int]:
+    """The positions in ranges, ascending."""
+    return [position for start, stop in spans for position in range(start, stop)]
+
+
+# Equations. Tensors have the shape (..., places, tokens) or (..., places), for every row and head by itself.
+
+
+def token_shares(probabilities: Tensor, own: Sequence[int], sharpness: float = 10.0) -> Tensor:
+    """M_k of Eq. 3 for the prompt's own tokens: softmax over them of sharpness * P, (..., places, own tokens).
+
+    P is the attention over the whole context. The paper takes its scores as they are; the code its probabilities, and
+    a second softmax over the prompt's tokens, without the start token and the padding."""
+    return (sharpness * probabilities[..., list(own)]).softmax(-1)
+
+
+def noun_mask(shares: Tensor, own: Sequence[int], noun: Sequence[int]) -> Tensor:
+    """M of Eq. 3 for the concept's branch: the share of the noun's tokens, (..., places)."""
+    return shares[..., [list(own).index(position) for position in noun]].sum(-1)
+
+
+def others_mask(shares: Tensor, own: Sequence[int], noun: Sequence[int]) -> Tensor:
+    """M of Eq. 3 for the auxiliary branch: the share of all tokens but the noun's, (..., places)."""
+    return shares.sum(-1) - noun_mask(shares, own, noun)
+
+
+def spread(mask: Tensor, gain: float = 500.0, sharpness: float = 10.0) -> Tensor:
+    """S_s of Eq. 4: gain * softmax over the places of sharpness * M. Its mean over the places is gain / places; the
+    paper has neither factor."""
+    return gain * (sharpness * mask).softmax(-1)
+
+
+def concept_weight(concept: Tensor, auxiliary: Tensor, injection: float) -> Tensor:
+    """S_c of Eq. 4, the softmax over the two branches: the concept's weight, 0 to 1. The auxiliary's is the rest.
+    `injection` is lambda."""
+    return (concept - injection * auxiliary).sigmoid()
+
+
+def integrate(concept: Tensor, auxiliary: Tensor, weight: Tensor) -> Tensor:
+    """Eq. 5: the branches' outputs (..., places, channels) mixed by the concept's weight (..., places)."""
+    return torch.lerp(auxiliary, concept, weight[..., None])
+
+
+def first_open(share: float) -> int | None:
+    """The last timestep, of 999 to 1, at which the branches are still mixed when `share` of the schedule is (T_a / T):
+    t / 1000 > 1 - share, as in the code. None is never."""
+    return next((t for t in range(1, TIMESTEPS) if t / TIMESTEPS > 1 - share), None)
+
+
+def auxiliary_noise(noise: Tensor, seed: int = 0) -> Tensor:
+    """The auxiliary branch's own noise, of the shape of the concept's (rows, channels, height, width).
+
+    A row's is drawn by the seed and by the concept's noise in that row, so a picture has the same one alone and in a
+    batch, and two pictures have different ones. A sampler that adds no noise gives the branch none either."""
+    rows = []
+    for row in noise.detach().float().cpu():
+        digest = hashlib.blake2b(f"{seed} ".encode() + row.contiguous().numpy().tobytes(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        rows.append(torch.randn(row.shape, generator=generator) if bool(row.any()) else row)
+    return torch.stack(rows).to(noise)
+
+
+# The edit
+
+
+@dataclass(frozen=True)
+class BranchWindow(Window):
+    """From the first step on, for `end_percent` of the schedule, by the code's own rule of timesteps."""
+
+    def contains(self, sigma: float, percent_to_sigma: Callable[[float], float]) -> bool:
+        last = first_open(self.end_percent)
+        if last is None:
+            return False
+        # The host's percent counts down from timestep 999, and a noise level belongs to the nearest timestep.
+        return sigma >= percent_to_sigma(1 - (last - 0.5) / (TIMESTEPS - 1))
+
+
+@dataclass(eq=False)
+class AuxiliaryBranch(Denoising):
+    """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site."""
+
+    grids: dict[Site, tuple[int, int]] = field(default_factory=dict)
+
+    def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
+        self.grids[site] = grid
+        return features
+
+
+@dataclass(frozen=True, eq=False)
+class DualBranchIntegration(Edit):
+    """Mixes the auxiliary branch into the cross-attentions of the chunks that a concept's prompt conditions.
+
+    `concept` and `auxiliary` say where the two prompts' tokens are, `conditioning` is the auxiliary's. `injection` is
+    lambda; 0 still mixes. `strength` 0 to 1 blends the mix with the concept branch's own output. With `by_resolution`
+    the gain is the authors' for latents of 64 x 64 and grows with their number of places, so that a picture's mix does
+    not depend on its size. `noise` makes the auxiliary branch's noise of the concept's. Neither the auxiliary branch
+    nor the unconditional chunk is changed."""
+
+    concept: BranchTokens
+    auxiliary: BranchTokens
+    conditioning: Any
+    injection: float = 1.0
+    strength: float = 1.0
+    gain: float = 500.0
+    by_resolution: bool = False
+    sharpness: float = 10.0
+    own_guidance: bool = False
+    noise: Callable[[Tensor], Tensor] = auxiliary_noise
+    _branch: list[AuxiliaryBranch] = field(default_factory=list, repr=False)
+
+    def begin(self) -> DualBranchIntegration:
+        return replace(self, _branch=[])
+
+    def start(self, start: Start) -> None:
+        latents = start.noised(self.noise(start.noise))
+        self._branch.append(AuxiliaryBranch(latents, self.conditioning, own_guidance=self.own_guidance))
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when no prompt of the run is the concept's."""
+        if not any(prompt.get(BRANCH_KEY) == self.concept for prompt in prompts):
+            raise ValueError(
+                "The sampler's positive prompt is not the concept conditioning of Dual-Branch Integration; connect the "
+                "concept output of Auxiliary Prompt to both."
+            )
+
+    def requests(self, sigma: float) -> Iterable[Request]:
+        return [(branch, self.sites, ("query", "key", "output")) for branch in self._branch]
+
+    def wants(self, chunk: Chunk) -> bool:
+        return chunk.conditioned and chunk.conditioning.get(BRANCH_KEY) == self.concept
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        (branch,) = self._branch
+        features = recorded(branch)
+        length = context_length(call.chunk)
+        if features is None or call.grid is None or "key" in call.replaced or call.key.shape[1] % length:
+            return
+        grid = branch.grids[call.site]
+        query, output = (crop(features[part], grid, call) for part in ("query", "output"))
+        if query.shape[:2] != call.query.shape[:2]:
+            return
+        beside = replace(call, query=query, key=features["key"], own_bias=None)
+
+        @cache
+        def weight() -> Tensor:
+            # Asked after every edit has amended the call. The host may repeat a prompt; once is all of it.
+            return self.weight(call.scores()[..., :length].softmax(-1), beside.probabilities(), call)
+
+        def mix(own: Tensor) -> Tensor:
+            if "key" in call.replaced:
+                return own
+            split = [part.unflatten(-1, (call.heads, -1)).transpose(1, 2) for part in (own, output.to(own))]
+            mixed = self.mix(*split, weight().to(own)).transpose(1, 2).flatten(2)
+            return mixed if self.strength == 1 else torch.lerp(own, mixed, self.strength)
+
+        call.blend(mix)
+        call.note("aggregation mask", lambda: 1 - weight().mean(1).unflatten(-1, call.grid))
+
+    def weight(self, concept: Tensor, auxiliary: Tensor, call: AttentionCall) -> Tensor:
+        """The concept's weight (rows, heads, places) from both branches' attention (rows, heads, places, tokens)."""
+        masks = []
+        for shared, tokens, mask in (
+            (concept, self.concept, noun_mask),
+            (auxiliary, self.auxiliary, others_mask),
+        ):
+            own, noun = positions(tokens.prompt), positions(tokens.noun)
+            shares = token_shares(shared, own, self.sharpness)
+            masks.append(spread(mask(shares, own, noun), self.gain_at(call.chunk), self.sharpness))
+        return concept_weight(*masks, self.injection)
+
+    def mix(self, concept: Tensor, auxiliary: Tensor, weight: Tensor) -> Tensor:
+        """The branches' outputs (rows, heads, places, channels) as one."""
+        return integrate(concept, auxiliary, weight)
+
+    def gain_at(self, chunk: Chunk) -> float:
+        """The gain in a chunk's picture."""
+        height, width = chunk.latent if chunk.area is None else chunk.area[:2]
+        return self.gain * (height * width / USUAL_PLACES if self.by_resolution else 1.0)
+
+
+def crop(tokens: Tensor, grid: tuple[int, int], call: AttentionCall) -> Tensor:
+    """What of the whole picture's tokens (rows, places, channels) lies where a call's chunk is, whose latent area
+    conditioning may have cropped; to the nearest token."""
+    if call.chunk.area is None:
+        return tokens
+    height, width = call.grid
+    _, _, y, x = call.chunk.area
+    top = min(round(y * grid[0] / call.chunk.latent[0]), grid[0] - height)
+    left = min(round(x * grid[1] / call.chunk.latent[1]), grid[1] - width)
+    picture = tokens.unflatten(1, grid)
+    return picture[:, top : top + height, left : left + width].flatten(1, 2)

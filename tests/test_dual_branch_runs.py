@@ -1,0 +1,320 @@
+"""Dual-branch integration in sampling runs of the host, against both branches computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.dual_branch import BRANCH_KEY, auxiliary_noise, crop
+from subject_patches.patches.edit import Edit
+from subject_patches.patches.engine import add_edit
+from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.streams import Features, Stream
+from subject_patches.patches.window import Window
+from subject_patches.tests import dense
+from subject_patches.tests.models import (
+    auxiliary_prompt,
+    difference,
+    integrated,
+    known_prompt,
+    latent_noise,
+    prompt,
+    sample,
+    small_model,
+)
+from torch import Tensor
+
+SIZE = (7, 10)
+SHARE = 0.5
+Kept = dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+# Both branches by hand
+
+
+@dataclass
+class ByHand:
+    """The host's Euler over both branches, straight from the equations: forwards of the bare model, and the mix as a
+    replacement of every cross-attention. Prompts are `known_prompt()` and `auxiliary_prompt()`."""
+
+    model: Any
+    injection: float = 1.0
+    strength: float = 1.0
+    cfg: float = 3.0
+    own: bool = False
+    gain: float = 500.0
+    noise: Callable[[Tensor], Tensor] = auxiliary_noise
+    grids: set[int] = field(default_factory=set)
+
+    def run(self, noise: Tensor, sigmas: Tensor, latents: Tensor | None = None) -> Tensor:
+        (concept, _), (other, _), (negative, _) = known_prompt()[0], auxiliary_prompt()[0], prompt(2)[0]
+        first = sigmas[0] if latents is not None else (1 + sigmas[0] ** 2).sqrt()
+        x, beside = (each * first + (0 if latents is None else latents) for each in (noise, self.noise(noise)))
+        for sigma, following in itertools.pairwise(sigmas):
+            step, kept = following - sigma, {}
+            if int(self.model.model.model_sampling.timestep(sigma)) / 1000 > 1 - SHARE:
+                predicted = self.forward(beside, sigma, other, self.keeper(kept))
+                mine = self.forward(x, sigma, concept, self.mixer(kept))
+                without = x - self.forward(x, sigma, negative)
+                shared = beside - self.forward(beside, sigma, negative) if self.own else without
+                epsilon = (beside - predicted) if self.cfg == 1 else shared + self.cfg * (beside - predicted - shared)
+                beside = beside + epsilon / sigma * step
+            else:
+                mine, without = self.forward(x, sigma, concept), x - self.forward(x, sigma, negative)
+            x = x + (without + self.cfg * (x - mine - without)) / sigma * step
+        return x / self.model.model.latent_format.scale_factor
+
+    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, patch: Callable[..., Tensor] | None = None) -> Tensor:
+        options = {}
+        if patch is not None:
+            blocks = {site.key for site in attention_sites(self.model) if site.kind == "cross"}
+            options = {"patches_replace": {"attn2": dict.fromkeys(blocks, patch)}}
+        expanded = context.expand(len(x), -1, -1)
+        return self.model.model.apply_model(x, sigma.expand(len(x)), c_crossattn=expanded, transformer_options=options)
+
+    def keeper(self, kept: Kept) -> Callable[..., Tensor]:
+        def keep(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+            kept[(*extra["block"], extra["block_index"])] = (query, key, value)
+            return dense.attention(query, key, value, extra["n_heads"]).to(query)
+
+        return keep
+
+    def mixer(self, kept: Kept) -> Callable[..., Tensor]:
+        def spread(weights: Tensor) -> Tensor:
+            self.grids.add(weights.shape[-1])
+            return self.gain * (10 * weights).softmax(-1)
+
+        def mix(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+            heads, (q, k, v) = extra["n_heads"], kept[(*extra["block"], extra["block_index"])]
+            # The concept is tokens 2 and 3 of its prompt's 1 to 5, the auxiliary noun 2 of 1 to 4.
+            mine = (10 * dense.shares(query, key, heads)[..., 1:6]).softmax(-1)[..., 1:3].sum(-1)
+            theirs = 1 - (10 * dense.shares(q, k, heads)[..., 1:5]).softmax(-1)[..., 1]
+            both = torch.stack([spread(mine), self.injection * spread(theirs)]).softmax(0)
+            both = both.permute(0, 1, 3, 2).repeat_interleave(query.shape[-1] // heads, -1)
+            own = dense.attention(query, key, value, heads)
+            mixed = own * both[0] + dense.attention(q, k, v, heads) * both[1]
+            return (own + self.strength * (mixed - own)).to(query)
+
+        return mix
+
+
+def levels(model: Any, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+
+
+@pytest.mark.parametrize(
+    ("values", "by_hand"),
+    [
+        ({}, {}),
+        ({"guidance": "own"}, {"own": True}),
+        ({"injection_strength": -1.5, "strength": 0.6}, {"injection": -1.5, "strength": 0.6}),
+        ({"gain_mode": "by resolution"}, {"gain": 500 * 70 / 4096}),
+        ({"gain": 60.0, "injection_strength": 2.0}, {"gain": 60.0, "injection": 2.0}),
+        ({"noise": "the concept's"}, {"noise": lambda noise: noise}),
+        ({"seed": 4}, {"noise": lambda noise: auxiliary_noise(noise, 4)}),
+        ({}, {"cfg": 1.0}),
+        ({"guidance": "own"}, {"cfg": 1.0, "own": True}),
+    ],
+    ids=[
+        "default",
+        "own guidance",
+        "lambda, strength",
+        "by resolution",
+        "gain",
+        "same noise",
+        "seed",
+        "CFG 1",
+        "own, 1",
+    ],
+)
+def test_a_run_by_hand(values: dict[str, Any], by_hand: dict[str, Any], model: Any) -> None:
+    hand = ByHand(model, **by_hand)
+    with torch.inference_mode():
+        right = hand.run(latent_noise(2, SIZE, 5), levels(model, 4))
+    run = {"size": SIZE, "batch": 2, "steps": 4, "cfg": hand.cfg}
+    result = sample(integrated(model, end_percent=SHARE, **values), **run)
+    assert difference(result, right) < 1e-4
+    assert hand.grids == {70, 20}
+    assert difference(result, sample(model, **run)) > 0.001
+
+
+def test_a_run_that_begins_with_a_picture(model: Any) -> None:
+    latents, steps = latent_noise(2, SIZE, 50), 8
+    sigmas = levels(model, steps)[2:]
+    hand = ByHand(model)
+    with torch.inference_mode():
+        right = hand.run(latent_noise(2, SIZE, 5), sigmas, latents * model.model.latent_format.scale_factor)
+        result = comfy.sample.sample(
+            integrated(model, end_percent=SHARE), latent_noise(2, SIZE, 5), steps, 3.0, "euler", "normal",
+            known_prompt(), prompt(2), latents, start_step=2, disable_pbar=True, seed=5,
+        )  # fmt: skip
+    assert difference(result, right) < 1e-4
+
+
+# What runs, and when
+
+
+def passes(model: Any, **run: Any) -> list[tuple[float, int]]:
+    """The noise level and the rows of each call of the model."""
+    calls: list[tuple[float, int]] = []
+
+    def count(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        calls.append((float(arguments["timestep"][0]), len(arguments["input"])))
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    counted = model.clone()
+    counted.set_model_unet_function_wrapper(count)
+    sample(counted, **{"size": SIZE, **run})
+    return calls
+
+
+@pytest.mark.parametrize(("guidance", "more"), [("shared", 1), ("own", 2)])
+def test_nothing_of_the_branch_runs_outside_its_window(guidance: str, more: int, model: Any) -> None:
+    calls = passes(integrated(model, end_percent=0.15, guidance=guidance), steps=20)
+    rows = [sum(n for s, n in calls if s == float(sigma)) for sigma in levels(model, 20)[:-1]]
+    assert rows == [2 + more] * 3 + [2] * 17
+    # One pass more without guidance, which is the branch's own.
+    assert sum(n for _, n in passes(integrated(model, end_percent=0.15, guidance=guidance), steps=20, cfg=1.0)) == 23
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_sde", "dpm_adaptive", "uni_pc"])
+def test_samplers_with_more_than_one_call_a_step(sampler: str, model: Any) -> None:
+    patched, run = integrated(model, end_percent=SHARE), {"steps": 6, "sampler": sampler, "size": SIZE}
+    result = sample(patched, **run)
+    assert result.isfinite().all()
+    assert torch.equal(sample(patched, **run), result)
+    assert difference(result, sample(model, **run)) > 0.001
+    calls = passes(patched, **run)
+    assert sum(n for _, n in calls if n == 1) <= len({s for s, n in calls if n == 1}) + 2
+
+
+@dataclass(frozen=True, eq=False)
+class Notes(Edit):
+    """Keeps the aggregation masks of a run, and which chunks were amended."""
+
+    masks: list[tuple[float, Site, Tensor]] = field(default_factory=list)
+    amended: list[tuple[str, bool]] = field(default_factory=list)
+
+    def wants(self, chunk: Chunk) -> bool:
+        return True
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        self.amended.append((call.chunk.name, call.amended))
+        self.masks.extend((sigma, call.site, n.maps()) for n in call.notes if n.name == "aggregation mask")
+
+
+def noted(model: Any, run: dict[str, Any] | None = None, **values: Any) -> Notes:
+    notes = Notes(frozenset(s for s in attention_sites(model) if s.kind == "cross"), Window())
+    sample(add_edit(integrated(model, **values), notes), **{"size": SIZE, "batch": 2, **(run or {})})
+    return notes
+
+
+def test_masks_for_the_inspector(model: Any) -> None:
+    notes = noted(model, {"steps": 4})
+    assert {site for _, site, _ in notes.masks} == notes.sites
+    # By the authors' rule no window has timestep 0 in it, which is the host's last step.
+    assert len({sigma for sigma, *_ in notes.masks}) == 3
+    for _, _, mask in notes.masks:
+        assert mask.shape[:2] == (2, 1)
+        assert mask.shape[2:] in (SIZE, (4, 5))
+        assert bool((mask >= 0).all() and (mask <= 1).all())
+        assert float(mask.max() - mask.min()) > 0.01
+    assert set(notes.amended) == {("positive", True), ("negative", False)}
+
+
+def test_only_the_concepts_prompt_is_mixed(model: Any) -> None:
+    both = [*known_prompt(), *prompt(4)]
+    assert set(noted(model, {"positive": both}).amended) == {
+        ("positive", True),
+        ("positive", False),
+        ("negative", False),
+    }
+    with pytest.raises(ValueError, match="not the concept conditioning of Dual-Branch Integration"):
+        sample(integrated(model), positive=prompt(1))
+
+
+@pytest.mark.parametrize(("length", "other"), [(7, 21), (154, 77), (9, 7)])
+def test_prompts_of_unequal_length(length: int, other: int, model: Any) -> None:
+    patched = integrated(model, concept=known_prompt(1, length), auxiliary=auxiliary_prompt(9, other))
+    run = {"positive": known_prompt(1, length), "size": SIZE}
+    # The negative's length decides whether the host repeats the positive.
+    tokens = prompt(2, length)[0][0]
+    results = [sample(patched, negative=[[t, {}]], **run) for t in (tokens, tokens.repeat(1, 2, 1))]
+    assert difference(*results) < 1e-4
+    assert difference(results[0], sample(model, negative=[[tokens, {}]], **run)) > 0.01
+
+
+def test_area_conditioning_takes_its_part_of_the_branch(model: Any) -> None:
+    (tokens, values), *_ = known_prompt()
+    positive = [*prompt(4), [tokens, {**values, "area": (4, 6, 2, 3)}]]
+    notes = noted(model, {"positive": positive})
+    assert {tuple(mask.shape[2:]) for *_, mask in notes.masks} == {(4, 6), (2, 3)}
+    picture = torch.arange(70.0).view(1, 70, 1)
+    chunk = Chunk(slice(0, 1), "positive", True, {}, SIZE, (4, 6, 2, 3))
+    call = AttentionCall(picture[:, :24], picture, picture, 1, Site("cross", "middle", 0, 0), chunk, (4, 6))
+    found = crop(picture, SIZE, call).view(4, 6)
+    assert torch.equal(found, picture.view(7, 10)[2:6, 3:9])
+    call.grid = (2, 3)
+    assert torch.equal(crop(picture[:, :20], (4, 5), call).view(2, 3), picture[0, :20, 0].view(4, 5)[1:3, 2:5])
+
+
+def custom(guider: Any, *prompts: Any, cfg: tuple[float, ...]) -> Tensor:
+    guider.set_conds(*prompts)
+    guider.set_cfg(*cfg)
+    noise = latent_noise(1, SIZE, 5)
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), levels(guider.model_patcher, 4)
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=5)
+
+
+@pytest.mark.parametrize("guidance", ["shared", "own"])
+@pytest.mark.parametrize("kind", [Guider_DualCFG, Guider_PerpNeg])
+def test_other_guiders(kind: Any, guidance: str, model: Any) -> None:
+    prompts = (known_prompt(), prompt(3), prompt(2))
+    plain = custom(kind(model), *prompts, cfg=(3.0, 2.0))
+    result = custom(kind(integrated(model, guidance=guidance)), *prompts, cfg=(3.0, 2.0))
+    assert result.isfinite().all()
+    assert difference(result, plain) > 0.01
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"injection_strength": float("nan")}, "The injection strength is nan; give a number from -100 to 100"),
+        ({"strength": 1.5}, "The strength is 1.5; give a number from 0 to 1"),
+        ({"gain": -1.0}, "The gain is -1.0; give a number from 0 to"),
+        ({"sharpness": float("inf")}, "The sharpness is inf"),
+        ({"end_percent": 1.2}, "end_percent is 1.2; give a number from 0 to 1"),
+        ({"gain_mode": "none"}, "The gain mode is 'none'; choose one of fixed, by resolution"),
+        ({"noise": "none"}, "The noise is 'none'; choose one of own, the concept's"),
+        ({"guidance": "none"}, "The guidance is 'none'; choose one of shared, own"),
+        ({"sites": "named", "named_sites": "output.99"}, "'output.99' names no cross-attention"),
+        ({"concept": prompt(1)}, "The concept conditioning does not say .* the concept output of Auxiliary Prompt"),
+        ({"auxiliary": prompt(1)}, "The auxiliary conditioning does not say .* the auxiliary output of"),
+    ],
+)
+def test_what_it_refuses(values: dict[str, Any], message: str, model: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        integrated(model, **values)
+
+
+def test_lambda_0_mixes(model: Any) -> None:
+    assert difference(sample(integrated(model, injection_strength=0.0, gain=1.0)), sample(model)) > 0.01
+    assert BRANCH_KEY in known_prompt()[0][1]
