@@ -74,8 +74,8 @@ class Case:
         masks = torch.from_numpy(drawn.masks)
         # Of two that touch, the earlier one has the place.
         self.masks = masks & ~(masks.cumsum(0) > 1)
-        text = describe(scene)
-        self.positive = EncodePromptWithSubjects.execute(given.toy.clip, text, "\n".join(phrases)).args[0]
+        self.text = describe(scene)
+        self.positive = EncodePromptWithSubjects.execute(given.toy.clip, self.text, "\n".join(phrases)).args[0]
 
     def free(self, name: str) -> tuple[list[Likeness], bool]:
         """A likeness for each subject in a picture of the prompt, and whether its background is right."""
