@@ -1,11 +1,12 @@
 """What effects.py and bench.py measure: each mechanism has a `study` of its effect, and `costs`, rows of the table."""
 
-from . import dual_branch, layout, recycled_attention, retouch, routed_reference
+from . import dual_branch, layout, recycled_attention, retouch, routed_reference, together
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
     "layout": layout.study,
     "retouch": retouch.study,
     "routed reference": routed_reference.study,
+    "together": together.study,
 }
 COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)
