@@ -31,6 +31,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.step_blended_guider import StepBlendedGuiderNode
         from .nodes.subject import SubjectNode
+        from .nodes.train_concept import TrainConceptNode
         from .nodes.train_residual import TrainResidualToken
         from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
 
@@ -58,6 +59,7 @@ class SubjectPatches(ComfyExtension):
             AdaptiveBlendMaskNode,
             AuxiliaryPromptNode,
             DualBranchIntegrationNode,
+            TrainConceptNode,
         ]
 
 

@@ -6,6 +6,8 @@ denoising         the denoising loss of a MODEL, in the unit that it predicts in
 images            pictures to latents
 loop              the steps: progress, cancel, precision, loss map, resume
 state             the file that a training goes on from
+concept           an ICO concept's prompts, and what of the U-Net it tunes
+concept_run       its training, and the files it is kept in
 
 A training is:
 

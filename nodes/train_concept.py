@@ -1,0 +1,175 @@
+"""The Train ICO Concept node: a concept's words and projections, from a few pictures of it (DCI)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.sites import family_of
+from .train_residual import NOT_IN_A_NOUN
+from .training_inputs import loss_output, steps_input, training_inputs
+from .types import CATEGORY
+
+VERSIONS = 8
+PRESETS = ("plain", "for dual-branch", "fixed template")
+
+
+class TrainConceptNode(io.ComfyNode):
+    """Trains a concept and saves it for the host's own loaders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        rates = {"min": 0.0, "max": 1.0, "step": 1e-6, "advanced": True}
+        return io.Schema(
+            node_id="SubjectPatchesTrainConcept",
+            display_name="Train ICO Concept",
+            category=CATEGORY,
+            description="Teaches a model a concept from a few pictures of it: words for the concept, and the key and "
+            "value projections of cross-attention (ICO). The result works in any ComfyUI: an embedding and a LoRA.",
+            search_aliases=["ICO", "DCI", "textual inversion", "custom diffusion", "train", "concept", "DreamBooth"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Image.Input(
+                    "images", tooltip="Pictures of the concept, about 3 to 6. Their middle squares are taken."
+                ),
+                io.String.Input("noun", default="", tooltip="What the concept is, in a word: backpack, dog, emblem."),
+                io.String.Input(
+                    "name",
+                    default="my_concept",
+                    tooltip="The files' name: the concept's words are then embedding:my_concept in any prompt, and its "
+                    "projections the LoRA my_concept. Files of that name that this node made are replaced.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=PRESETS[0],
+                    tooltip="The prompt that is learnt for each picture. 'plain': 4 words of its own before the "
+                    "concept, 2 after, 2 for the concept. 'for dual-branch', which knows the concept better and "
+                    "follows prompts less: 1, 1 and 3. 'fixed template': 'a photo of a', none of its own, 2.",
+                ),
+                steps_input(500, "Steps of training. More know the concept better and follow prompts less."),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="The pictures' size in training: what the checkpoint was made for.",
+                ),
+                io.Int.Input("batch_size", default=2, min=1, max=64, tooltip="Pictures in each step.", advanced=True),
+                io.Float.Input("learning_rate", default=1e-5, tooltip="Learning rate of the projections.", **rates),
+                io.Float.Input(
+                    "word_learning_rate", default=5e-4, tooltip="Learning rate of the learnt words.", **rates
+                ),
+                io.Float.Input(
+                    "smallest_crop",
+                    default=0.75,
+                    min=0.1,
+                    max=1.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Random parts of the pictures are trained on too, from this share of their side up. 1 is "
+                    "the whole picture only.",
+                ),
+                io.Float.Input(
+                    "image_noise",
+                    default=0.02,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Noise on those parts (standard deviation, white is 1), so that a picture's grain is not "
+                    "learnt.",
+                ),
+                *training_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The given model with the trained projections."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The given CLIP. Prompts made with it are encoded after the training, when the embedding "
+                    "is there.",
+                ),
+                io.String.Output(display_name="concept", tooltip="The concept's words: embedding:name and the noun."),
+                loss_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        images: Any,
+        noun: str,
+        name: str,
+        preset: str,
+        steps: int,
+        size: int,
+        batch_size: int = 2,
+        learning_rate: float = 1e-5,
+        word_learning_rate: float = 5e-4,
+        smallest_crop: float = 0.75,
+        image_noise: float = 0.02,
+        seed: int = 0,
+        precision: str = "auto",
+        gradient_checkpointing: bool = True,
+        resume_name: str = "",
+    ) -> io.NodeOutput:
+        import comfy.sd
+        import torch
+
+        from ..training.concept import SCHEMES, varied
+        from ..training.concept_run import KIND, ConceptFiles, Settings, train_concept
+        from ..training.images import latents_of, pictures_of, square
+        from ..training.state import StateFile
+
+        for kind, given in (("clip", clip), ("vae", vae)):
+            if given is None:
+                raise ValueError(f"The {kind} input is None, so the checkpoint has none; load one with a loader node.")
+        if preset not in PRESETS:
+            raise ValueError(f"The preset is '{preset}'; choose one of {', '.join(PRESETS)}.")
+        for label, value, most in (
+            ("learning rate", learning_rate, 1.0),
+            ("word learning rate", word_learning_rate, 1.0),
+            ("smallest crop", smallest_crop, 1.0),
+            ("image noise", image_noise, 1.0),
+        ):
+            if not (math.isfinite(value) and 0 <= value <= most):
+                raise ValueError(f"The {label} is {value}; give a number from 0 to {most:g}.")
+        noun = noun.strip()
+        if not noun:
+            raise ValueError("The noun is empty; write in a word what the concept is, for example backpack.")
+        if NOT_IN_A_NOUN.search(noun):
+            raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
+        family, files = family_of(model), ConceptFiles(name.strip())
+        pictures = [square(picture, size) for picture in pictures_of([images])]
+        digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
+        about = {"family": family, "noun": noun, "preset": preset, "pictures": digest, "seed": str(seed)}
+        state = StateFile(resume_name.strip(), {"training": KIND, **about}) if resume_name.strip() else None
+        source = torch.Generator().manual_seed(seed)
+        versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
+        latents = torch.stack([latents_of(vae, each) for each in versions])
+        settings = Settings(
+            noun,
+            SCHEMES[preset],
+            steps,
+            batch_size,
+            learning_rate,
+            word_learning_rate,
+            seed,
+            precision,
+            gradient_checkpointing,
+        )
+        concept = train_concept(model, clip, latents, settings, state, cls.hidden.unique_id if cls.hidden else None)
+        files.save(concept, about)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)
+        return io.NodeOutput(patched, clip, f"embedding:{files.name} {noun}", concept.losses)

@@ -1,0 +1,339 @@
+"""Training an ICO concept: its prompts, what learns, what is saved, and what the host's own loaders make of it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from comfy.supported_models import Flux
+from host import Server
+from hosting.random_models import generator, model_of
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+from subject_patches.nodes.train_concept import PRESETS, VERSIONS, TrainConceptNode
+from subject_patches.tests.clips import FAMILIES, small_clip
+from subject_patches.tests.models import CONTEXT, difference, sample, small_model
+from subject_patches.tests.test_bad_input import FLUX
+from subject_patches.training.concept import SCHEMES, ConceptPrompts, as_difference, key_value_weights, varied
+from subject_patches.training.concept_run import Concept, ConceptFiles, Settings, train_concept
+from subject_patches.training.copies import loaded, with_gradients
+from subject_patches.training.state import StateFile
+from subject_patches.training.text import TextEncoder
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def in_inference_mode() -> Iterator[None]:
+    """As the host runs nodes."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    names = {**folder_paths.folder_names_and_paths, "embeddings": ([str(tmp_path / "embeddings")], {".safetensors"})}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", names)
+    return tmp_path
+
+
+class Vae:
+    """Latents of four channels from a picture's own colours."""
+
+    def encode(self, picture: Tensor) -> Tensor:
+        planes = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8) * 8 - 4
+        return torch.cat([planes, planes.mean(1, keepdim=True)], 1)
+
+
+def matching_clip(seed: int = 0) -> Any:
+    """A CLIP whose contexts are as wide as the small model takes them."""
+    return small_clip("SD 1.x", seed, hidden_size=CONTEXT)
+
+
+def pictures(count: int = 3) -> Tensor:
+    return torch.rand(count, 64, 64, 3, generator=generator(1))
+
+
+def latents(count: int = 3, versions: int = 2) -> Tensor:
+    return torch.randn(count, versions, 4, 8, 8, generator=generator(2)) * 3
+
+
+def trained(steps: int = 3, state: StateFile | None = None, preset: str = "plain", **values: Any) -> Concept:
+    settings = Settings("dog", SCHEMES[preset], steps, learning_rate=1e-3, word_learning_rate=1e-2, **values)
+    return train_concept(small_model(), matching_clip(), latents(), settings, state)
+
+
+# Eq. 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equation_2(family: str, preset: str) -> None:
+    scheme = SCHEMES[preset]
+    with with_gradients():
+        encoder = TextEncoder(small_clip(family))
+        with loaded(encoder.patcher):
+            prompts = ConceptPrompts(encoder, "red dog", scheme, 2, torch.Generator().manual_seed(0))
+            contexts, pooled = prompts.encode(encoder, [0, 1])
+            plain, plain_pooled = encoder.encode(encoder.tokenize(""))
+    assert contexts.shape == (2, 77, plain.shape[-1])
+    assert pooled.shape == (2, plain_pooled.shape[-1])
+    words = encoder.tokenize(f"{scheme.words} red dog".strip())
+    fixed = len(scheme.words.split())
+    for name in words:
+        first, second = prompts.tokens(0)[name][0], prompts.tokens(1)[name][0]
+        assert len(first) == len(second) == 77
+        concept, mine = prompts.vectors[f"concept.{name}"], prompts.vectors.get(f"picture 0.{name}", ())
+        right = [
+            words[name][0][0],
+            *mine[: scheme.before],
+            *words[name][0][1 : 1 + fixed],
+            *concept,
+            *words[name][0][1 + fixed : 3 + fixed],
+            *mine[scheme.before :],
+            words[name][0][3 + fixed],
+        ]
+        for (token, weight), expected in zip(first, right, strict=False):
+            assert weight == 1
+            if isinstance(expected, Tensor):
+                assert torch.equal(token, expected)
+            else:
+                assert token == expected[0]
+        assert [token for token, _ in first[len(right) :]] == [encoder.tokenize("")[name][0][-1][0]] * (77 - len(right))
+        # The concept's vectors are every picture's, its own are not.
+        place = 1 + scheme.before + fixed
+        assert all(torch.equal(second[place + n][0], concept[n]) for n in range(scheme.concept))
+        assert len(concept) == scheme.concept
+        assert len(mine) == scheme.before + scheme.after
+        assert not scheme.before or not torch.equal(first[1][0], second[1][0])
+
+
+def test_the_papers_presets() -> None:
+    counts = {name: (s.before, s.after, s.concept) for name, s in SCHEMES.items()}
+    assert counts["plain"] == (4, 2, 2)
+    assert counts["for dual-branch"] == (1, 1, 3)
+    assert tuple(SCHEMES) == PRESETS
+
+
+def test_what_learns_and_what_does_not() -> None:
+    with with_gradients():
+        encoder = TextEncoder(matching_clip())
+        with loaded(encoder.patcher):
+            prompts = ConceptPrompts(encoder, "dog", SCHEMES["plain"], 3, torch.Generator().manual_seed(0))
+            context, _ = prompts.encode(encoder, [0, 2])
+            context.square().mean().backward()
+    learnt = {name for name, vectors in prompts.vectors.items() if vectors.grad is not None}
+    assert learnt == {"concept.l", "picture 0.l", "picture 2.l"}
+    assert all(each.grad is None for each in encoder.model.parameters())
+    with with_gradients():
+        network = small_model().model.diffusion_model
+        weights = key_value_weights(network)
+    cross = [name for name, _ in network.named_parameters() if "attn2.to_k" in name or "attn2.to_v" in name]
+    assert list(weights) == cross
+    assert len(weights) == 2 * 7
+
+
+def test_the_concept_begins_as_its_noun() -> None:
+    with with_gradients():
+        encoder = TextEncoder(matching_clip())
+        with loaded(encoder.patcher):
+            prompts = ConceptPrompts(encoder, "dog", SCHEMES["plain"], 1, torch.Generator().manual_seed(0))
+            vocabulary = encoder.model.clip_l.transformer.get_input_embeddings().weight
+            ((token, _),) = prompts.noun["l"]
+            assert torch.equal(prompts.vectors["concept.l"][1], vocabulary[token].float())
+
+
+# A training
+
+
+def test_it_learns_and_the_given_models_stay_as_they_are() -> None:
+    model, clip = small_model(), matching_clip()
+    before = [{n: w.clone() for n, w in each.model.state_dict().items()} for each in (model, clip.patcher)]
+    settings = Settings("dog", SCHEMES["plain"], 40, 3, 1e-2, 1e-2)
+    concept = train_concept(model, clip, latents(1, 1), settings)
+    losses = concept.losses["loss"]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    for weights, each in zip(before, (model, clip.patcher), strict=True):
+        assert all(torch.equal(weight, weights[name]) for name, weight in each.model.state_dict().items())
+
+
+def test_a_cancelled_training_goes_on(folders: Path) -> None:
+    whole = trained(6)
+    state = StateFile("mine", {"noun": "dog"})
+    trained(3, state)
+    again = trained(6, state)
+    assert again.losses == whole.losses
+    for one, other in ((again.embedding, whole.embedding), (again.difference, whole.difference)):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(precision: str) -> None:
+    exact, rough = trained(2), trained(2, precision=precision, gradient_checkpointing=False)
+    assert rough.losses["loss"][0] == pytest.approx(exact.losses["loss"][0], rel=0.05)
+    assert {each.dtype for each in rough.embedding.values()} == {torch.float32}
+
+
+# The node and its files
+
+
+def made(folders: Path, model: Any, clip: Any, **values: Any) -> tuple[Any, ...]:
+    given = {"noun": "dog", "name": "my_dog", "preset": "for dual-branch", "steps": 2, "size": 64}
+    rates = {"learning_rate": 1e-2, "word_learning_rate": 1e-2}
+    return TrainConceptNode.execute(model, clip, Vae(), pictures(), **{**given, **rates, **values}).args
+
+
+def test_the_hosts_loaders_take_the_files(folders: Path) -> None:
+    model, clip = small_model(), matching_clip()
+    patched, passed, words, losses = made(folders, model, clip)
+    assert words == "embedding:my_dog dog"
+    assert passed is clip
+    assert len(losses["loss"]) == 2
+    files = ConceptFiles("my_dog")
+    assert sorted(path.relative_to(folders) for path in folders.rglob("*.safetensors")) == sorted(
+        path.relative_to(folders) for path in (files.embedding, files.lora)
+    )
+    loaded_model, _ = comfy.sd.load_lora_for_models(model, None, load_file(files.lora), 1.0, 0.0)
+    assert len(loaded_model.patches) == 14
+    assert torch.equal(sample(loaded_model), sample(patched))
+    assert difference(sample(patched), sample(model)) > 1e-3
+    # By its name in a prompt.
+    tokenizer = clip.tokenizer.clip_l
+    tokenizer.embedding_directory = str(files.embedding.parent)
+    tokens = [token for token, _ in clip.tokenize(f"a {words} on grass")["l"][0]]
+    vectors = load_file(files.embedding)["clip_l"]
+    assert vectors.shape == (3, CONTEXT)
+    assert all(torch.equal(token, vector) for token, vector in zip(tokens[2:5], vectors, strict=True))
+    # Its own files it may replace.
+    made(folders, model, clip, steps=1)
+
+
+def test_the_difference_is_what_was_trained() -> None:
+    weights = {"a.attn2.to_k.weight": torch.full((2, 2), 1.5)}
+    found = as_difference({"a.attn2.to_k.weight": torch.ones(2, 2)}, weights)
+    assert torch.equal(found["diffusion_model.a.attn2.to_k.diff"], torch.full((2, 2), 0.5, dtype=torch.float16))
+
+
+def test_versions_of_a_picture() -> None:
+    picture = pictures(1)
+    versions = varied(picture, VERSIONS, 0.5, 0.1, generator(3))
+    assert len(versions) == VERSIONS
+    assert torch.equal(versions[0], picture)
+    assert {tuple(each.shape) for each in versions} == {(1, 64, 64, 3)}
+    assert all(float(each.min()) >= 0 and float(each.max()) <= 1 for each in versions)
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(versions))
+    still = varied(torch.full((1, 32, 32, 3), 0.5), 4, 0.5, 0.0, generator(3))
+    torch.testing.assert_close(torch.stack(still), torch.full((4, 1, 32, 32, 3), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"noun": " "}, "The noun is empty; write in a word"),
+        ({"noun": "(dog:1.2)"}, "The noun is '[(]dog:1.2[)]'; write words alone"),
+        ({"name": "a/b"}, "'a/b' is no name for a concept; write letters"),
+        ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
+        ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
+        ({"smallest_crop": 2.0}, "The smallest crop is 2.0"),
+        ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
+    ],
+)
+def test_what_it_refuses(folders: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(folders, small_model(), matching_clip(), **values)
+
+
+def test_other_families_and_other_files_are_refused(folders: Path) -> None:
+    with pytest.raises(ValueError, match=r"family Flux; it knows SD 1\.x, SD 2\.x, SDXL"):
+        made(folders, model_of(Flux, FLUX), matching_clip())
+    with pytest.raises(
+        ValueError, match=f"contexts 24 wide but this model takes {CONTEXT}; connect the CLIP of the same"
+    ):
+        made(folders, small_model(), small_clip("SD 1.x"))
+    with pytest.raises(ValueError, match="The clip input is None"):
+        made(folders, small_model(), None)
+    (folders / "embeddings").mkdir(exist_ok=True)
+    save_file({"clip_l": torch.zeros(1, 4)}, folders / "embeddings" / "mine.safetensors")
+    with pytest.raises(ValueError, match=r"already another file .*mine\.safetensors; give the concept another name"):
+        made(folders, small_model(), matching_clip(), name="mine")
+
+
+def test_a_concept_of_another_family_in_a_prompt(folders: Path) -> None:
+    clip = matching_clip()
+    (folders / "embeddings").mkdir()
+    clip.tokenizer.clip_l.embedding_directory = str(folders / "embeddings")
+    save_file({"clip_h": torch.zeros(2, 1024)}, folders / "embeddings" / "other.safetensors")
+    with pytest.raises(ValueError, match=r"embedding 'other' has vectors of 1024 .* takes 768; .* same family"):
+        AuxiliaryPromptNode.execute(clip, "embedding:other dog on grass", "embedding:other dog")
+    with pytest.raises(ValueError, match=r"no embedding 'none' in the embeddings folder"):
+        AuxiliaryPromptNode.execute(clip, "embedding:none dog on grass", "embedding:none dog")
+
+
+def test_a_cancel_ends_it(folders: Path) -> None:
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        trained(3)
+
+
+def test_the_schema_explains_itself() -> None:
+    schema = TrainConceptNode.GET_SCHEMA()
+    assert schema.category == "Subject Patches"
+    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
+    text = (Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    assert all(f"`{each.id}`" in text for each in schema.inputs)
+
+
+# On a stock server
+
+CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
+
+
+def test_a_server_trains_it_and_its_own_nodes_use_it(server: Server) -> None:
+    """Trained by one queued workflow, and then loaded by another with the host's nodes alone."""
+    name = "concept_of_the_tests"
+    settings = {"noun": "emblem", "name": name, "preset": "plain", "steps": 2, "size": 128, "batch_size": 1}
+    rates = {"learning_rate": 0.02, "word_learning_rate": 0.05, "smallest_crop": 0.75, "image_noise": 0.02}
+    rest = {"seed": 0, "precision": "auto", "gradient_checkpointing": False, "resume_name": ""}
+    links = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0]}
+    train = {"class_type": "SubjectPatchesTrainConcept", "inputs": {**links, **settings, **rates, **rest}}
+    picture = {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 128, "batch_size": 2, "color": 12345}}
+    server.queue({"1": CHECKPOINT, "2": picture, "3": train})
+
+    def used(strength: float, words: str) -> bytes:
+        def encoded(text: str) -> dict[str, Any]:
+            return {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}}
+
+        lora = {"lora_name": f"{name}.safetensors", "strength_model": strength, "model": ["1", 0]}
+        chosen = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        given = {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
+        size = {"width": 128, "height": 128, "batch_size": 1}
+        outputs = server.queue(
+            {
+                "1": CHECKPOINT,
+                "2": {"class_type": "LoraLoaderModelOnly", "inputs": lora},
+                "3": encoded(f"{words} on grass"),
+                "4": encoded(""),
+                "5": {"class_type": "EmptyLatentImage", "inputs": size},
+                "6": {"class_type": "KSampler", "inputs": {**given, **chosen}},
+                "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
+                "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "concept"}},
+            }
+        )
+        with Image.open(io.BytesIO(server.fetch(outputs["8"]["images"][0]))) as image:
+            return image.convert("RGB").tobytes()
+
+    pictures = [used(1.0, f"embedding:{name} emblem"), used(1.0, "emblem"), used(0.0, f"embedding:{name} emblem")]
+    # Both files count.
+    assert len(set(pictures)) == 3
+    log = server.log.read_text(encoding="utf-8")
+    assert f"embedding:{name} does not exist" not in log
+    assert "lora key not loaded" not in log

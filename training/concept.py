@@ -1,0 +1,148 @@
+"""Image-specific context optimisation (ICO, section 3.2 of the DCI paper).
+
+A prompt of Eq. 2 is learnt for each training picture: [I] x M, [T] x S, noun, [I] x L. The vectors [I] belong to one
+picture and take up what is its own; [T] belongs to the concept. They are tuned with the key and value projections of
+the cross-attentions. Only [T], the noun and the projections are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patches.prompt import find_spans
+from .text import TextEncoder, Tokens
+
+PLACES = 77
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How many vectors a prompt has: `before` and `after` of each picture's own (M and L), `concept` of the concept's
+    (S). `words` stand before the concept in place of what is learnt, as in a template written by hand."""
+
+    before: int
+    after: int
+    concept: int
+    words: str = ""
+
+
+# The paper's section 4.2, and the template that it compares with.
+SCHEMES = {
+    "plain": Scheme(4, 2, 2),
+    "for dual-branch": Scheme(1, 1, 3),
+    "fixed template": Scheme(0, 0, 2, "a photo of a"),
+}
+
+
+class ConceptPrompts:
+    """The prompts of `count` pictures for a text encoder, and the vectors in them that learn, by name.
+
+    Vectors are (n, width of the encoder) in float32, for each encoder of the CLIP. A picture's begin at random, as
+    spread as the vocabulary; the concept's begin as the noun. Call it in `loaded`."""
+
+    def __init__(self, encoder: TextEncoder, noun: str, scheme: Scheme, count: int, generator: torch.Generator) -> None:
+        self.scheme = scheme
+        self.words = _words(encoder, scheme.words) if scheme.words else {}
+        self.noun = _words(encoder, noun)
+        self.frame = {name: chunks[0] for name, chunks in encoder.tokenize("").items()}
+        self.vectors: dict[str, Tensor] = {}
+        for name in self.frame:
+            vocabulary = _vocabulary(encoder, name)
+            own = vocabulary[[token for token, _ in self.noun[name]]].mean(0)
+            self.vectors[f"concept.{name}"] = own.repeat(scheme.concept, 1)
+            for number in range(count if scheme.before + scheme.after else 0):
+                drawn = torch.randn(scheme.before + scheme.after, vocabulary.shape[1], generator=generator)
+                random = vocabulary.mean(0) + vocabulary.std(0) * drawn.to(vocabulary)
+                self.vectors[f"picture {number}.{name}"] = random
+        for name, vectors in self.vectors.items():
+            self.vectors[name] = vectors.clone().requires_grad_()
+        length = len(next(iter(self.noun.values()))) + scheme.before + scheme.after + scheme.concept
+        if length + max(map(len, self.words.values()), default=0) > PLACES - 2:
+            raise ValueError(f"The noun '{noun}' is too long for a prompt; write one or two words.")
+
+    def tokens(self, number: int) -> Tokens:
+        """Eq. 2 for a picture, as the host's tokens."""
+        return {name: [self._chunk(name, number)] for name in self.frame}
+
+    def _chunk(self, name: str, number: int) -> list[tuple[Any, float]]:
+        def taken(vectors: Sequence[Tensor]) -> list[tuple[Any, float]]:
+            return [(vector, 1.0) for vector in vectors]
+
+        own = self.vectors.get(f"picture {number}.{name}", ())
+        before, after = own[: self.scheme.before], own[self.scheme.before :]
+        frame = self.frame[name]
+        text = [
+            *taken(before),
+            *self.words.get(name, ()),
+            *taken(self.vectors[f"concept.{name}"]),
+            *self.noun[name],
+            *taken(after),
+        ]
+        return [frame[0], *text, frame[1], *[frame[-1]] * (PLACES - 2 - len(text))]
+
+    def encode(self, encoder: TextEncoder, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The contexts (n, 77, width) of some pictures' prompts, and the pooled outputs where the family has them."""
+        contexts, pooled = zip(*(encoder.encode(self.tokens(number)) for number in numbers), strict=True)
+        return torch.cat(contexts), None if pooled[0] is None else torch.cat(pooled)
+
+    def embedding(self) -> dict[str, Tensor]:
+        """[T] as a textual embedding of the host: (S, width) for each encoder, by the host's name of it."""
+        found = {name: vectors for name, vectors in self.vectors.items() if name.startswith("concept.")}
+        return {f"clip_{name.removeprefix('concept.')}": v.detach().cpu().clone() for name, v in found.items()}
+
+
+def _words(encoder: TextEncoder, text: str) -> Mapping[str, list[tuple[Any, float]]]:
+    """The tokens of a text without start, end and padding."""
+    spans = find_spans(encoder.clip, text, [text])[text]
+    if len(spans) > 1:
+        raise ValueError(f"The noun '{text}' is too long for a prompt; write one or two words.")
+    ((start, stop),) = spans
+    return {name: list(chunks[0][start:stop]) for name, chunks in encoder.tokenize(text).items()}
+
+
+def _vocabulary(encoder: TextEncoder, name: str) -> Tensor:
+    """An encoder's word vectors (words, width) in float32."""
+    inner = getattr(encoder.model, f"clip_{name}")
+    return inner.transformer.get_input_embeddings().weight.detach().float()
+
+
+def key_value_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The key and value projections of a U-Net's cross-attentions, by their names in it, as float32 parameters that
+    want gradients."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            parameter.data = parameter.data.float()
+            found[name] = parameter.requires_grad_(True)
+    return found
+
+
+def as_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a training changed, as the host's LoRA loaders take whole differences: in float16, by the weights' names."""
+    return {
+        f"diffusion_model.{name.removesuffix('.weight')}.diff": (after[name].detach().cpu() - before[name]).half()
+        for name in before
+    }
+
+
+def varied(
+    picture: Tensor, count: int, smallest_crop: float, image_noise: float, generator: torch.Generator
+) -> list[Tensor]:
+    """`count` versions of a square picture (1, h, w, 3) of 0 to 1, of its size: a random square part, `smallest_crop`
+    to 1 of its side, with Gaussian noise of that standard deviation. The first is the picture itself."""
+    side = picture.shape[1]
+    made = [picture]
+    for _ in range(count - 1):
+        share, down, across = torch.rand(3, generator=generator).tolist()
+        part = max(round(side * (smallest_crop + (1 - smallest_crop) * share)), 1)
+        top, left = round(down * (side - part)), round(across * (side - part))
+        planes = picture[:, top : top + part, left : left + part].movedim(-1, 1)
+        resized = torch.nn.functional.interpolate(planes, (side, side), mode="bicubic", antialias=True).movedim(1, -1)
+        noise = torch.randn(resized.shape, generator=generator).to(resized)
+        made.append((resized + image_noise * noise).clamp(0, 1))
+    return made
