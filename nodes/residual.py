@@ -167,7 +167,7 @@ class LoadResidualToken(io.ComfyNode):
     def execute(cls, file: str, clip: Any = None) -> io.NodeOutput:
         import folder_paths
 
-        residual = _read(Path(folder_paths.get_full_path_or_raise(FOLDER, file)))
+        residual = read_residual_token(Path(folder_paths.get_full_path_or_raise(FOLDER, file)))
         if clip is not None:
             width = clip.encode_from_tokens(clip.tokenize("")).shape[-1]
             if width != residual.width:
@@ -179,7 +179,8 @@ class LoadResidualToken(io.ComfyNode):
         return io.NodeOutput(residual)
 
 
-def _read(path: Path) -> ResidualToken:
+def read_residual_token(path: Path) -> ResidualToken:
+    """The residual token in a file that Save Residual Token wrote. Raises ValueError when it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:

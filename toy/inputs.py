@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .drawing import draw
-from .scenes import EMBLEM, SIZE, Background, Emblem, Scene, Thing
+from .scenes import EMBLEM, SIZE, Background, Emblem, Scene, Thing, view
 
 FOLDER = Path(__file__).parents[1] / "workflows" / "input"
 SHIELD = Emblem("shield", "yellow", "blue", tuple(c == "#" for c in "#..##..#.##..##."))
 RING = Emblem("disc", "red", "white", tuple(c == "#" for c in ".##.#..##..#.##."))
 MIDDLE = SIZE / 2
+# What the views of the shield that a residual token is trained on stand on.
+GROUNDS = (Background("plain", ("gray",)), Background("grass"), Background("brick"), Background("plain", ("white",)))
 
 
 def save(name: str, image: NDArray[np.uint8], opaque: NDArray[np.bool_]) -> None:
@@ -33,6 +35,9 @@ def main() -> None:
     scene = draw(Scene((neighbour,), Background("grass"), seed=5))
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     save("scene.png", scene.image, np.hypot(x - 82, y - 48) >= 34)
+    rng = np.random.default_rng(4)
+    for number, ground in enumerate(GROUNDS, 1):
+        save(f"shield_{number}.png", draw(view(SHIELD, rng, ground)).image, np.ones((SIZE, SIZE), dtype=bool))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What effects.py and bench.py measure: each mechanism has a `study` of its effect, and `costs`, rows of the table."""
 
-from . import dual_branch, layout, recycled_attention, retouch, routed_reference, together
+from . import dual_branch, layout, recycled_attention, residual_tokens, retouch, routed_reference, together
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
     "layout": layout.study,
+    "residual tokens": residual_tokens.study,
     "retouch": retouch.study,
     "routed reference": routed_reference.study,
     "together": together.study,
