@@ -14,6 +14,7 @@ from ..patches.sites import attention_sites
 from .training_inputs import PRECISIONS, STEPS_MAX, loss_output, steps_input, training_inputs
 from .types import CATEGORY, ResidualTokenType
 
+ENCODER, ALONE = "text encoder", "residual alone"
 NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 
@@ -89,6 +90,15 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="Further sentences, one a line, with {} for the noun. They join those that come with the "
                     "pack: over them other words are kept, and the residual is their mean.",
                 ),
+                io.Combo.Input(
+                    "tunes",
+                    options=[ENCODER, ALONE],
+                    default=ENCODER,
+                    advanced=True,
+                    tooltip="What learns. 'text encoder' is the paper's: the residual is its mean shift. 'residual "
+                    "alone' needs little memory, no sentences, and thousands of times the learning rate; the paper "
+                    "finds it weaker with several subjects.",
+                ),
                 *training_inputs(),
             ],
             outputs=[
@@ -116,6 +126,7 @@ class TrainResidualToken(io.ComfyNode):
         captions: list[str],
         seed: list[int],
         more_templates: list[str] | None = None,
+        tunes: list[str] | None = None,
         precision: list[str] | None = None,
         gradient_checkpointing: list[bool] | None = None,
         resume_name: list[str] | None = None,
@@ -123,11 +134,15 @@ class TrainResidualToken(io.ComfyNode):
         from ..training.copies import with_gradients
         from ..training.images import latents_of, pictures_of, square
         from ..training.loop import compute_dtype
-        from ..training.residual import filled, shipped_templates, train_residual_token
+        from ..training.residual import Plan, filled, shipped_templates, train_residual_token
         from ..training.state import StateFile
 
         name, chosen = noun[0].strip(), _first(precision, "auto")
-        _check(name, steps[0], learning_rate[0], batch_size[0], preservation[0], chosen)
+        learner = _first(tunes, ENCODER)
+        _check(name, steps[0], learning_rate[0], batch_size[0], preservation[0])
+        for label, value, options in (("precision", chosen, PRECISIONS), ("tunes", learner, (ENCODER, ALONE))):
+            if value not in options:
+                raise ValueError(f"The input {label} is '{value}'; choose one of {', '.join(options)}.")
         for value, what in ((clip[0], "text encoder"), (vae[0], "VAE")):
             if value is None:
                 raise ValueError(f"The checkpoint has no {what}; load one with its loader node.")
@@ -154,6 +169,7 @@ class TrainResidualToken(io.ComfyNode):
         resumed = _first(resume_name, "").strip()
         about = {
             "noun": name,
+            "tunes": learner,
             "pictures": _digest(squares),
             "captions": "; ".join(shown),
             "sentences": str(len(templates)),
@@ -166,22 +182,20 @@ class TrainResidualToken(io.ComfyNode):
         state = StateFile(resumed, about) if resumed else None
         with with_gradients():
             latents = latents_of(vae[0], squares)
+        plan = Plan(
+            steps[0],
+            learning_rate[0],
+            batch_size[0],
+            preservation[0],
+            seed[0],
+            dtype,
+            _first(gradient_checkpointing, True),
+            alone=learner == ALONE,
+        )
+        sentences = [filled(line, name) for line in templates]
+        node_id = cls.hidden.unique_id if cls.hidden is not None else None
         residual, loss_map = train_residual_token(
-            model[0],
-            clip[0],
-            latents,
-            shown,
-            [filled(line, name) for line in templates],
-            name,
-            steps=steps[0],
-            learning_rate=learning_rate[0],
-            batch=batch_size[0],
-            preservation=preservation[0],
-            seed=seed[0],
-            dtype=dtype,
-            checkpointing=_first(gradient_checkpointing, True),
-            state=state,
-            node_id=cls.hidden.unique_id if cls.hidden is not None else None,
+            model[0], clip[0], latents, shown, sentences, name, plan, state, node_id
         )
         return io.NodeOutput(residual, loss_map)
 
@@ -190,7 +204,7 @@ def _first(values: list[Any] | None, otherwise: Any) -> Any:
     return values[0] if values else otherwise
 
 
-def _check(noun: str, steps: int, learning_rate: float, batch: int, preservation: float, precision: str) -> None:
+def _check(noun: str, steps: int, learning_rate: float, batch: int, preservation: float) -> None:
     if not noun:
         raise ValueError("The noun is empty; write what the subject is, like dog or backpack.")
     if NOT_IN_A_NOUN.search(noun):
@@ -203,8 +217,6 @@ def _check(noun: str, steps: int, learning_rate: float, batch: int, preservation
     ):
         if not (math.isfinite(value) and least <= value <= most):
             raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"The precision is '{precision}'; choose one of {', '.join(PRECISIONS)}.")
 
 
 def _templates(text: str, name: str) -> list[str]:

@@ -328,6 +328,17 @@ def test_half_precision(precision: str) -> None:
     assert torch.nn.functional.cosine_similarity(token.vectors, exact.vectors).item() > 0.8
 
 
+def test_the_residual_alone_learns_what_the_pictures_show() -> None:
+    """The denoising loss falls, at the same noise, from what the plain noun gives."""
+    values: dict[str, Any] = {"tunes": "residual alone", "batch_size": 4}
+    _, first = train(**values, steps=1, learning_rate=1e-8)
+    token, losses = train(**values, steps=40, learning_rate=0.3)
+    assert losses[0] == first[0]
+    assert token.vectors.shape == (1, CONTEXT)
+    _, plain = train(**values, steps=40, learning_rate=1e-8)
+    assert sum(losses[20:]) < sum(plain[20:])
+
+
 def test_a_noun_of_several_tokens_gets_a_vector_for_each() -> None:
     clip = small_clip("SD 1.x", hidden_size=CONTEXT)
     token, _ = train(clip=clip, noun="garden gnome")
@@ -364,7 +375,8 @@ def test_cancel_leaves_the_models_and_a_state(folders: Path, monkeypatch: pytest
         ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 1e-08 to 1"),
         ({"batch_size": 0}, "The batch size is 0"),
         ({"preservation": -1.0}, "The preservation is -1.0; give a number from 0 to 1000"),
-        ({"precision": "fp8"}, "The precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
+        ({"tunes": "all"}, "The input tunes is 'all'; choose one of text encoder, residual alone"),
+        ({"precision": "fp8"}, "The input precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
         ({"captions": "a photo"}, "The line 'a photo' of captions needs the place of the noun once, written as {}"),
         ({"captions": "a {}\nthe {}"}, "There are 2 captions for 3 pictures; write one line for all, or one for each"),
         ({"more_templates": "a {} and a {}"}, "The line 'a {} and a {}' of more_templates needs the place"),

@@ -1,4 +1,4 @@
-"""The training of a residual token: a text encoder that learns one subject (Cones 2, section 3.2)."""
+"""The training of a residual token (Cones 2, section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..patches.prompt import find_spans
-from ..patches.residual import ResidualToken, mean_shift, positions_of, preservation_loss
+from ..patches.residual import ResidualToken, add_residual, mean_shift, positions_of, preservation_loss
 from .copies import loaded, with_gradients
 from .denoising import Denoiser
 from .loop import Group, LossMap, Training
@@ -73,6 +73,22 @@ class Sentences:
         return torch.cat([encoder.encode_all(chunk) for chunk in chunks])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a residual is trained. `batch` counts pictures, and sentences, a step; `preservation` is lambda of Eq. 4.
+
+    With `alone` the residual itself is what learns, and the text encoder stays."""
+
+    steps: int
+    learning_rate: float
+    batch: int
+    preservation: float
+    seed: int
+    dtype: torch.dtype
+    checkpointing: bool
+    alone: bool = False
+
+
 def train_residual_token(
     model: Any,
     clip: Any,
@@ -80,47 +96,80 @@ def train_residual_token(
     captions: Sequence[str],
     sentences: Sequence[str],
     noun: str,
-    *,
-    steps: int,
-    learning_rate: float,
-    batch: int,
-    preservation: float,
-    seed: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    state: StateFile | None,
-    node_id: str | None,
+    plan: Plan,
+    state: StateFile | None = None,
+    node_id: str | None = None,
 ) -> tuple[ResidualToken, LossMap]:
-    """Eq. 2 to 5: tunes a copy of the text encoder until the noun in `captions`, one for each of `latents` (n,
-    channels, h, w), denoises them, while all other tokens of `sentences` stay; the residual is the noun's mean shift.
-
-    Each step takes `batch` of the latents and as many sentences. The pooled output, which a residual does not change
-    when it is applied, is the given encoder's."""
+    """Learns a noun's residual from `latents` (n, channels, h, w) with a caption each. The pooled output, which a
+    residual does not change when it is applied, is the given encoder's."""
     with with_gradients():
-        encoder, denoiser = TextEncoder(clip), Denoiser(model, dtype, checkpointing)
+        encoder, denoiser = TextEncoder(clip), Denoiser(model, plan.dtype, plan.checkpointing)
         shown, kept = Sentences.of(clip, captions, noun), Sentences.of(clip, sentences, noun).once()
-        latents = latents.clone()
         with loaded(encoder.patcher, denoiser.patcher):
-            weights = encoder.train_weights()
-            original = kept.encoded(encoder)
-            subject = kept.subject(original.shape[1]).to(original.device)
-            with torch.no_grad():
-                pooled = [encoder.encode(tokens)[1] for tokens in shown.tokens]
+            shots = Shots(denoiser, encoder, latents.clone(), shown)
+            count = len(Sentences.of(clip, [noun], noun).positions[0])
+            learner = Alone(encoder, shots, count) if plan.alone else Tuned(encoder, shots, kept, plan.preservation)
             training = Training(
-                [Group(weights, learning_rate)],
-                device=denoiser.device, dtype=dtype, seed=seed, state=state, node_id=node_id,
+                [Group(learner.parameters, plan.learning_rate)],
+                device=denoiser.device, dtype=plan.dtype, seed=plan.seed, state=state, node_id=node_id,
             )  # fmt: skip
+            loss_map = training.run(plan.steps, lambda source: learner.loss(plan.batch, source))
+            vectors = learner.residual().detach().cpu()
+    return ResidualToken(vectors, noun, training.step), loss_map
 
-            def loss(source: torch.Generator) -> Tensor:
-                rows = torch.randint(len(latents), (batch,), generator=source).tolist()
-                chosen = torch.randint(len(original), (batch,), generator=source).tolist()
-                encoded = encoder.encode_all([shown.tokens[r] for r in rows] + [kept.tokens[c] for c in chosen])
-                context, tuned = encoded.split(batch)
-                told = None if pooled[0] is None else torch.cat([pooled[row] for row in rows])
-                denoising = denoiser.loss(latents[rows], context, told, source)
-                moved = preservation_loss(tuned, original[chosen], subject[chosen])
-                return denoising + preservation * moved.to(denoising.device)
 
-            loss_map = training.run(steps, loss)
-            vectors = mean_shift(kept.encoded(encoder), original, subject)
-    return ResidualToken(vectors.cpu(), noun, training.step), loss_map
+class Shots:
+    """The training pictures as latents, each with its caption's tokens and pooled output."""
+
+    def __init__(self, denoiser: Denoiser, encoder: TextEncoder, latents: Tensor, captions: Sentences) -> None:
+        self.denoiser, self.latents, self.captions = denoiser, latents, captions
+        with torch.no_grad():
+            self.pooled = [encoder.encode(tokens)[1] for tokens in captions.tokens]
+
+    def loss(self, rows: list[int], context: Tensor, source: torch.Generator) -> Tensor:
+        """Eq. 2 for these pictures, with the contexts of their captions."""
+        pooled = None if self.pooled[0] is None else torch.cat([self.pooled[row] for row in rows])
+        return self.denoiser.loss(self.latents[rows], context, pooled, source)
+
+
+class Tuned:
+    """Eq. 2 to 5: the text encoder is tuned until the noun denoises the pictures, while all other tokens of many
+    sentences stay; the residual is the noun's mean shift over them."""
+
+    def __init__(self, encoder: TextEncoder, shots: Shots, kept: Sentences, preservation: float) -> None:
+        self.encoder, self.shots, self.kept, self.preservation = encoder, shots, kept, preservation
+        self.parameters = encoder.train_weights()
+        self.original = kept.encoded(encoder)
+        self.subject = kept.subject(self.original.shape[1]).to(self.original.device)
+
+    def loss(self, batch: int, source: torch.Generator) -> Tensor:
+        rows = torch.randint(len(self.shots.latents), (batch,), generator=source).tolist()
+        chosen = torch.randint(len(self.original), (batch,), generator=source).tolist()
+        prompts = [self.shots.captions.tokens[row] for row in rows] + [self.kept.tokens[each] for each in chosen]
+        context, tuned = self.encoder.encode_all(prompts).split(batch)
+        denoising = self.shots.loss(rows, context, source)
+        moved = preservation_loss(tuned, self.original[chosen], self.subject[chosen])
+        return denoising + self.preservation * moved.to(denoising.device)
+
+    def residual(self) -> Tensor:
+        return mean_shift(self.kept.encoded(self.encoder), self.original, self.subject)
+
+
+class Alone:
+    """Eq. 2 with Eq. 6 in it: the residual learns by itself, added to what the encoder gives for the noun. All other
+    tokens stay by construction. The paper's appendix C.2 learns an output embedding so, to compare with."""
+
+    def __init__(self, encoder: TextEncoder, shots: Shots, count: int) -> None:
+        self.shots = shots
+        self.contexts = torch.cat([encoder.encode(tokens)[0] for tokens in shots.captions.tokens]).detach()
+        start = torch.zeros(count, self.contexts.shape[-1], device=self.contexts.device)
+        self.parameters = {"residual": start.requires_grad_()}
+
+    def loss(self, batch: int, source: torch.Generator) -> Tensor:
+        rows = torch.randint(len(self.shots.latents), (batch,), generator=source).tolist()
+        vectors, positions = self.parameters["residual"], self.shots.captions.positions
+        shifted = [add_residual(self.contexts[row : row + 1], vectors, positions[row]) for row in rows]
+        return self.shots.loss(rows, torch.cat(shifted), source)
+
+    def residual(self) -> Tensor:
+        return self.parameters["residual"]

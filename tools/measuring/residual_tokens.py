@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 EMBLEMS, VIEWS = 4, 4
 # What the node is given: the toy's encoder is small, and learns at rates that would break one of CLIP's size.
-TRAINING: dict[str, Any] = {"steps": 300, "learning_rate": 0.003, "batch_size": 4, "preservation": 0.1}
-PLAIN, LEARNED = "the plain noun", "the residual token"
+TRAININGS: dict[str, dict[str, Any]] = {
+    "residual alone": {"steps": 300, "learning_rate": 0.05, "batch_size": 4, "preservation": 0.1},
+    "text encoder": {"steps": 200, "learning_rate": 0.001, "batch_size": 4, "preservation": 0.1},
+}
+PLAIN = "the plain noun"
 # Each makes a phrase of its own, and says nothing of an emblem.
 ORDINALS = ("first", "second", "third", "fourth")
 SIDE = 128
@@ -41,30 +44,32 @@ class Score:
 
 @dataclass(frozen=True)
 class Learned:
-    """One emblem: the mean of its views' identities (96), its residual token, and the seconds of its training."""
+    """One emblem: the mean of its views' identities (96), and by what was tuned its residual tokens and the seconds of
+    their training."""
 
     identity: Tensor
-    residual: Any
-    seconds: float
+    residuals: dict[str, Any]
+    seconds: dict[str, float]
 
 
 def study(given: Given) -> None:
     """Trains the emblems on a server and prints a table for each number of them in a picture."""
     emblems = _train_all(given)
-    seconds = sum(emblem.seconds for emblem in emblems)
-    speed = EMBLEMS * TRAINING["steps"] / seconds
-    print(
-        f"{EMBLEMS} emblems of {VIEWS} views each, {TRAINING['steps']} steps of batch {TRAINING['batch_size']} at a "
-        f"learning rate of {TRAINING['learning_rate']:g}: {seconds / EMBLEMS:.0f} s each, {speed:.1f} steps a second.\n"
-    )
-    for things, cases in ((1, given.count // 4), (2, given.count // 8), (4, given.count // 4)):
-        scores: dict[str, list[Score]] = {PLAIN: [], LEARNED: []}
-        groups = list(itertools.combinations(range(EMBLEMS), things))
+    for tunes, inputs in TRAININGS.items():
+        seconds = sum(emblem.seconds[tunes] for emblem in emblems)
+        print(
+            f"{EMBLEMS} emblems of {VIEWS} views each, {tunes} tuned, {inputs['steps']} steps of batch "
+            f"{inputs['batch_size']} at a learning rate of {inputs['learning_rate']:g}: {seconds / EMBLEMS:.0f} s "
+            f"each, {EMBLEMS * inputs['steps'] / seconds:.1f} steps a second.\n"
+        )
+    for things, cases in ((1, given.count // 5), (2, given.count // 10), (4, given.count // 5)):
+        scores: dict[str, list[Score]] = {name: [] for name in (PLAIN, *TRAININGS)}
+        groups = list(itertools.combinations(emblems, things))
         for number in range(max(cases, 1)):
-            for group in groups:
-                chosen = [emblems[index] for index in group]
-                for name in scores:
-                    scores[name] += _scores(given, chosen, number, learned=name == LEARNED)
+            case = Case(given, things, number)
+            for name in scores:
+                for group in groups:
+                    scores[name] += case.scores(group, name)
             print(f"{things} of the emblems: {number + 1} of {cases}", file=sys.stderr, flush=True)
         where = "Each alone" if things == 1 else f"{things} in their boxes of a layout"
         print(f"{where}, {max(cases, 1) * len(groups)} pictures:\n")
@@ -78,7 +83,7 @@ def _train_all(given: Given) -> list[Learned]:
         learned = []
         for number in range(EMBLEMS):
             learned.append(_train(given, server, number))
-            print(f"emblem {number + 1} of {EMBLEMS}: {learned[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"emblem {number + 1} of {EMBLEMS}: {learned[-1].seconds}", file=sys.stderr, flush=True)
         return learned
 
 
@@ -86,7 +91,6 @@ def _train(given: Given, server: Any, number: int) -> Learned:
     import numpy as np
     import torch
     from PIL import Image
-    from subject_patches.nodes.residual import FOLDER, read_residual_token
     from subject_patches.toy.drawing import draw
     from subject_patches.toy.scenes import describe_background, sample_emblem, view
 
@@ -100,6 +104,18 @@ def _train(given: Given, server: Any, number: int) -> Learned:
         images[str(10 + index)] = {"class_type": "LoadImage", "inputs": {"image": name}}
         picture = torch.from_numpy(each.image).float()[None] / 255
         vectors.append(given.judge.identity(picture, torch.from_numpy(each.boxes[:1]).float()))
+    captions = [f"an {{}} {describe_background(each.scene.background)}" for each in drawn]
+    learned = Learned(torch.nn.functional.normalize(torch.cat(vectors).mean(0), dim=0), {}, {})
+    for tunes in TRAININGS:
+        prompt = _workflow(images, captions, tunes, f"emblem_{number}")
+        learned.residuals[tunes], learned.seconds[tunes] = _trained(server, prompt)
+    return learned
+
+
+def _trained(server: Any, prompt: dict[str, Any]) -> tuple[Any, float]:
+    """The residual token that a workflow saves, and how many seconds its steps took."""
+    from subject_patches.nodes.residual import FOLDER, read_residual_token
+
     # Loading the models is no part of a training's time.
     started: list[float] = []
 
@@ -107,20 +123,18 @@ def _train(given: Given, server: Any, number: int) -> Learned:
         if step.node_id == "3" and step.done and not started:
             started.append(time.monotonic())
 
-    captions = [f"an {{}} {describe_background(each.scene.background)}" for each in drawn]
-    outputs = server.queue(_workflow(images, captions, f"emblem_{number}"), progress=begun, seconds=3600)
+    outputs = server.queue(prompt, progress=begun, seconds=3600)
     seconds = time.monotonic() - started[0]
     (file,) = outputs["4"]["text"]
-    identity = torch.nn.functional.normalize(torch.cat(vectors).mean(0), dim=0)
-    return Learned(identity, read_residual_token(Path(server.base) / "models" / FOLDER / file), seconds)
+    return read_residual_token(Path(server.base) / "models" / FOLDER / file), seconds
 
 
-def _workflow(images: dict[str, Any], captions: Sequence[str], name: str) -> dict[str, Any]:
+def _workflow(images: dict[str, Any], captions: Sequence[str], tunes: str, name: str) -> dict[str, Any]:
     batch = {f"images.image{index}": [node, 0] for index, node in enumerate(images)}
     training = {
         "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "noun": "emblem", "resolution": SIDE,
         "captions": "\n".join(captions), "more_templates": "", "seed": 0, "precision": "fp32",
-        "gradient_checkpointing": False, "resume_name": "", **TRAINING,
+        "gradient_checkpointing": False, "resume_name": "", "tunes": tunes, **TRAININGS[tunes],
     }  # fmt: skip
     return {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}},
@@ -134,36 +148,53 @@ def _workflow(images: dict[str, Any], captions: Sequence[str], name: str) -> dic
     }
 
 
-def _scores(given: Given, emblems: Sequence[Learned], number: int, learned: bool) -> list[Score]:
-    """The scores of one picture with these emblems in it, or with as many plain ones."""
-    import numpy as np
-    from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
-    from subject_patches.nodes.layout import LayoutBiasNode, LayoutNode
-    from subject_patches.nodes.residual import ApplyResidualTokens
-    from subject_patches.toy.scenes import describe_background, sample_background
+class Case:
+    """One prompt and seed, with its layout where there are several emblems."""
 
-    from .layout import DEFAULTS
+    def __init__(self, given: Given, things: int, number: int) -> None:
+        import numpy as np
+        from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+        from subject_patches.nodes.layout import LayoutBiasNode, LayoutNode
+        from subject_patches.toy.scenes import describe_background, sample_background
 
-    background = sample_background(np.random.default_rng((2**45, number)))
-    ground = describe_background(background)
-    model, boxes = None, ((0, 0, SIDE, SIDE),)
-    if len(emblems) == 1:
-        phrases = ["emblem"]
+        from .layout import DEFAULTS
+
+        self.given, self.seed, self.model = given, number, None
+        self.boxes: Sequence[Sequence[int]] = BOXES.get(things, ((0, 0, SIDE, SIDE),))
+        self.background = sample_background(np.random.default_rng((2**45, number)))
+        ground = describe_background(self.background)
+        self.phrases = ["emblem"] if things == 1 else [f"{ordinal} emblem" for ordinal in ORDINALS[:things]]
         text = f"an emblem {ground}"
-    else:
-        phrases = [f"{ordinal} emblem" for ordinal in ORDINALS[: len(emblems)]]
-        text = f"{', '.join(f'a {phrase}' for phrase in phrases[:-1])} and a {phrases[-1]} {ground}"
-        boxes = BOXES[len(emblems)]
-        drawn = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in boxes]
-        layout = LayoutNode.execute(SIDE, SIDE, "\n".join(phrases), boxes=drawn).args[0]
-        model = LayoutBiasNode.execute(given.toy.model, layout, **DEFAULTS).args[0]
-    positive = EncodePromptWithSubjects.execute(given.toy.clip, text, "\n".join(["emblem", *phrases])).args[0]
-    for emblem, phrase in zip(emblems, phrases, strict=True) if learned else ():
-        positive = ApplyResidualTokens.execute(positive, emblem.residual, 1.0, phrase).args[0]
-    image = given.picture(positive, number, model)
-    reading = given.judge.findings(image)[0]
-    ground_right = reading.background == background.kind
-    return [_score(given, image, reading, emblems, index, box, ground_right) for index, box in enumerate(boxes)]
+        if things > 1:
+            text = f"{', '.join(f'a {phrase}' for phrase in self.phrases[:-1])} and a {self.phrases[-1]} {ground}"
+            drawn = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in self.boxes]
+            layout = LayoutNode.execute(SIDE, SIDE, "\n".join(self.phrases), boxes=drawn).args[0]
+            self.model = LayoutBiasNode.execute(given.toy.model, layout, **DEFAULTS).args[0]
+        phrases = "\n".join(["emblem", *self.phrases])
+        self.positive = EncodePromptWithSubjects.execute(given.toy.clip, text, phrases).args[0]
+        self.plain: tuple[Tensor, Any] | None = None
+
+    def scores(self, emblems: Sequence[Learned], name: str) -> list[Score]:
+        """A score for each of these emblems in a picture with their residuals, or in the plain noun's, which is one
+        for all emblems."""
+        image, reading = self._picture(emblems, name)
+        ground = reading.background == self.background.kind
+        places = enumerate(self.boxes)
+        return [_score(self.given, image, reading, emblems, index, box, ground) for index, box in places]
+
+    def _picture(self, emblems: Sequence[Learned], name: str) -> tuple[Tensor, Any]:
+        from subject_patches.nodes.residual import ApplyResidualTokens
+
+        if name == PLAIN and self.plain is not None:
+            return self.plain
+        positive = self.positive
+        for emblem, phrase in zip(emblems, self.phrases, strict=True) if name != PLAIN else ():
+            positive = ApplyResidualTokens.execute(positive, emblem.residuals[name], 1.0, phrase).args[0]
+        image = self.given.picture(positive, self.seed, self.model)
+        made = image, self.given.judge.findings(image)[0]
+        if name == PLAIN:
+            self.plain = made
+        return made
 
 
 def _score(
