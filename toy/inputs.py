@@ -12,6 +12,7 @@ from .drawing import draw
 from .scenes import EMBLEM, SIZE, Background, Emblem, Scene, Thing, view
 
 FOLDER = Path(__file__).parents[1] / "workflows" / "input"
+PLAQUE = Emblem("shield", "white", "red", tuple(c == "#" for c in ".##.#..##..#.##."))
 SHIELD = Emblem("shield", "yellow", "blue", tuple(c == "#" for c in "#..##..#.##..##."))
 RING = Emblem("disc", "red", "white", tuple(c == "#" for c in ".##.#..##..#.##."))
 MIDDLE = SIZE / 2
@@ -38,6 +39,9 @@ def main() -> None:
     rng = np.random.default_rng(4)
     for number, ground in enumerate(GROUNDS, 1):
         save(f"shield_{number}.png", draw(view(SHIELD, rng, ground)).image, np.ones((SIZE, SIZE), dtype=bool))
+    other = Thing(EMBLEM, PLAQUE.plate_colour, "plain", 74, 66, 36, 0.25, PLAQUE)
+    retouched = draw(Scene((other,), Background("grass"), seed=7))
+    save("another_emblem.png", retouched.image, ~retouched.masks[0])
 
 
 if __name__ == "__main__":
