@@ -161,7 +161,8 @@ class Alone:
 
     def __init__(self, encoder: TextEncoder, shots: Shots, count: int) -> None:
         self.shots = shots
-        self.contexts = torch.cat([encoder.encode(tokens)[0] for tokens in shots.captions.tokens]).detach()
+        contexts = torch.cat([encoder.encode(tokens)[0] for tokens in shots.captions.tokens])
+        self.contexts = contexts.detach().to(shots.denoiser.device)
         start = torch.zeros(count, self.contexts.shape[-1], device=self.contexts.device)
         self.parameters = {"residual": start.requires_grad_()}
 
