@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from host import Host
+from measuring.given import Given
 from measuring.recycled_attention import Pair
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import Toy
@@ -19,11 +21,12 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Iterator[list[Pair]]:
+def pairs(host: Host) -> Iterator[list[Pair]]:
     """Emblems, each with its reference picture and a scene to put it in; inference mode, as in the host's server."""
     toy, judge = Toy.load(), load_judge()
     with torch.inference_mode():
-        yield [Pair(toy, judge, 1000 + number, STEPS) for number in range(PAIRS)]
+        given = Given(host, toy, judge, PAIRS, STEPS)
+        yield [Pair(given, 1000 + number) for number in range(PAIRS)]
 
 
 def test_recycled_attention_carries_identity(pairs: list[Pair]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
+from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.nodes.routed_reference import SubjectShareNode
 from subject_patches.patches.call import AttentionCall, Chunk, execute
 from subject_patches.patches.engine import add_edit
@@ -346,3 +347,23 @@ def test_an_image_prompt_of_another_model(model: Any) -> None:
 def test_bad_shares(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give a number from 0 to"):
         SubjectShareNode.execute((subject(),), **values)
+
+
+# Beside others
+
+
+@pytest.mark.parametrize("by_maps", [False, True])
+def test_layers_whose_places_another_pack_changed_are_left_alone(by_maps: bool, model: Any) -> None:
+    merged = TomePatchModel.execute(model, 0.5).args[0]
+    look = looked_at(routed(merged, (subject(),), map_router() if by_maps else None), size=(16, 16), batch=1)
+    grids = [seen.call.grid is None for seen in look.of("positive")]
+    assert any(grids)
+    assert not all(grids)
+    for seen in look.of("positive"):
+        assert seen.call.grid is not None or not seen.call.extensions
+    assert any(seen.call.extensions for seen in look.of("positive"))
+
+
+def test_what_two_windows_have_in_common() -> None:
+    assert Window(0.2, 0.8) & Window(0.5, 1.0) == Window(0.5, 0.8)
+    assert (Window(0.0, 0.3) & Window(0.5, 1.0)).empty
