@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import re
+import struct
 import threading
 from typing import Any
 
+import aiohttp
 import pytest
 from hosting.client import Progress
 from hosting.errors import WorkflowInterrupted
@@ -74,6 +79,32 @@ def test_train_save_load_apply(server: Server) -> None:
         (image,) = server.queue(picture(file, strength))["8"]["images"]
         pictures.append(server.fetch(image))
     assert pictures[0] != pictures[1]
+
+
+async def _texts_while(server: Server, prompt: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines that a run shows on its nodes: binary messages of the host's kind 3."""
+    texts: list[str] = []
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{server.url}/ws?clientId=watcher", max_msg_size=2**26) as socket,
+    ):
+        run = asyncio.create_task(asyncio.to_thread(server.queue, prompt))
+        while not run.done():
+            with contextlib.suppress(asyncio.TimeoutError):
+                message = await asyncio.wait_for(socket.receive(), 0.5)
+                if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == struct.pack(">I", 3):
+                    texts.append(message.data[9:].decode("utf-8"))
+        await run
+    return texts
+
+
+def test_a_training_tells_its_loss_and_the_time_left(server: Server) -> None:
+    texts = asyncio.run(_texts_while(server, training(12)))
+    assert texts
+    assert all(re.fullmatch(r"step \d+ of 12, loss \d+\.\d{4}(, \d\d:\d\d left)?", text) for text in texts), texts
+    assert any("left" in text for text in texts)
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert re.search(r"Training: .*12/12 .*loss=", log)
 
 
 def test_cancel_ends_a_training_at_once(server: Server) -> None:
