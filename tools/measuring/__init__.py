@@ -7,6 +7,7 @@ STUDIES = {
     "layout": layout.study,
     "residual tokens": residual_tokens.study,
     "retouch": retouch.study,
+    "dual branch": dual_branch.study,
     "routed reference": routed_reference.study,
     "together": together.study,
 }
