@@ -19,7 +19,7 @@ EMBLEMS, VIEWS = 4, 4
 # What the node is given: the toy's encoder is small, and learns at rates that would break one of CLIP's size.
 TRAININGS: dict[str, dict[str, Any]] = {
     "residual alone": {"steps": 150, "learning_rate": 0.05, "batch_size": 4, "preservation": 0.1},
-    "text encoder": {"steps": 200, "learning_rate": 0.001, "batch_size": 4, "preservation": 0.1},
+    "text encoder": {"steps": 250, "learning_rate": 0.0005, "batch_size": 4, "preservation": 0.02},
 }
 PLAIN = "the plain noun"
 # Each makes a phrase of its own, and says nothing of an emblem.
