@@ -26,8 +26,9 @@ ROWS = (
     "IV II and the multi-source swap",
     "V IV and mask blending",
 )
-# Shares of the steps: the paper's 5 of 50 first.
-LAMBDA1 = (0.1, 0.0, 0.05, 0.2, 0.3, 0.5, 1.0)
+# The vanilla model's share of the steps: the paper's 5 of 50, and what the sweep tries besides it, none and all.
+LAMBDA1 = 0.1
+SWEPT = (0.05, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,25 @@ def study(given: Given) -> None:
     count = min(given.count, EMBLEMS * PROMPTS)
     subjects = [Subject(given, number) for number in range(min(EMBLEMS, count))]
     scores: dict[str, list[Score]] = {name: [] for name in (VANILLA, *ROWS)}
-    sweep: dict[float, list[Score]] = {share_: [] for share_ in LAMBDA1[1:]}
+    sweep: dict[float, list[Score]] = {share_: [] for share_ in SWEPT}
     replays: list[tuple[float, float]] = []
     for number in range(count):
         case = Case(given, subjects[number % len(subjects)], number // EMBLEMS, number)
         for name, image in case.pictures().items():
             scores[name].append(case.score(image))
-        # A quarter of the prompts for the sweep, an eighth for the picture given back.
-        if number // EMBLEMS % 4 == 0:
+        # Every eighth prompt.
+        if number // EMBLEMS % 8 == 0:
             for share_, found in sweep.items():
                 found.append(case.score(case.blended(share_)))
-        if number // EMBLEMS % 8 == 0:
             replays.append(case.given_back())
         print(f"pair {number + 1} of {count}", file=sys.stderr, flush=True)
     print(f"{count} pairs of {len(subjects)} emblems and {PROMPTS} prompts:\n")
     _table(scores)
-    swept = [scores[ROWS[1]][number] for number in range(count) if number // EMBLEMS % 4 == 0]
-    print(f"\nlambda1, the vanilla model's share of the steps, over {len(swept)} of them:\n")
-    _sweep({LAMBDA1[0]: swept, **sweep})
+    known = {0.0: ROWS[0], LAMBDA1: ROWS[1], 1.0: VANILLA}
+    every = [number for number in range(count) if number // EMBLEMS % 8 == 0]
+    swept = sweep | {share_: [scores[name][number] for number in every] for share_, name in known.items()}
+    print(f"\nlambda1, the vanilla model's share of the steps, over {len(every)} of them:\n")
+    _sweep(swept)
     patched, plain = ([pair[n] for pair in replays] for n in (0, 1))
     print(
         f"\nLayout and reference one picture, an empty mask, {len(replays)} pictures: PSNR {_mean(patched):.1f} dB "
@@ -120,7 +122,7 @@ class Case:
         from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
 
         given, subject = self.given, self.subject
-        layout = self.blended(LAMBDA1[0])
+        layout = self.blended(LAMBDA1)
         prompt = given.toy.encode([self.words])
         neutral = EncodePromptWithSubjects.execute(given.toy.clip, "an emblem", "emblem").args[0]
         path, last, _ = inverted(given, given.toy.vae.encode(layout)).args
@@ -131,7 +133,7 @@ class Case:
         mask = AdaptiveBlendMaskNode.execute(mask=self._segmented(layout), phrase="emblem").args[0]
         masked = MultiSourceSwapNode.execute(subject.model, **both, blend_mask=mask).args[0]
         noise = _noise(self.seed)
-        first_steps = self._guider(LAMBDA1[0], alone)
+        first_steps = self._guider(LAMBDA1, alone)
         return {
             VANILLA: self.blended(1.0),
             ROWS[0]: self.blended(0.0),
@@ -150,7 +152,7 @@ class Case:
         import torch
         from subject_patches.nodes.retouch import MultiSourceSwapNode
 
-        latent = self.given.toy.vae.encode(self.blended(LAMBDA1[0]))
+        latent = self.given.toy.vae.encode(self.blended(LAMBDA1))
         picture = self.given.toy.vae.decode(latent)[..., :3].clamp(0, 1)
         prompt = self.given.toy.encode([self.words])
         path, last, _ = inverted(self.given, latent).args
