@@ -11,7 +11,6 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from safetensors.torch import save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
-from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
 from subject_patches.patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
 from subject_patches.patches.dual_branch import BRANCH_KEY, positions
 from subject_patches.patches.prompt import SPANS_KEY
@@ -119,14 +118,3 @@ def test_what_the_node_refuses(clip: comfy.sd.CLIP) -> None:
         AuxiliaryPromptNode.execute(clip, "a dog", "dog", preset="tree")
     with pytest.raises(ValueError, match="'dog' is not in the prompt"):
         AuxiliaryPromptNode.execute(clip, "a cat", "dog")
-
-
-@pytest.mark.parametrize("node", [AuxiliaryPromptNode, DualBranchIntegrationNode])
-def test_the_schemas_explain_themselves(node: Any) -> None:
-    schema = node.GET_SCHEMA()
-    assert schema.category == "Subject Patches"
-    assert schema.description
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
-    page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
-    text = page.read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)

@@ -207,13 +207,13 @@ class Notes(Edit):
     """Keeps the aggregation masks of a run, and which chunks were amended."""
 
     masks: list[tuple[float, Site, Tensor]] = field(default_factory=list)
-    amended: list[tuple[str, bool]] = field(default_factory=list)
+    amended: list[tuple[float, str, bool]] = field(default_factory=list)
 
     def wants(self, chunk: Chunk) -> bool:
         return True
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        self.amended.append((call.chunk.name, call.amended))
+        self.amended.append((sigma, call.chunk.name, call.amended))
         self.masks.extend((sigma, call.site, n.maps()) for n in call.notes if n.name == "aggregation mask")
 
 
@@ -233,12 +233,17 @@ def test_masks_for_the_inspector(model: Any) -> None:
         assert mask.shape[2:] in (SIZE, (4, 5))
         assert bool((mask >= 0).all() and (mask <= 1).all())
         assert float(mask.max() - mask.min()) > 0.01
-    assert set(notes.amended) == {("positive", True), ("negative", False)}
+    last = min(sigma for sigma, *_ in notes.amended)
+    assert {(name, amended) for sigma, name, amended in notes.amended if sigma > last} == {
+        ("positive", True),
+        ("negative", False),
+    }
+    assert not any(amended for sigma, _, amended in notes.amended if sigma == last)
 
 
 def test_only_the_concepts_prompt_is_mixed(model: Any) -> None:
     both = [*known_prompt(), *prompt(4)]
-    assert set(noted(model, {"positive": both}).amended) == {
+    assert {(name, amended) for _, name, amended in noted(model, {"positive": both}).amended} == {
         ("positive", True),
         ("positive", False),
         ("negative", False),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
 from host import Server
+from safetensors import safe_open
 from safetensors.torch import save_file
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
 from subject_patches.patches.inversion import (
@@ -337,18 +338,8 @@ def test_on_a_server(server: Server) -> None:
     }
     server.queue(again)
     (copy,) = (server.base / "output" / "trajectories").glob("again*.safetensors")
-    assert copy.read_bytes() == path.read_bytes()
-
-
-# Help
-
-
-@pytest.mark.parametrize("node", [InvertToTrajectoryNode, SaveTrajectoryNode, LoadTrajectoryNode])
-def test_the_help_page_names_every_input(node: Any) -> None:
-    schema = node.define_schema()
-    page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"# {schema.display_name}\n")
-    for each in (*schema.inputs, *schema.outputs):
-        assert f"`{each.id if each in schema.inputs else each.display_name}`" in text
-        assert each.tooltip
+    # A file's header is in no fixed order.
+    with safe_open(path, "pt") as first, safe_open(copy, "pt") as second:
+        assert first.metadata() == second.metadata()
+        assert sorted(first.keys()) == sorted(second.keys())
+        assert all(torch.equal(first.get_tensor(name), second.get_tensor(name)) for name in sorted(first.keys()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,17 +135,6 @@ def test_a_layout_that_cannot_be(inputs: dict[str, Any], message: str) -> None:
 def test_a_bias_that_cannot_be(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         laid_out(small_model(), Layout(8, 8, (Region("dog", torch.ones(8, 8, dtype=torch.bool)),)), **inputs)
-
-
-@pytest.mark.parametrize("node", [LayoutNode, LayoutBiasNode])
-def test_the_schemas_explain_themselves(node: Any) -> None:
-    schema = node.GET_SCHEMA()
-    assert schema.category == "Subject Patches"
-    assert schema.description
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
-    page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
-    text = page.read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)
 
 
 def test_defaults_are_the_authors() -> None:

@@ -395,17 +395,6 @@ def test_models_of_two_families() -> None:
         train(clip=small_clip("SD 1.x"))
 
 
-@pytest.mark.parametrize("node", [ApplyResidualTokens, TrainResidualToken, SaveResidualToken, LoadResidualToken])
-def test_the_schemas_explain_themselves(node: Any, folders: Path) -> None:
-    schema = node.GET_SCHEMA()
-    assert schema.category == "Subject Patches"
-    assert schema.description
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
-    page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
-    text = page.read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)
-
-
 def test_defaults_are_the_papers() -> None:
     defaults = {each.id: each.default for each in TrainResidualToken.GET_SCHEMA().inputs if hasattr(each, "default")}
     assert (defaults["steps"], defaults["learning_rate"], defaults["batch_size"]) == (3000, 1e-6, 1)

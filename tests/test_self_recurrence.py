@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import comfy.sample
@@ -149,11 +148,3 @@ def test_what_it_refuses_besides() -> None:
     churning = comfy.samplers.ksampler("euler", {"s_churn": 1.0})
     with pytest.raises(ValueError, match="s_churn"):
         SelfRecurrenceNode.execute(churning, 2, 0.0, 1.0, 0)
-
-
-def test_the_schema_explains_itself() -> None:
-    schema = SelfRecurrenceNode.GET_SCHEMA()
-    assert schema.category == "Subject Patches"
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
-    text = (Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)

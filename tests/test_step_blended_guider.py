@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -354,13 +353,3 @@ def test_step_at_a_noise_level() -> None:
     assert [step_at(level, sigmas) for level in levels] == [0, 0, 0, 1, 1, 2, 2, 3]
     plan = StepPlan((9.0, 4.0, 1.0, 0.0), (0, 0, 1))
     assert [plan.next(level) for level in (9.0, 4.0, 4.0, 1.0)] == [0, 0, 1, 2]
-
-
-# Help
-
-
-def test_the_help_page_names_every_input() -> None:
-    schema = StepBlendedGuiderNode.GET_SCHEMA()
-    text = (Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))

@@ -284,14 +284,6 @@ def test_a_cancel_ends_it(folders: Path) -> None:
         trained(3)
 
 
-def test_the_schema_explains_itself() -> None:
-    schema = TrainConceptNode.GET_SCHEMA()
-    assert schema.category == "Subject Patches"
-    assert all(each.tooltip for each in (*schema.inputs, *schema.outputs))
-    text = (Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
-    assert all(f"`{each.id}`" in text for each in schema.inputs)
-
-
 # On a stock server
 
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
