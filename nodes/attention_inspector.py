@@ -14,6 +14,7 @@ from ..patches.engine import add_edit
 from ..patches.prompt import split_phrases
 from ..patches.sites import attention_sites, sites_named
 from ..patches.window import Window
+from .checks import check_choice, check_number
 from .types import CATEGORY, AttentionRecordType
 
 ALL = "all"
@@ -168,11 +169,9 @@ class AttentionInspectorNode(io.ComfyNode):
         subjects: str = "",
         tokens: bool = False,
     ) -> io.NodeOutput:
-        for name, value, options in (("show", show, KINDS), ("arrange", arrange, (BY_STEP, BY_LAYER))):
-            if value not in options:
-                raise ValueError(f"{name} is '{value}'; choose one of {', '.join(options)}.")
-        if not 0 <= opacity <= 1:
-            raise ValueError(f"The opacity is {opacity}; give a number from 0 to 1.")
+        check_choice("show", show, KINDS)
+        check_choice("arrange", arrange, (BY_STEP, BY_LAYER))
+        check_number("opacity", opacity, 0.0, 1.0)
         if not 1 <= first_step <= last_step:
             raise ValueError(f"The steps go from {first_step} to {last_step}; give the first one first, from 1.")
         if not record.maps and not record.rows:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens
 from ..patches.prompt import SPANS_KEY, check_embeddings, find_spans, prompt_spans, split_phrases
+from .checks import check_choice, check_loaded
 from .types import CATEGORY
 
 AUTOMATIC = "automatic"
@@ -83,12 +84,8 @@ class AuxiliaryPromptNode(io.ComfyNode):
     def execute(
         cls, clip: Any, text: str, concept: str, preset: str = AUTOMATIC, noun: str = "", phrases: str = ""
     ) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError(
-                "The clip input is None, so the checkpoint has no text encoder; load one with a CLIP loader node."
-            )
-        if preset not in (AUTOMATIC, *PRESETS):
-            raise ValueError(f"The preset is '{preset}'; choose one of {', '.join((AUTOMATIC, *PRESETS))}.")
+        check_loaded(clip=clip)
+        check_choice("preset", preset, (AUTOMATIC, *PRESETS))
         chosen = noun.strip() or (preset_noun(text) if preset == AUTOMATIC else preset)
         check_embeddings(clip, concept)
         other = auxiliary_text(text, concept, chosen)

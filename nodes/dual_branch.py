@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -10,8 +9,9 @@ from comfy_api.latest import io
 
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
 from ..patches.engine import add_edit
-from ..patches.sites import CHOICES, attention_sites, select_sites
-from .types import CATEGORY, named_sites_input
+from ..patches.sites import attention_sites, select_sites
+from .checks import check_choice, check_number
+from .types import CATEGORY, model_output, named_sites_input, seed_input, sites_input
 
 INJECTION_MAX = 100.0
 GAIN_MAX = 100000.0
@@ -82,14 +82,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     tooltip="What the auxiliary branch starts from: a noise of its own, as in the authors' code, or "
                     "the concept's, which lays both pictures out alike.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Fixes the auxiliary branch's own noise, together with the sampler's.",
-                ),
+                seed_input("Fixes the auxiliary branch's own noise, together with the sampler's."),
                 io.Combo.Input(
                     "guidance",
                     options=[SHARED, OWN],
@@ -116,16 +109,14 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     tooltip="How much the attention to words is sharpened, first over the words and then over the "
                     "places. The authors' is 10.",
                 ),
-                io.Combo.Input(
-                    "sites",
-                    options=list(CHOICES),
-                    default="encoder and decoder",
+                sites_input(
+                    "encoder and decoder",
+                    "Which cross-attention layers mix the branches. The paper's is all.",
                     advanced=True,
-                    tooltip="Which cross-attention layers mix the branches. The paper's is all.",
                 ),
                 named_sites_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+            outputs=[model_output()],
         )
 
     @classmethod
@@ -146,21 +137,13 @@ class DualBranchIntegrationNode(io.ComfyNode):
         sites: str = "encoder and decoder",
         named_sites: str = "",
     ) -> io.NodeOutput:
-        for name, value, least, most in (
-            ("injection strength", injection_strength, -INJECTION_MAX, INJECTION_MAX),
-            ("strength", strength, 0.0, 1.0),
-            ("gain", gain, 0.0, GAIN_MAX),
-            ("sharpness", sharpness, 0.0, SHARPNESS_MAX),
-        ):
-            if not (math.isfinite(value) and least <= value <= most):
-                raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
-        for name, value, options in (
-            ("gain mode", gain_mode, (FIXED, BY_RESOLUTION)),
-            ("noise", noise, (OWN_NOISE, SAME_NOISE)),
-            ("guidance", guidance, (SHARED, OWN)),
-        ):
-            if value not in options:
-                raise ValueError(f"The {name} is '{value}'; choose one of {', '.join(options)}.")
+        check_number("injection strength", injection_strength, -INJECTION_MAX, INJECTION_MAX)
+        check_number("strength", strength, 0.0, 1.0)
+        check_number("gain", gain, 0.0, GAIN_MAX)
+        check_number("sharpness", sharpness, 0.0, SHARPNESS_MAX)
+        check_choice("gain mode", gain_mode, (FIXED, BY_RESOLUTION))
+        check_choice("noise", noise, (OWN_NOISE, SAME_NOISE))
+        check_choice("guidance", guidance, (SHARED, OWN))
         window = BranchWindow(0.0, end_percent)
         chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
         if strength == 0 or window.empty or not auxiliary:

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY, find_spans, split_phrases
+from .checks import check_loaded
 from .types import CATEGORY, SubjectType
 
 
@@ -57,10 +58,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, text: str, phrases: str = "", subjects: tuple[Any, ...] | None = None) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError(
-                "The clip input is None, so the checkpoint has no text encoder; load one with a CLIP loader node."
-            )
+        check_loaded(clip=clip)
         wanted = (*split_phrases(phrases), *(subject.phrase for subject in subjects or ()))
         spans = find_spans(clip, text, wanted)
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans}))

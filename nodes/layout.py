@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,9 +10,10 @@ from ..patches.engine import add_edit
 from ..patches.layout import LayoutBias
 from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_picture, painted_mask
 from ..patches.prompt import split_phrases
-from ..patches.sites import CHOICES, attention_sites, select_sites
+from ..patches.sites import attention_sites, select_sites
 from ..patches.window import Window
-from .types import CATEGORY, LayoutType, named_sites_input, window_inputs
+from .checks import check_choice, check_number
+from .types import CATEGORY, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
 
 POSITIVE_MAX = 100.0
 NEGATIVE_MIN = -1e8
@@ -136,7 +136,7 @@ class LayoutBiasNode(io.ComfyNode):
             "strengthened in its regions and weakened elsewhere (Cones 2). No training.",
             search_aliases=["Cones 2", "layout guidance", "regional prompt", "attention bias", "boxes"],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                model_input(),
                 LayoutType.Input(
                     "layout",
                     tooltip="From Layout. The prompt must come from Encode Prompt with Subjects, with the layout's "
@@ -175,11 +175,9 @@ class LayoutBiasNode(io.ComfyNode):
                     tooltip="Where a phrase is weakened: everywhere outside its regions, as in the authors' code, or "
                     "only in the regions of other phrases, as in the paper. Where two regions overlap, neither is.",
                 ),
-                io.Combo.Input(
-                    "sites",
-                    options=list(CHOICES),
-                    default="encoder and decoder",
-                    tooltip="Which cross-attention layers are biased. The authors bias all.",
+                sites_input(
+                    "encoder and decoder",
+                    "Which cross-attention layers are biased. The authors bias all.",
                 ),
                 *window_inputs("the layout begins to act"),
                 io.Combo.Input(
@@ -200,7 +198,7 @@ class LayoutBiasNode(io.ComfyNode):
                 ),
                 named_sites_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+            outputs=[model_output()],
         )
 
     @classmethod
@@ -219,20 +217,12 @@ class LayoutBiasNode(io.ComfyNode):
         statistics: str = PER_PICTURE,
         named_sites: str = "",
     ) -> io.NodeOutput:
-        for name, value, least, most in (
-            ("guidance weight", guidance_weight, 0.0, GUIDANCE_MAX),
-            ("positive weight", positive_weight, 0.0, POSITIVE_MAX),
-            ("negative weight", negative_weight, NEGATIVE_MIN, 0.0),
-        ):
-            if not (math.isfinite(value) and least <= value <= most):
-                raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
-        for name, value, options in (
-            ("weaken", weaken, (OUTSIDE, OTHER_REGIONS)),
-            ("eta", eta, (FADING, CONSTANT)),
-            ("statistics", statistics, (PER_PICTURE, WHOLE_BATCH)),
-        ):
-            if value not in options:
-                raise ValueError(f"{name} is '{value}'; choose one of {', '.join(options)}.")
+        check_number("guidance weight", guidance_weight, 0.0, GUIDANCE_MAX)
+        check_number("positive weight", positive_weight, 0.0, POSITIVE_MAX)
+        check_number("negative weight", negative_weight, NEGATIVE_MIN, 0.0)
+        check_choice("weaken", weaken, (OUTSIDE, OTHER_REGIONS))
+        check_choice("eta", eta, (FADING, CONSTANT))
+        check_choice("statistics", statistics, (PER_PICTURE, WHOLE_BATCH))
         window = Window(start_percent, end_percent)
         chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
         weightless = guidance_weight == 0 or positive_weight == negative_weight == 0

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..patches.engine import add_edit
 from ..patches.recycled_attention import RecycledSelfAttention
-from ..patches.sites import CHOICES, attention_sites, select_sites
+from ..patches.sites import attention_sites, select_sites
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
-from .types import CATEGORY, SubjectType, named_sites_input, window_inputs
+from .checks import check_number
+from .types import (
+    CATEGORY,
+    SubjectType,
+    model_input,
+    model_output,
+    named_sites_input,
+    seed_input,
+    sites_input,
+    window_inputs,
+)
 
 STRENGTH_MAX = 10.0
 
@@ -31,7 +40,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             "too and the picture attends to it (AnyLogo). No training.",
             search_aliases=["AnyLogo", "reference only", "reference attention", "subject"],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                model_input(),
                 SubjectType.Input("subject", tooltip="One or more subjects; the picture attends to all of them."),
                 io.Float.Input(
                     "strength",
@@ -51,21 +60,14 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     tooltip="The share of layers and steps that see the reference, chosen by the seed (the paper's "
                     "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
                 ),
-                io.Combo.Input(
-                    "sites",
-                    options=list(CHOICES),
-                    default="decoder",
-                    tooltip="Which self-attention layers see the reference. The paper finds the decoder best.",
+                sites_input(
+                    "decoder",
+                    "Which self-attention layers see the reference. The paper finds the decoder best.",
                 ),
                 *window_inputs("the reference begins to act"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Fixes the reference's noise and the choice of keep_probability. Leave it alone while you "
-                    "try sampler seeds: the reference's features are then computed once.",
+                seed_input(
+                    "Fixes the reference's noise and the choice of keep_probability. Leave it alone while you "
+                    "try sampler seeds: the reference's features are then computed once."
                 ),
                 io.Mask.Input(
                     "region_mask",
@@ -89,7 +91,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                 ),
                 named_sites_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+            outputs=[model_output()],
         )
 
     @classmethod
@@ -108,9 +110,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         apply_to: str = "cond only",
         named_sites: str = "",
     ) -> io.NodeOutput:
-        for name, value, most in (("strength", strength, STRENGTH_MAX), ("keep_probability", keep_probability, 1.0)):
-            if not (math.isfinite(value) and 0 <= value <= most):
-                raise ValueError(f"The {name} is {value}; give a number from 0 to {most:g}.")
+        check_number("strength", strength, 0.0, STRENGTH_MAX)
+        check_number("keep_probability", keep_probability, 0.0, 1.0)
         window = Window(start_percent, end_percent)
         chosen = select_sites(attention_sites(model), "self", sites, named_sites)
         if region_mask is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY
 from ..patches.residual import ResidualToken, add_residual, family_of, subject_positions
+from .checks import check_number
 from .types import CATEGORY, ResidualTokenType
 
 STRENGTH_MAX = 10.0
@@ -67,8 +67,7 @@ class ApplyResidualTokens(io.ComfyNode):
     def execute(
         cls, conditioning: list[Any], residual: ResidualToken, strength: float = 1.0, phrase: str = ""
     ) -> io.NodeOutput:
-        if not (math.isfinite(strength) and abs(strength) <= STRENGTH_MAX):
-            raise ValueError(f"The strength is {strength}; give a number from {-STRENGTH_MAX:g} to {STRENGTH_MAX:g}.")
+        check_number("strength", strength, -STRENGTH_MAX, STRENGTH_MAX)
         shifted = []
         for context, values in conditioning:
             if context.shape[-1] != residual.width:

@@ -12,10 +12,20 @@ from ..patches.blend_mask import AdaptiveMask
 from ..patches.engine import add_edit
 from ..patches.inversion import Inversion
 from ..patches.retouch import MultiSourceSwap, path_of
-from ..patches.sites import CHOICES, attention_sites, family_of, select_sites
+from ..patches.sites import attention_sites, family_of, select_sites
 from ..patches.window import Window
+from .checks import check_choice, check_number
 from .trajectory import refuse_flow
-from .types import CATEGORY, BlendMaskType, TrajectoryType, named_sites_input, window_inputs
+from .types import (
+    CATEGORY,
+    BlendMaskType,
+    TrajectoryType,
+    model_input,
+    model_output,
+    named_sites_input,
+    sites_input,
+    window_inputs,
+)
 
 BOTH, COND_ONLY = "both", "cond only"
 OR, AND = "OR", "AND"
@@ -35,7 +45,7 @@ class MultiSourceSwapNode(io.ComfyNode):
             "from the reference trajectory, both by their attention (Layout-and-Retouch). No training.",
             search_aliases=["Layout-and-Retouch", "MasaCtrl", "mutual self-attention", "retouch", "attention swap"],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                model_input(),
                 TrajectoryType.Input(
                     "layout",
                     optional=True,
@@ -79,11 +89,9 @@ class MultiSourceSwapNode(io.ComfyNode):
                     tooltip="Where the picture is retouched: from Adaptive Blend Mask, or any mask. White is "
                     "retouched, black stays the layout's. Without one, all of it is.",
                 ),
-                io.Combo.Input(
-                    "sites",
-                    options=list(CHOICES),
-                    default="decoder",
-                    tooltip="Which self-attention layers swap. The paper and the swap it follows take the decoder.",
+                sites_input(
+                    "decoder",
+                    "Which self-attention layers swap. The paper and the swap it follows take the decoder.",
                 ),
                 io.Boolean.Input(
                     "swap_cross_attention",
@@ -103,7 +111,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 ),
                 named_sites_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+            outputs=[model_output()],
         )
 
     @classmethod
@@ -127,8 +135,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         for name, value in (("lambda2", lambda2), ("mask_blend_start", mask_blend_start)):
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
-        if apply_to not in (BOTH, COND_ONLY):
-            raise ValueError(f"apply_to is '{apply_to}'; choose {BOTH} or {COND_ONLY}.")
+        check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
         window = Window(start_percent, end_percent)
         refuse_flow(model)
         every = attention_sites(model)
@@ -249,11 +256,9 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
         phrase = phrase.strip()
         if mask is None and not phrase:
             raise ValueError("There is nothing to make a blend mask of; connect a mask, or write the subject's phrase.")
-        for name, value, least in (("threshold", threshold, 0.01), ("smallest_component", smallest_component, 0.0)):
-            if not (math.isfinite(value) and least <= value <= 1):
-                raise ValueError(f"The {name} is {value}; give a number from {least:g} to 1.")
-        if join not in (OR, AND):
-            raise ValueError(f"join is '{join}'; choose {OR} or {AND}.")
+        check_number("threshold", threshold, 0.01, 1.0)
+        check_number("smallest_component", smallest_component, 0.0, 1.0)
+        check_choice("join", join, (OR, AND))
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
             for number, each in enumerate(mask, 1):

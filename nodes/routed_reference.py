@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +11,23 @@ from ..patches.edit import Edit
 from ..patches.engine import add_edit
 from ..patches.routed_reference import RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.router import MOST_SUBJECTS, Router
-from ..patches.sites import CHOICES, attention_sites, context_width, select_sites
+from ..patches.sites import attention_sites, context_width, select_sites
 from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
+from .checks import check_choice, check_number
 from .recycled_attention import STRENGTH_MAX, reference_streams
-from .types import CATEGORY, RouterType, SubjectType, named_sites_input, window_inputs
+from .types import (
+    CATEGORY,
+    RouterType,
+    SubjectType,
+    model_input,
+    model_output,
+    named_sites_input,
+    seed_input,
+    sites_input,
+    window_inputs,
+)
 
 ETA_MAX = 10.0
 CURRENT, NEARLY_CLEAN = "current", "nearly clean"
@@ -77,8 +87,8 @@ class SubjectShareNode(io.ComfyNode):
         image_prompt: Any = None,
         eta: float = 1.0,
     ) -> io.NodeOutput:
-        _check_number("strength", strength, STRENGTH_MAX)
-        _check_number("eta", eta, ETA_MAX)
+        check_number("strength", strength, 0.0, STRENGTH_MAX)
+        check_number("eta", eta, 0.0, ETA_MAX)
         share = Share(strength, Window(start_percent, end_percent), _tokens(image_prompt), eta)
         return io.NodeOutput(tuple(replace(each, share=share) for each in subject))
 
@@ -96,7 +106,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             "references of its own subject only (AnyStory, without its trained weights).",
             search_aliases=["AnyStory", "multi subject", "several subjects", "reference attention", "regional"],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                model_input(),
                 SubjectType.Input(
                     "subjects",
                     tooltip="One to eight subjects: chain Subject nodes by their 'others'. Subject Share sets one's "
@@ -112,11 +122,9 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     tooltip="How much weight the references have in attention; the paper's gamma is its logarithm. 1 "
                     "is gamma 0; at 0 the references are not shown.",
                 ),
-                io.Combo.Input(
-                    "sites",
-                    options=list(CHOICES),
-                    default="decoder",
-                    tooltip="Which layers see the references and image prompts. The paper trains all of them; "
+                sites_input(
+                    "decoder",
+                    "Which layers see the references and image prompts. The paper trains all of them; "
                     "without training the decoder does best.",
                 ),
                 *window_inputs("the subjects begin to act"),
@@ -135,14 +143,9 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     tooltip="Whether the pass over a reference has its cross-attention. 'kept': it reads the prompt. "
                     "'skipped' is the paper's, whose ReferenceNet is trained for it.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Fixes the references' noise. Leave it alone while you try sampler seeds: the references' "
-                    "features are then computed once.",
+                seed_input(
+                    "Fixes the references' noise. Leave it alone while you try sampler seeds: the references' "
+                    "features are then computed once."
                 ),
                 io.Conditioning.Input(
                     "reference_conditioning",
@@ -168,7 +171,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 ),
                 named_sites_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")],
+            outputs=[model_output()],
         )
 
     @classmethod
@@ -189,14 +192,10 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         eta: float = 1.0,
         named_sites: str = "",
     ) -> io.NodeOutput:
-        _check_number("strength", strength, STRENGTH_MAX)
-        _check_number("eta", eta, ETA_MAX)
-        for name, value, options in (
-            ("noise_level", noise_level, (CURRENT, NEARLY_CLEAN)),
-            ("cross_attention", cross_attention, (KEPT, SKIPPED)),
-        ):
-            if value not in options:
-                raise ValueError(f"{name} is '{value}'; choose one of {', '.join(options)}.")
+        check_number("strength", strength, 0.0, STRENGTH_MAX)
+        check_number("eta", eta, 0.0, ETA_MAX)
+        check_choice("noise_level", noise_level, (CURRENT, NEARLY_CLEAN))
+        check_choice("cross_attention", cross_attention, (KEPT, SKIPPED))
         window = Window(start_percent, end_percent)
         order = attention_sites(model)
         chosen = {kind: select_sites(order, kind, sites, named_sites) for kind in ("self", "cross")}
@@ -224,11 +223,6 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         if not shares:
             return io.NodeOutput(model.clone())
         return io.NodeOutput(add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares))))
-
-
-def _check_number(name: str, value: float, most: float) -> None:
-    if not (math.isfinite(value) and 0 <= value <= most):
-        raise ValueError(f"The {name} is {value}; give a number from 0 to {most:g}.")
 
 
 def _tokens(conditioning: Any) -> Any:

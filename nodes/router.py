@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from comfy_api.latest import io
 
 from ..patches.layout_regions import Layout
 from ..patches.router import MOST_SUBJECTS, MapRouter, MaskRouter
+from .checks import check_choice, check_number
 from .types import CATEGORY, LayoutType, RouterType
 
 MASKS, MAPS = "masks or layout", "attention maps"
@@ -92,11 +92,9 @@ class RouterNode(io.ComfyNode):
             return io.NodeOutput(_by_masks(masks, layout))
         if by != MAPS:
             raise ValueError(f"The router goes by '{by}'; choose one of {MASKS}, {MAPS}.")
-        if maps not in (PRECEDING, MEAN):
-            raise ValueError(f"maps is '{maps}'; choose one of {PRECEDING}, {MEAN}.")
-        for name, value, most in (("threshold", threshold, 1.0), ("smoothing", smoothing, SMOOTHING_MAX)):
-            if not (math.isfinite(value) and 0 <= value <= most):
-                raise ValueError(f"The {name} is {value}; give a number from 0 to {most:g}.")
+        check_choice("maps", maps, (PRECEDING, MEAN))
+        check_number("threshold", threshold, 0.0, 1.0)
+        check_number("smoothing", smoothing, 0.0, SMOOTHING_MAX)
         return io.NodeOutput(MapRouter(threshold, smoothing, maps == MEAN))
 
 

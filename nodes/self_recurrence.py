@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..patches.self_recurrence import recur, row_noise
 from ..patches.window import Window
-from .types import CATEGORY, window_inputs
+from .types import CATEGORY, seed_input, window_inputs
 
 TURNS_MAX = 10
 # Those of the host's samplers that remember nothing from one step to the next.
@@ -50,14 +50,7 @@ class SelfRecurrenceNode(io.ComfyNode):
                     tooltip="How often each step is done. 2 is the authors'; 1 is the sampler as it is.",
                 ),
                 *window_inputs("steps begin to recur"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Fixes the noise in between, whatever the sampler's own seed.",
-                ),
+                seed_input("Fixes the noise in between, whatever the sampler's own seed."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom nodes.")],
         )

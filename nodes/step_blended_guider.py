@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from comfy_api.latest import io
 
 from ..patches.step_plan import Call, StepPlan, Told, steps_of_calls
+from .checks import check_number
 from .types import CATEGORY
 
 CFG_MAX = 100.0
@@ -72,9 +72,8 @@ class StepBlendedGuiderNode(io.ComfyNode):
         cfg: float,
         personalised_cfg: float,
     ) -> io.NodeOutput:
-        for name, value in (("cfg", cfg), ("personalised_cfg", personalised_cfg)):
-            if not (math.isfinite(value) and 0 <= value <= CFG_MAX):
-                raise ValueError(f"The {name} is {value}; give a number from 0 to {CFG_MAX:g}.")
+        check_number("cfg", cfg, 0.0, CFG_MAX)
+        check_number("personalised_cfg", personalised_cfg, 0.0, CFG_MAX)
         if not 0 <= first_steps <= STEPS_MAX:
             raise ValueError(f"The first_steps are {first_steps}; give a number from 0 to {STEPS_MAX}.")
         _check_pair(model, personalised_model)

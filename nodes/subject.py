@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..patches.cache import FeatureCache
 from ..patches.streams import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, fit, mask_bounds
+from .checks import check_loaded, check_number
 from .types import CATEGORY, SubjectType
 
 
@@ -85,10 +86,8 @@ class SubjectNode(io.ComfyNode):
         others: tuple[Subject, ...] = (),
         cache_megabytes: int = 2048,
     ) -> io.NodeOutput:
-        if vae is None:
-            raise ValueError("The vae input is None, so the checkpoint has no VAE; load one with Load VAE.")
-        if not 0 <= margin <= 1:
-            raise ValueError(f"The margin is {margin}; give a share from 0 to 1.")
+        check_loaded(vae=vae)
+        check_number("margin", margin, 0.0, 1.0)
         image, mask = composite(image, mask)
         if mask is not None:
             mask = mask if mask.ndim == 3 else mask.reshape(-1, *mask.shape[-2:])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..patches.sites import family_of
-from .train_residual import NOT_IN_A_NOUN
-from .training_inputs import loss_output, steps_input, training_inputs
-from .types import CATEGORY
+from .checks import check_choice, check_loaded, check_number
+from .training_inputs import checked_noun, loss_output, steps_input, training_inputs
+from .types import CATEGORY, model_input
 
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
@@ -33,7 +32,7 @@ class TrainConceptNode(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
+                model_input(),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input(
@@ -132,24 +131,13 @@ class TrainConceptNode(io.ComfyNode):
         from ..training.images import latents_of, pictures_of, square
         from ..training.state import StateFile
 
-        for kind, given in (("clip", clip), ("vae", vae)):
-            if given is None:
-                raise ValueError(f"The {kind} input is None, so the checkpoint has none; load one with a loader node.")
-        if preset not in PRESETS:
-            raise ValueError(f"The preset is '{preset}'; choose one of {', '.join(PRESETS)}.")
-        for label, value, most in (
-            ("learning rate", learning_rate, 1.0),
-            ("word learning rate", word_learning_rate, 1.0),
-            ("smallest crop", smallest_crop, 1.0),
-            ("image noise", image_noise, 1.0),
-        ):
-            if not (math.isfinite(value) and 0 <= value <= most):
-                raise ValueError(f"The {label} is {value}; give a number from 0 to {most:g}.")
-        noun = noun.strip()
-        if not noun:
-            raise ValueError("The noun is empty; write in a word what the concept is, for example backpack.")
-        if NOT_IN_A_NOUN.search(noun):
-            raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
+        check_loaded(clip, vae)
+        check_choice("preset", preset, PRESETS)
+        check_number("learning rate", learning_rate, 0.0, 1.0)
+        check_number("word learning rate", word_learning_rate, 0.0, 1.0)
+        check_number("smallest crop", smallest_crop, 0.0, 1.0)
+        check_number("image noise", image_noise, 0.0, 1.0)
+        noun = checked_noun(noun)
         family, files = family_of(model), ConceptFiles(name.strip())
         pictures = [square(picture, size) for picture in pictures_of([images])]
         digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-import re
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..patches.sites import attention_sites
-from .training_inputs import PRECISIONS, STEPS_MAX, loss_output, steps_input, training_inputs
+from .checks import check_choice, check_loaded, check_number
+from .training_inputs import PRECISIONS, STEPS_MAX, checked_noun, loss_output, steps_input, training_inputs
 from .types import CATEGORY, ResidualTokenType
 
 ENCODER, ALONE = "text encoder", "residual alone"
-NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 
 class TrainResidualToken(io.ComfyNode):
@@ -137,15 +135,14 @@ class TrainResidualToken(io.ComfyNode):
         from ..training.residual import Plan, filled, shipped_templates, train_residual_token
         from ..training.state import StateFile
 
-        name, chosen = noun[0].strip(), _first(precision, "auto")
-        learner = _first(tunes, ENCODER)
-        _check(name, steps[0], learning_rate[0], batch_size[0], preservation[0])
-        for label, value, options in (("precision", chosen, PRECISIONS), ("tunes", learner, (ENCODER, ALONE))):
-            if value not in options:
-                raise ValueError(f"The input {label} is '{value}'; choose one of {', '.join(options)}.")
-        for value, what in ((clip[0], "text encoder"), (vae[0], "VAE")):
-            if value is None:
-                raise ValueError(f"The checkpoint has no {what}; load one with its loader node.")
+        name, chosen, learner = checked_noun(noun[0]), _first(precision, "auto"), _first(tunes, ENCODER)
+        check_number("steps", steps[0], 1, STEPS_MAX)
+        check_number("learning rate", learning_rate[0], 1e-8, 1.0)
+        check_number("batch size", batch_size[0], 1, 64)
+        check_number("preservation", preservation[0], 0.0, 1000.0)
+        check_choice("precision", chosen, PRECISIONS)
+        check_choice("tunes", learner, (ENCODER, ALONE))
+        check_loaded(clip[0], vae[0])
         attention_sites(model[0])
         pictures = pictures_of(images)
         if not pictures:
@@ -202,21 +199,6 @@ class TrainResidualToken(io.ComfyNode):
 
 def _first(values: list[Any] | None, otherwise: Any) -> Any:
     return values[0] if values else otherwise
-
-
-def _check(noun: str, steps: int, learning_rate: float, batch: int, preservation: float) -> None:
-    if not noun:
-        raise ValueError("The noun is empty; write what the subject is, like dog or backpack.")
-    if NOT_IN_A_NOUN.search(noun):
-        raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
-    for name, value, least, most in (
-        ("steps", steps, 1, STEPS_MAX),
-        ("learning rate", learning_rate, 1e-8, 1.0),
-        ("batch size", batch, 1, 64),
-        ("preservation", preservation, 0.0, 1000.0),
-    ):
-        if not (math.isfinite(value) and least <= value <= most):
-            raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
 
 
 def _templates(text: str, name: str) -> list[str]:

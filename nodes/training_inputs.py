@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from comfy_api.latest import io
+
+from .types import seed_input
 
 # The host's own type: a dictionary with the list "loss", for its Plot Loss Graph.
 LossMapType = io.Custom("LOSS_MAP")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 STEPS_MAX = 1_000_000
+NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 
 def steps_input(default: int, tooltip: str) -> io.Int.Input:
     return io.Int.Input("steps", default=default, min=1, max=STEPS_MAX, tooltip=tooltip)
 
 
+def checked_noun(text: str) -> str:
+    """The noun that was written. Raises ValueError when it is empty, or has what a prompt reads as more than words."""
+    noun = text.strip()
+    if not noun:
+        raise ValueError("The noun is empty; write what the subject is, like dog or backpack.")
+    if NOT_IN_A_NOUN.search(noun):
+        raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
+    return noun
+
+
 def training_inputs() -> list[Any]:
     """Seed, precision, gradient checkpointing, and the name under which a training can go on."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**63 - 1,
-            control_after_generate=False,
-            tooltip="Fixes what is drawn in training: noise, noise levels, pictures, sentences.",
-        ),
+        seed_input("Fixes what is drawn in training: noise, noise levels, pictures, sentences."),
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),

@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..patches.sites import CHOICES
+
 CATEGORY = "Subject Patches"
 
 # A tuple of patches.subject.Subject.
@@ -18,6 +20,26 @@ ResidualTokenType = io.Custom("RESIDUAL_TOKEN")
 TrajectoryType = io.Custom("TRAJECTORY")
 # One patches.blend_mask.AdaptiveMask.
 BlendMaskType = io.Custom("BLEND_MASK")
+
+
+def model_input() -> io.Model.Input:
+    """The MODEL of a node that patches it."""
+    return io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is.")
+
+
+def model_output() -> io.Model.Output:
+    """The MODEL that such a node gives."""
+    return io.Model.Output(display_name="model", tooltip="The patched model, for any sampler.")
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    """A seed that stays the same from run to run."""
+    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip=tooltip)
+
+
+def sites_input(default: str, tooltip: str, advanced: bool = False) -> io.Combo.Input:
+    """Which attention layers a node acts in."""
+    return io.Combo.Input("sites", options=list(CHOICES), default=default, tooltip=tooltip, advanced=advanced)
 
 
 def window_inputs(acts: str) -> list[io.Float.Input]:

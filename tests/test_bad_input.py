@@ -54,7 +54,7 @@ def test_checkpoint_without_vae() -> None:
 
 @pytest.mark.parametrize("margin", [-0.1, 1.5, math.nan])
 def test_margin(margin: float) -> None:
-    with pytest.raises(ValueError, match=rf"margin is {margin}; give a share from 0 to 1"):
+    with pytest.raises(ValueError, match=rf"margin is {margin}; give a number from 0 to 1"):
         make_subject(margin=margin)
 
 

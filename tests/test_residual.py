@@ -375,14 +375,14 @@ def test_cancel_leaves_the_models_and_a_state(folders: Path, monkeypatch: pytest
         ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 1e-08 to 1"),
         ({"batch_size": 0}, "The batch size is 0"),
         ({"preservation": -1.0}, "The preservation is -1.0; give a number from 0 to 1000"),
-        ({"tunes": "all"}, "The input tunes is 'all'; choose one of text encoder, residual alone"),
-        ({"precision": "fp8"}, "The input precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
+        ({"tunes": "all"}, "The tunes is 'all'; choose one of text encoder, residual alone"),
+        ({"precision": "fp8"}, "The precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
         ({"captions": "a photo"}, "The line 'a photo' of captions needs the place of the noun once, written as {}"),
         ({"captions": "a {}\nthe {}"}, "There are 2 captions for 3 pictures; write one line for all, or one for each"),
         ({"more_templates": "a {} and a {}"}, "The line 'a {} and a {}' of more_templates needs the place"),
         ({"more_templates": "so " * 80 + "{}"}, "is longer than 75 tokens; shorten it"),
         ({"resume_name": "../dog"}, r"'\.\./dog' is no name for a training"),
-        ({"vae": None}, "The checkpoint has no VAE"),
+        ({"vae": None}, "The vae input is None"),
     ],
 )
 def test_a_training_that_cannot_be(values: dict[str, Any], message: str) -> None:

@@ -333,7 +333,7 @@ def test_shares_beyond_the_schedule(name: str, value: float, model: Any) -> None
 def test_other_bad_input_of_the_swap(model: Any) -> None:
     with pytest.raises(ValueError, match="blend mask needs a picture to blend with; connect a layout trajectory"):
         swapped(model, None, fresh(1)[0], blend_mask=MASK)
-    with pytest.raises(ValueError, match="apply_to is 'all'; choose both or cond only"):
+    with pytest.raises(ValueError, match="apply_to is 'all'; choose one of both, cond only"):
         swapped(model, *fresh(1, 2), apply_to="all")
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
     with pytest.raises(ValueError, match="This model is a flow model"):
@@ -375,7 +375,7 @@ def test_other_bad_input_of_the_mask() -> None:
     ):
         with pytest.raises(ValueError, match=rf"The {name} is {value}; give a number from {least} to 1"):
             blend_mask(phrase="dog", **{name: value})
-    with pytest.raises(ValueError, match="join is 'XOR'; choose OR or AND"):
+    with pytest.raises(ValueError, match="join is 'XOR'; choose one of OR, AND"):
         blend_mask(phrase="dog", join="XOR")
 
 

@@ -238,7 +238,7 @@ def test_versions_of_a_picture() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"noun": " "}, "The noun is empty; write in a word"),
+        ({"noun": " "}, "The noun is empty; write what"),
         ({"noun": "(dog:1.2)"}, "The noun is '[(]dog:1.2[)]'; write words alone"),
         ({"name": "a/b"}, "'a/b' is no name for a concept; write letters"),
         ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
