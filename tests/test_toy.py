@@ -14,7 +14,15 @@ from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import Toy
 from subject_patches.toy.scenes import Background, describe, sample_emblem, sample_scene, view
 from subject_patches.toy.shapes import PLATES, SHAPES
-from subject_patches.toy.train_diffusion import Model, encode_text, initialise, initialise_words, label_loss
+from subject_patches.toy.train_diffusion import (
+    THING_WEIGHT,
+    Model,
+    encode_text,
+    initialise,
+    initialise_words,
+    label_loss,
+    thing_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +166,15 @@ def test_the_label_loss_falls_when_the_scores_are_right() -> None:
     assert float(label_loss(scores, labels)) < 1e-3
     assert float(label_loss(-scores, labels)) > 3
     assert float(label_loss(scores, torch.full_like(labels, UNLABELLED))) == 0
+
+
+def test_a_thing_and_its_outline_count_more_than_the_ground() -> None:
+    labels = torch.full((1, len(LABELS), 16, 16), UNLABELLED)
+    labels[0, :, 4:6, 7:9] = 0
+    weights = thing_weights(labels)
+    assert weights.shape == (1, 1, 16, 16)
+    assert float(weights.mean()) == pytest.approx(1)
+    counts = weights[0, 0] > weights.min()
+    assert counts.nonzero().amin(0).tolist() == [3, 6]
+    assert int(counts.sum()) == 16
+    assert float(weights.max() / weights.min()) == pytest.approx(THING_WEIGHT)
