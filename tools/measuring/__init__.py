@@ -1,10 +1,13 @@
 """What effects.py and bench.py measure: each mechanism has a `study` of its effect, and `costs`, rows of the table."""
 
+from functools import partial
+
 from . import dual_branch, layout, recycled_attention, residual_tokens, retouch, routed_reference, together
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
-    "layout": layout.study,
+    # Each number of things by itself, so that several processes can share the work.
+    **{f"layout of {things} things": partial(layout.study, things=things) for things in (2, 3, 4)},
     "residual tokens": residual_tokens.study,
     "retouch": retouch.study,
     "dual branch": dual_branch.study,

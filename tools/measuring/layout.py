@@ -17,7 +17,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "layout bias and self-recurrence": {},
 }
 UNPATCHED = "no layout"
-COUNTS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,19 @@ class Score:
     bound: bool
 
 
-def study(given: Given) -> None:
-    """Prints one table for each number of things, over `given.count` layouts each."""
-    for things in COUNTS:
-        scores: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
-        grounds: dict[str, list[bool]] = {name: [] for name in scores}
-        for number in range(given.count):
-            case = Case(given, things, number)
-            for name in scores:
-                found, ground = case.scores(name)
-                scores[name] += found
-                grounds[name].append(ground)
-            print(f"{things} things: layout {number + 1} of {given.count}", file=sys.stderr, flush=True)
-        print(f"{things} things, {given.count} layouts:\n")
-        _table(scores, grounds)
+def study(given: Given, things: int) -> None:
+    """Prints one table, over `given.count` layouts of so many things."""
+    scores: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
+    grounds: dict[str, list[bool]] = {name: [] for name in scores}
+    for number in range(given.count):
+        case = Case(given, things, number)
+        for name in scores:
+            found, ground = case.scores(name)
+            scores[name] += found
+            grounds[name].append(ground)
+        print(f"{things} things: layout {number + 1} of {given.count}", file=sys.stderr, flush=True)
+    print(f"{things} things, {given.count} layouts:\n")
+    _table(scores, grounds)
 
 
 class Case:
