@@ -14,7 +14,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from subject_patches.patches.call import AttentionCall, Chunk
-from subject_patches.patches.dual_branch import BRANCH_KEY, auxiliary_noise, crop
+from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, auxiliary_noise, crop
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.sites import Site, attention_sites
@@ -191,15 +191,50 @@ def test_nothing_of_the_branch_runs_outside_its_window(guidance: str, more: int,
     assert sum(n for _, n in passes(integrated(model, end_percent=0.15, guidance=guidance), steps=20, cfg=1.0)) == 23
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_sde", "dpm_adaptive", "uni_pc"])
-def test_samplers_with_more_than_one_call_a_step(sampler: str, model: Any) -> None:
-    patched, run = integrated(model, end_percent=SHARE), {"steps": 6, "sampler": sampler, "size": SIZE}
-    result = sample(patched, **run)
+def watched(model: Any, calls: list[tuple[float, Tensor, Tensor | None]]) -> Any:
+    """The model, telling of each pass in `calls`: its noise level, its latents and, of the auxiliary prompt's, what it
+    predicts."""
+    ((other, _),) = auxiliary_prompt()
+
+    def watch(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        x, sigma = arguments["input"], float(arguments["timestep"][0])
+        predicted = apply(x, arguments["timestep"], **arguments["c"])
+        calls.append((sigma, x.clone(), predicted if torch.equal(arguments["c"]["c_crossattn"], other) else None))
+        return predicted
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(watch)
+    return clone
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+def test_the_branchs_own_steps_under_every_sampler(sampler: str, model: Any) -> None:
+    """Euler's, between the levels at which the sampler calls the model; without guidance, to see them bare."""
+    patched, run = integrated(model, end_percent=SHARE), {"steps": 5, "sampler": sampler, "size": SIZE, "cfg": 1.0}
+    calls: list[tuple[float, Tensor, Tensor | None]] = []
+    result = sample(watched(patched, calls), **run)
     assert result.isfinite().all()
-    assert torch.equal(sample(patched, **run), result)
     assert difference(result, sample(model, **run)) > 0.001
-    calls = passes(patched, **run)
-    assert sum(n for _, n in calls if n == 1) <= len({s for s, n in calls if n == 1}) + 2
+    assert torch.equal(sample(patched, **run), result)
+    window, sampling = BranchWindow(0.0, SHARE), model.get_model_object("model_sampling")
+    asked = [sigma for sigma, _, predicted in calls if predicted is None]
+    visited = [sigma for sigma, _ in itertools.groupby(asked) if window.contains(sigma, sampling.percent_to_sigma)]
+    mine = [(sigma, x, predicted) for sigma, x, predicted in calls if predicted is not None]
+    # Once at each level, however often the sampler asks there.
+    assert [sigma for sigma, *_ in mine] == visited
+    path: list[tuple[float, Tensor, Tensor]] = []
+    for sigma, state, predicted in mine:
+        while path and path[-1][0] < sigma:
+            path.pop()
+        if path and path[-1][0] > sigma:
+            last, before, clean = path[-1]
+            right = before + (before - clean) / last * (sigma - last)
+            torch.testing.assert_close(state, right, rtol=1e-4, atol=1e-4)
+        elif path:
+            assert torch.equal(state, path[-1][1])
+        if not path or path[-1][0] != sigma:
+            path.append((sigma, state, predicted))
+    assert len(path) > 1
 
 
 @dataclass(frozen=True, eq=False)
