@@ -13,7 +13,8 @@ from ..patches.sites import attention_sites, select_sites
 from .checks import check_choice, check_number
 from .types import CATEGORY, model_output, named_sites_input, seed_input, sites_input
 
-INJECTION_MAX = 100.0
+# Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
+INJECTION_MAX = 1000000.0
 GAIN_MAX = 100000.0
 SHARPNESS_MAX = 1000.0
 FIXED, BY_RESOLUTION = "fixed", "by resolution"

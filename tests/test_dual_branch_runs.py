@@ -337,7 +337,7 @@ def test_other_guiders(kind: Any, guidance: str, model: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"injection_strength": float("nan")}, "The injection strength is nan; give a number from -100 to 100"),
+        ({"injection_strength": float("nan")}, r"The injection strength is nan; give a number from -1e\+06 to 1e\+06"),
         ({"strength": 1.5}, "The strength is 1.5; give a number from 0 to 1"),
         ({"gain": -1.0}, "The gain is -1.0; give a number from 0 to"),
         ({"sharpness": float("inf")}, "The sharpness is inf"),
@@ -353,6 +353,13 @@ def test_other_guiders(kind: Any, guidance: str, model: Any) -> None:
 def test_what_it_refuses(values: dict[str, Any], message: str, model: Any) -> None:
     with pytest.raises(ValueError, match=message):
         integrated(model, **values)
+
+
+@pytest.mark.parametrize(("injection", "same"), [(-1e6, -1e5), (1e6, 1e5)])
+def test_lambda_far_beyond_its_usual_range(injection: float, same: float, model: Any) -> None:
+    results = [sample(integrated(model, injection_strength=each), size=SIZE) for each in (injection, same)]
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
 
 
 def test_lambda_0_mixes(model: Any) -> None:
