@@ -27,7 +27,8 @@ class TrainConceptNode(io.ComfyNode):
             display_name="Train ICO Concept",
             category=CATEGORY,
             description="Teaches a model a concept from a few pictures of it: words for the concept, and the key and "
-            "value projections of cross-attention (ICO). The result works in any ComfyUI: an embedding and a LoRA.",
+            "value projections of cross-attention (ICO). The result works in any ComfyUI: one file that is an "
+            "embedding and a LoRA.",
             search_aliases=["ICO", "DCI", "textual inversion", "custom diffusion", "train", "concept", "DreamBooth"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -42,8 +43,8 @@ class TrainConceptNode(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_concept",
-                    tooltip="The files' name: the concept's words are then embedding:my_concept in any prompt, and its "
-                    "projections the LoRA my_concept. Files of that name that this node made are replaced.",
+                    tooltip="The file's name: the concept's words are then embedding:my_concept in any prompt, and its "
+                    "projections the LoRA my_concept. A file of that name that this node made is replaced.",
                 ),
                 io.Combo.Input(
                     "preset",

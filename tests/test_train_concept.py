@@ -202,6 +202,8 @@ def test_the_hosts_loaders_take_the_files(folders: Path) -> None:
     assert sorted(path.relative_to(folders) for path in folders.rglob("*.safetensors")) == sorted(
         path.relative_to(folders) for path in (files.embedding, files.lora)
     )
+    # One file to share, in the host's two places.
+    assert files.embedding.read_bytes() == files.lora.read_bytes()
     loaded_model, _ = comfy.sd.load_lora_for_models(model, None, load_file(files.lora), 1.0, 0.0)
     assert len(loaded_model.patches) == 14
     assert torch.equal(sample(loaded_model), sample(patched))

@@ -101,7 +101,7 @@ def _check_width(prompts: ConceptPrompts, encoder: TextEncoder, denoiser: Denois
 
 @dataclass(frozen=True)
 class ConceptFiles:
-    """Where the concept called `name` is kept: an embedding and a LoRA, in the host's own folders for them.
+    """Where the concept called `name` is kept: one file, embedding and LoRA in one, in the host's own folder for each.
 
     Raises ValueError when the name is no file's, or a file of that name was not made by this training."""
 
@@ -124,14 +124,15 @@ class ConceptFiles:
         return Path(folder_paths.get_output_directory()) / "loras" / f"{self.name}.safetensors"
 
     def save(self, concept: Concept, about: Mapping[str, str]) -> None:
-        """Writes both files, each whole or not at all."""
+        """Writes the file to both places, each whole or not at all."""
         from safetensors.torch import save_file
 
         metadata = {"training": KIND, "about": json.dumps(about)}
-        for path, tensors in ((self.lora, concept.difference), (self.embedding, concept.embedding)):
+        tensors = {name: each.contiguous() for name, each in {**concept.difference, **concept.embedding}.items()}
+        for path in (self.lora, self.embedding):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
-            save_file({name: each.contiguous() for name, each in tensors.items()}, part, metadata)
+            save_file(tensors, part, metadata)
             part.replace(path)
 
 
