@@ -200,8 +200,9 @@ class Session:
         edits = [edit for edit in self.active if call.site in edit.sites and edit.wants(call.chunk)]
 
         def recorded(stream: Stream) -> Features | None:
-            found = (r.features.get(call.site) for r in self.recordings.values() if r.stream is stream)
-            return next((features for features in found if features is not None), None)
+            # Several edits may have asked for different parts of one stream's features.
+            found = (r.features.get(call.site, {}) for r in self.recordings.values() if r.stream is stream)
+            return {part: tensor for features in found for part, tensor in features.items()} or None
 
         for edit in edits:
             edit.amend(call, self.sigma, recorded)
