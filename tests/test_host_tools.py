@@ -16,6 +16,7 @@ from hosting import location, lock, pip, private, steps
 from hosting.errors import ToolError
 from hosting.paths import ROOT, cache_folder, environment_python
 from hosting.pip import clean_environment
+from measuring.given import chosen
 
 try:
     import tomllib
@@ -245,3 +246,16 @@ def test_client_left_the_host_alone(host: location.Host) -> None:
     if not host.private:
         pytest.skip("the environment of a ComfyUI that COMFYUI_PATH names is its owner's")
     assert "comfy-cli" not in pip.installed_versions(host.python.parent.parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [("dual", ["dual branch"]), ("layout", ["layout of 2", "layout of 3"]), ("layout of 3", ["layout of 3"])],
+)
+def test_only_is_whole_words(words: str, names: list[str]) -> None:
+    """What `--only` of the measuring tools takes: 'dual' is not in 'residual'."""
+    every = ["residual", "dual branch", "layout of 2", "layout of 3"]
+    assert chosen(words, every) == names
+    assert chosen("", every) == every
+    with pytest.raises(ToolError, match=r"no 'dua' to measure; give whole words of one of these: residual; dual"):
+        chosen("dua", every)

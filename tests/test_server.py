@@ -177,6 +177,7 @@ def test_port_in_use_is_one_sentence() -> None:
         (("demo.py", "--checkpoint", "nonesuch.safetensors"), ("no checkpoint nonesuch.safetensors",)),
         (("manifest.py", "--add", "x"), ("--add needs",)),
         (("author.py", "nonesuch.json"), ("nonesuch.json is no readable workflow",)),
+        (("effects.py", "--only", "outs"), ("no 'outs' to measure", "layout", "dual branch")),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
     parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--only", default="", metavar="WORDS", help="only the mechanisms whose name has these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
     options = parser.parse_args()
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
@@ -68,10 +68,12 @@ def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only:
 def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
     import torch
     from measuring import COSTS
-    from measuring.given import concept_tokens
+    from measuring.given import chosen, concept_tokens
     from subject_patches.patches.dual_branch import BRANCH_KEY
     from subject_patches.patches.prompt import SPANS_KEY
 
+    patches = {name: patch for rows in COSTS for name, patch in rows(shape).items()}
+    names = chosen(only, patches)
     model = _model(shape)
     device = "the GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     print(
@@ -88,12 +90,11 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> N
     vanilla = _sampling(model, shape, conditionings, steps, cfg)
     # Once each before anything counts.
     vanilla(0)
-    chosen = {name: patch for rows in COSTS for name, patch in rows(shape).items() if only in name}
-    for name, patch in chosen.items():
+    for name in names:
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
         for repeat in range(repeats):
             # A fresh subject each time: the first picture pays for its features, the second finds them.
-            patched = _sampling(patch(model), shape, conditionings, steps, cfg)
+            patched = _sampling(patches[name](model), shape, conditionings, steps, cfg)
             plain, cold, warm, again = vanilla(repeat), patched(repeat), patched(repeat + 100), vanilla(repeat + 200)
             seconds = (plain.seconds + again.seconds) / 2
             ratios["cold"].append(cold.seconds / seconds)

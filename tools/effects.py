@@ -7,6 +7,7 @@ emblem, what things, where, on what ground. The tables in docs/EFFECTS.md are th
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from host import ROOT, Host, find_host
@@ -16,21 +17,23 @@ from hosting.command import Parser, enter, run
 def main() -> int:
     """The command line; see the module's text."""
     from measuring import STUDIES
+    from measuring.given import chosen
 
     parser = Parser(prog="effects.py", description="Measure what the nodes do on the toy.")
-    parser.add_argument("--only", default="", metavar="WORDS", help=f"one of: {', '.join(STUDIES)} (default: all)")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help=f"whole words of: {'; '.join(STUDIES)} (default: all)"
+    )
     parser.add_argument("--count", type=int, default=100, help="cases of each study")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of each picture")
     options = parser.parse_args()
-    if not any(options.only in name for name in STUDIES):
-        parser.error(f"--only: no study has '{options.only}' in its name; there are {', '.join(STUDIES)}.")
+    names = chosen(options.only, STUDIES)
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _effects(host, options.only, options.count, options.steps)
+    _effects(host, names, options.count, options.steps)
     return 0
 
 
-def _effects(host: Host, only: str, count: int, steps: int) -> None:
+def _effects(host: Host, names: Sequence[str], count: int, steps: int) -> None:
     from hosting.pack import import_host, load_pack
     from measuring import STUDIES
     from measuring.given import Given
@@ -45,10 +48,9 @@ def _effects(host: Host, only: str, count: int, steps: int) -> None:
     torch.set_flush_denormal(True)
     given = Given(host, Toy.load(), load_judge(), count, steps)
     with torch.inference_mode():
-        for name, study in STUDIES.items():
-            if only in name:
-                print(f"\n## {name.capitalize()}\n", flush=True)
-                study(given)
+        for name in names:
+            print(f"\n## {name.capitalize()}\n", flush=True)
+            STUDIES[name](given)
 
 
 if __name__ == "__main__":

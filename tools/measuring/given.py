@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from hosting.errors import ToolError
 
 if TYPE_CHECKING:
     from host import Host
@@ -67,6 +70,17 @@ class Shape:
     size: int
     channels: int
     width: int
+
+
+def chosen(words: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that have these words in them, whole and in this order; without words all.
+
+    Raises ToolError where none has."""
+    names = list(names)
+    found = [name for name in names if not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", name)]
+    if not found:
+        raise ToolError(f"There is no '{words}' to measure; give whole words of one of these: {'; '.join(names)}.")
+    return found
 
 
 def paired(first: Sequence[float], other: Sequence[float]) -> str:
