@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-# The authors' numbers: those of the repository, or others by the environment.
-GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
-FOLDER = GOLDEN / "cones2" if (GOLDEN / "cones2").is_dir() else GOLDEN
 
 
 def box(width: int, height: int, x0: int, y0: int, x1: int, y1: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
@@ -15,7 +14,6 @@ import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
-from safetensors import safe_open
 from subject_patches.patches.call import AttentionCall, Chunk, execute
 from subject_patches.patches.dual_branch import (
     BRANCH_KEY,
@@ -37,11 +35,10 @@ from subject_patches.patches.engine import add_edit
 from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense
-from subject_patches.tests.layouts import GOLDEN
+from subject_patches.tests.golden_cases import Golden, cases_of, folder_of
 from subject_patches.tests.models import generator, small_model
 from torch import Tensor
 
-FOLDER = GOLDEN / "dci" if (GOLDEN / "dci").is_dir() else GOLDEN
 TOLERANCE, EXACT = 1e-4, 1e-9
 SITE = Site("cross", "output", 3, 0)
 
@@ -49,11 +46,8 @@ SITE = Site("cross", "output", 3, 0)
 # The authors' numbers
 
 
-@dataclass(frozen=True)
-class Golden:
-    name: str
-    case: dict[str, Any]
-    tensors: dict[str, Tensor]
+class Case(Golden):
+    """One cross-attention of DCI's code, or its sampler over a stub."""
 
     def rows(self, group: str) -> slice:
         """The rows of "concept" or of "aux"."""
@@ -77,32 +71,25 @@ class Golden:
         return attended @ weight.T + bias
 
 
-def cases(kind: str) -> list[Golden]:
-    """Every case whose header has `kind`."""
-    found = []
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            case = json.loads(file.metadata()["case"])
-            if kind in case:
-                found.append(Golden(case["name"], case, {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118 (a safetensors file is no mapping)
-    return found
-
-
-CASES = cases("length_custom")
+CASES = cases_of("dci", Case, lambda each: "length_custom" in each.case)
 OPEN = [golden for golden in CASES if golden.case["gate_open"]]
-SAMPLERS = [golden for golden in cases("stub_eps") if golden.case["eta"] == 0 and golden.case["share_guidance"]]
+SAMPLERS = cases_of(
+    "dci",
+    Case,
+    lambda each: "stub_eps" in each.case and each.case["eta"] == 0 and each.case["share_guidance"],
+)
 over_cases = pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
 over_open = pytest.mark.parametrize("golden", OPEN, ids=lambda golden: golden.name)
 
 
-def per_head(tensor: Tensor, golden: Golden) -> Tensor:
+def per_head(tensor: Tensor, golden: Case) -> Tensor:
     """(rows * heads, ...) to (rows, heads, ...)."""
     return tensor.unflatten(0, (-1, golden.case["heads"]))
 
 
 @over_open
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.float64, EXACT)])
-def test_the_authors_masks_and_mix(golden: Golden, dtype: torch.dtype, tolerance: float) -> None:
+def test_the_authors_masks_and_mix(golden: Case, dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = golden.projected(dtype)
     heads, spreads, outputs = golden.case["heads"], [], []
     for group, branch, mask in (("concept", "custom", noun_mask), ("aux", "ldm", others_mask)):
@@ -140,7 +127,7 @@ def begun(edit: DualBranchIntegration, like: Tensor) -> DualBranchIntegration:
 
 
 @over_cases
-def test_the_authors_outputs_by_the_edit(golden: Golden) -> None:
+def test_the_authors_outputs_by_the_edit(golden: Case) -> None:
     query, key, value = golden.projected(torch.float32)
     case, sampling = golden.case, ModelSamplingDiscrete()
     edit = DualBranchIntegration(
@@ -183,7 +170,7 @@ def test_the_authors_outputs_by_the_edit(golden: Golden) -> None:
     assert apart > 10 * TOLERANCE if case["gate_open"] else apart < TOLERANCE
 
 
-@pytest.mark.parametrize("row", json.loads((FOLDER / "gate_table.json").read_text())["table"], ids=str)
+@pytest.mark.parametrize("row", json.loads((folder_of("dci") / "gate_table.json").read_text())["table"], ids=str)
 def test_the_gate(row: dict[str, Any]) -> None:
     assert first_open(row["agg_time"]) == row["first_open_t"]
     sampling, window = ModelSamplingDiscrete(), BranchWindow(0.0, row["agg_time"])
@@ -203,7 +190,7 @@ def stub(case: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     )
 
 
-def schedule(golden: Golden) -> Tensor:
+def schedule(golden: Case) -> Tensor:
     """The case's noise levels as the host counts them, falling, with the last step's target."""
     alphas = torch.cat([golden.tensors["ddim_alphas"].flip(0), golden.tensors["ddim_alphas_prev"][:1]])
     return ((1 - alphas) / alphas).sqrt().float()
@@ -214,7 +201,7 @@ def as_the_host(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("golden", SAMPLERS, ids=lambda golden: golden.name)
-def test_both_branches_step_by_step_with_the_hosts_euler(golden: Golden) -> None:
+def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
     """The host's Euler and its guidance, the engine's branch beside it, and the case's denoiser as the model."""
     case, given, sigmas = golden.case, golden.tensors, schedule(golden)
     model = small_model()
@@ -271,7 +258,7 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Golden) -> None
 
 
 @pytest.mark.parametrize("golden", SAMPLERS, ids=lambda golden: golden.name)
-def test_the_branch_of_the_authors_sampler_to_its_last_step(golden: Golden) -> None:
+def test_the_branch_of_the_authors_sampler_to_its_last_step(golden: Case) -> None:
     case, given, sigmas = golden.case, golden.tensors, schedule(golden)
     epsilon = stub(case)
     branch = Denoising(as_the_host(given["img_ldm_T"], sigmas[0]))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
-from safetensors import safe_open
 from subject_patches.patches.call import AttentionCall, Chunk, execute
 from subject_patches.patches.layout import LayoutBias, at_grid, eta, irrelevant_to, logit_deviation, region_values
 from subject_patches.patches.layout_regions import Layout, Region
@@ -20,9 +16,9 @@ from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
-from subject_patches.tests.layouts import FOLDER, box, resampled
+from subject_patches.tests.golden_cases import Golden, cases_of
+from subject_patches.tests.layouts import box, resampled
 from subject_patches.tests.models import generator
-from torch import Tensor
 
 TOLERANCE = 2e-5
 SITE = Site("cross", "output", 3, 0)
@@ -31,11 +27,8 @@ SITE = Site("cross", "output", 3, 0)
 # The authors' numbers
 
 
-@dataclass(frozen=True)
-class Golden:
-    name: str
-    case: dict[str, Any]
-    tensors: dict[str, Tensor]
+class Case(Golden):
+    """One cross-attention of Cones 2's code."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -58,23 +51,13 @@ class Golden:
         return not (self.case["uncond_dict"] or self.case["plain_tensor_context"])
 
 
-def cases() -> list[Golden]:
-    """Every case of an attention; those of the authors' sampler are another node's."""
-    found = []
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            case = json.loads(file.metadata()["case"])
-            if "w.to_q.weight" in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                found.append(Golden(case["name"], case, {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
-    return found
-
-
-CASES = cases()
+# The others are of the authors' sampler, which is another node's.
+CASES = cases_of("cones2", Case, lambda each: "w.to_q.weight" in each.tensors)
 over_cases = pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
 over_guided = pytest.mark.parametrize("golden", [g for g in CASES if g.guided], ids=lambda golden: golden.name)
 
 
-def golden_call(golden: Golden) -> AttentionCall:
+def golden_call(golden: Case) -> AttentionCall:
     """The case's attention as the engine makes it."""
     case, given = golden.case, golden.tensors
     context = given["context"]
@@ -91,7 +74,7 @@ def golden_call(golden: Golden) -> AttentionCall:
     return AttentionCall(query, key, value, case["heads"], SITE, chunk, golden.grid)
 
 
-def golden_edit(golden: Golden) -> LayoutBias:
+def golden_edit(golden: Case) -> LayoutBias:
     """The authors' settings of everything."""
     case = golden.case
     return LayoutBias(
@@ -105,7 +88,7 @@ def golden_edit(golden: Golden) -> LayoutBias:
     )
 
 
-def amended(golden: Golden) -> AttentionCall:
+def amended(golden: Case) -> AttentionCall:
     call, edit = golden_call(golden), golden_edit(golden).begin()
     if edit.wants(call.chunk):
         edit.amend(call, golden.case["sigma"], lambda stream: None)
@@ -118,7 +101,7 @@ def test_there_are_cases_of_both_kinds() -> None:
 
 
 @over_cases
-def test_the_authors_outputs(golden: Golden) -> None:
+def test_the_authors_outputs(golden: Case) -> None:
     call = amended(golden)
     assert call.amended == golden.guided
     torch.testing.assert_close(call.probabilities().flatten(0, 1), golden.tensors["attention_probs"], rtol=0, atol=2e-5)
@@ -131,7 +114,7 @@ def test_the_authors_outputs(golden: Golden) -> None:
 
 
 @over_guided
-def test_the_authors_region_maps_statistic_and_bias(golden: Golden) -> None:
+def test_the_authors_region_maps_statistic_and_bias(golden: Case) -> None:
     call, case, given = golden_call(golden), golden.case, golden.tensors
     weights = torch.zeros(case["N"], call.key.shape[1])
     for phrase, mask in golden.layout.shown().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from safetensors import safe_open
 from subject_patches.patches.call import AttentionCall, Chunk, execute
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.retouch import (
@@ -29,14 +27,13 @@ from subject_patches.patches.retouch import (
 from subject_patches.patches.sites import Site, attention_sites, select_sites
 from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
-from subject_patches.tests.layouts import GOLDEN
+from subject_patches.tests.golden_cases import Golden, cases_of
 from subject_patches.tests.models import difference, generator, prompt, sample, small_model
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
 TOLERANCE = 2e-5
 SITE = Site("self", "output", 3, 0)
-FOLDER = GOLDEN / "mutual" if (GOLDEN / "mutual").is_dir() else GOLDEN
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -46,11 +43,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 # The authors' numbers of mutual self-attention
 
 
-@dataclass(frozen=True)
-class Golden:
-    name: str
-    case: dict[str, Any]
-    tensors: dict[str, Tensor]
+class Case(Golden):
+    """One mutual self-attention."""
 
     def rows(self, name: str) -> Tensor:
         """(rows * heads, places, width of a head) to (rows, places, channels)."""
@@ -62,25 +56,14 @@ class Golden:
         return self.case["batch_rows"] // 2
 
 
-def cases() -> list[Golden]:
-    found = []
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
-            if "q" in tensors:
-                case = json.loads(file.metadata()["case"])
-                found.append(Golden(case["name"], case, tensors))
-    return found
-
-
-CASES = cases()
+CASES = cases_of("mutual", Case, lambda each: "q" in each.tensors)
 
 
 def attend(heads: int) -> Callable[..., Tensor]:
     return lambda q, k, v, mask: attention_pytorch(q, k, v, heads, mask)
 
 
-def swapped(golden: Golden, half: int, where: Tensor | None = None) -> Tensor:
+def swapped(golden: Case, half: int, where: Tensor | None = None) -> Tensor:
     """The output of a half's rows when they take key and value from its source's places `where`, through the edit."""
     rows = slice(half * golden.half, (half + 1) * golden.half)
     query, key, value = (golden.rows(name)[rows] for name in "qkv")
@@ -96,14 +79,14 @@ def swapped(golden: Golden, half: int, where: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("golden", [g for g in CASES if "mask_s" not in g.tensors], ids=lambda g: g.name)
-def test_the_authors_swap(golden: Golden) -> None:
+def test_the_authors_swap(golden: Case) -> None:
     ours = torch.cat([swapped(golden, half) for half in (0, 1)])
     torch.testing.assert_close(ours, golden.tensors["out"], rtol=0, atol=TOLERANCE)
     assert (golden.tensors["out_plain"] - golden.tensors["out"]).abs().max() > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("golden", [g for g in CASES if "mask_s" in g.tensors], ids=lambda g: g.name)
-def test_the_authors_masked_swap(golden: Golden) -> None:
+def test_the_authors_masked_swap(golden: Case) -> None:
     """Theirs attends to the source's foreground and background apart and blends the two; ours blends outputs alike."""
     side = golden.case["N"] ** 0.5
     masks = [

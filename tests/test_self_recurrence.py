@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import comfy.sample
@@ -10,31 +9,21 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.k_diffusion.sampling import sample_euler
-from safetensors import safe_open
 from subject_patches.nodes.self_recurrence import SAMPLERS, SelfRecurrenceNode
 from subject_patches.patches.self_recurrence import recur, renoised, row_noise
-from subject_patches.tests.layouts import FOLDER
+from subject_patches.tests.golden_cases import Golden, cases_of
 from subject_patches.tests.models import difference, known_prompt, latent_noise, prompt, small_model
 from torch import Tensor
 
 TOLERANCE = 2e-5
 
 
-def golden_cases() -> list[Any]:
-    """The cases of the authors' sampler."""
-    found = []
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if "recurrence_noise" in names:
-                case = json.loads(file.metadata()["case"])
-                given = {name: file.get_tensor(name) for name in names}
-                found.append(pytest.param(case, given, id=case["name"]))
-    return found
+CASES = cases_of("cones2", Golden, lambda each: "recurrence_noise" in each.tensors)
 
 
-@pytest.mark.parametrize(("case", "given"), golden_cases())
-def test_the_authors_sampler(case: dict[str, Any], given: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
+def test_the_authors_sampler(golden: Golden) -> None:
+    case, given = golden.case, golden.tensors
     sigmas, timesteps, seen = given["sigmas"], given["timesteps"].tolist(), []
     assert case["stub_unet"] == "0.6*x_scaled + 3*mean(ctx) + t/4000"
     assert case["lms_order"] == 1
