@@ -36,7 +36,7 @@ class TrainResidualToken(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     tooltip="3 to 5 pictures of the subject from different sides: a batch, or the list that Load Image "
-                    "Dataset from Folder gives. Of each the middle square is taken.",
+                    "(from Folder) gives. Of each the middle square is taken.",
                 ),
                 io.String.Input(
                     "noun",

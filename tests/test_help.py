@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import subject_patches
-from host import ROOT
+from host import ROOT, Server
+from hosting.workflows import workflow_files
 
 HELP = ROOT / "web" / "docs"
 
@@ -49,3 +50,37 @@ def test_help_page_names_every_input_and_shows_a_picture(schema: Any) -> None:
 def test_every_help_page_belongs_to_a_node() -> None:
     """No page outlives its node."""
     assert {path.stem for path in HELP.glob("*.md")} == {schema.node_id for schema in SCHEMAS}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
+def test_help_page_sends_nobody_to_a_node_that_is_not_there(schema: Any, server: Server) -> None:
+    """What stands in bold before the errors is a node by the name that the page shows, or an emphasised word."""
+    shown = [info["display_name"] or name for name, info in server.object_info().items()]
+    # The host says in brackets what some of its nodes are for.
+    names = {*shown, *(name.split(" (")[0] for name in shown)}
+    text, *_ = (HELP / f"{schema.node_id}.md").read_text(encoding="utf-8").split("## If it stops")
+    bold = {" ".join(words.split()) for words in re.findall(r"\*\*([^*]+)\*\*", text)}
+    assert sorted(words for words in bold - names if not words.islower()) == []
+
+
+def test_readme_names_every_node_and_every_workflow() -> None:
+    """Its tables leave none out, and name no workflow that is gone."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    # "**Save** and **Load Residual Token**" names both.
+    spoken = text.replace("**Save** and", "**Save Residual Token** and")
+    assert [schema.display_name for schema in SCHEMAS if f"**{schema.display_name}**" not in spoken] == []
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == [path.stem for path in workflow_files()]
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_links_and_files_in_the_documents_are_there(path: Any) -> None:
+    """Links lead to files, and so does what is named as a file of this repository."""
+    text = path.read_text(encoding="utf-8")
+    links = [path.parent / target for target in re.findall(r"\]\(([^):#]+)\)", text)]
+    named = re.findall(r"`((?:patches|nodes|toy|tools|tests|docs|training|web|workflows)/[\w./]*\w)`", text)
+    placeholders = {"patches/NAME.py", "nodes/NAME.py"}
+    assert [
+        str(target) for target in (*links, *(ROOT / name for name in set(named) - placeholders)) if not target.exists()
+    ] == []
