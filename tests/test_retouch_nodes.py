@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -278,31 +280,82 @@ def test_a_velocity_model(model: Any) -> None:
     assert difference(result, sample(velocity, steps=4)) > 0.003
 
 
-def test_the_same_picture_twice_and_an_empty_mask_give_it_back() -> None:
-    """Layout and reference are one picture and all of it stays the layout's: the picture comes back, and from another
-    start the swap still brings most of it."""
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the toy with the prompt it was made with, to be given back."""
+
+    toy: Toy
+    latent: Tensor
+    sigmas: Tensor
+    own: Any
+
+    def path(self, conditioning: Any, rounds: int) -> tuple[Any, Tensor]:
+        given = ({"samples": self.latent}, self.sigmas, None, conditioning, rounds)
+        inversion, last, _ = InvertToTrajectoryNode.execute(self.toy.model, *given).args
+        return inversion, last["samples"]
+
+    def swap(self, path: Any) -> Any:
+        """The toy with one path as layout and reference, and all of the picture the layout's."""
+        return swapped(self.toy.model, path, path, layout_conditioning=self.own, blend_mask=torch.zeros(1, 128, 128))
+
+    def psnr(self, model: Any, start: Tensor, prompt_: Any, cfg: float) -> float:
+        """In dB, of a picture sampled from noisy latents against this one through the autoencoder."""
+        result = comfy.sample.sample_custom(
+            model, torch.zeros_like(start), cfg, comfy.samplers.sampler_object("euler"), self.sigmas, prompt_,
+            self.toy.encode([""]), start, disable_pbar=True, seed=0,
+        )  # fmt: skip
+        shown, right = (self.toy.vae.decode(each)[..., :3].clamp(0, 1) for each in (result, self.latent))
+        return -10 * math.log10(float((shown - right).square().mean()))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[list[Picture]]:
     toy = Toy.load()
     sigmas = comfy.samplers.calculate_sigmas(toy.model.get_model_object("model_sampling"), "normal", 8)
+    captions = ["a red star on grass", "an emblem on water"]
     with torch.inference_mode():
-        picture = toy.sample(["a red star on grass"], [3], steps=8)
-        latent = toy.vae.encode(picture)
-        path, last, _ = InvertToTrajectoryNode.execute(toy.model, {"samples": latent}, sigmas, toy.clip).args
-        patched = swapped(toy.model, path, path, blend_mask=torch.zeros(1, 128, 128))
-        shown = toy.vae.decode(latent)[..., :3].clamp(0, 1)
+        latents = toy.vae.encode(toy.sample(captions, [3, 4], steps=8))
+        rows = zip(latents.split(1), captions, strict=True)
+        yield [Picture(toy, latent, sigmas, toy.encode([caption])) for latent, caption in rows]
 
-        other = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9)) * sigmas[0]
 
-        def again(model: Any, start: Any = None) -> float:
-            result = comfy.sample.sample_custom(
-                model, torch.zeros_like(latent), 4.0, comfy.samplers.sampler_object("euler"), sigmas,
-                toy.encode(["a red star on grass"]), toy.encode([""]), last["samples"] if start is None else start,
-                disable_pbar=True, seed=0,
-            )  # fmt: skip
-            error = (toy.vae.decode(result)[..., :3].clamp(0, 1) - shown).square().mean()
-            return -10 * math.log10(float(error))
+def test_a_picture_on_its_own_path_is_given_back(pictures: list[Picture]) -> None:
+    """Layout and reference are one picture and the mask is empty. Sampled as it was inverted, with fixed-point rounds,
+    target and layout go one way: what is swapped in is what was there. Another picture's path leads away."""
+    one, other = pictures
+    path, last = one.path(one.own, 5)
+    assert one.psnr(one.swap(path), last, one.own, 1.0) > 45
+    assert one.psnr(one.swap(other.path(other.own, 0)[0]), last, one.own, 1.0) < 30
 
-        assert again(patched) > 20
-        assert again(patched, other) > again(toy.model, other) + 1
+
+def test_the_papers_way_gives_a_picture_back(pictures: list[Picture]) -> None:
+    """The same where target and layout go two ways: inverted with the empty prompt and sampled with another prompt, and
+    guidance. The swap leads back to the picture."""
+    picture = pictures[0]
+    path, last = picture.path(picture.toy.encode([""]), 0)
+    neutral = picture.toy.encode(["a blue circle"])
+    with_swap, without = (picture.psnr(m, last, neutral, 4.0) for m in (picture.swap(path), picture.toy.model))
+    assert with_swap > without + 2
+
+
+def test_the_model_runs_on_the_kept_latents(model: Any) -> None:
+    """At every noise level of the sampler, bit for bit, and not on what a replay would drift to."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+    seen: dict[float, Tensor] = {}
+
+    def look(executor: Any, x: Tensor, t: Tensor, *args: Any) -> Tensor:
+        # A layout's pass comes before the picture's.
+        seen.setdefault(float(t[0]), x.clone())
+        return executor(x, t, *args)
+
+    with torch.inference_mode():
+        given = ({"samples": randn(1, 4, 8, 8)}, sigmas, None, prompt(1))
+        layout = InvertToTrajectoryNode.execute(model, *given).args[0]
+    patched = swapped(model, layout, lambda2=1.0)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", look)
+    sample(patched, steps=4, cfg=1.0)
+    assert list(seen) == sigmas[:-1].tolist()
+    assert all(torch.equal(x, state) for x, state in zip(seen.values(), layout.states[:-1], strict=True))
 
 
 # Bad input

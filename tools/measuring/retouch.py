@@ -1,23 +1,25 @@
 """Layout-and-Retouch: the paper's Table 4, how diverse layouts are, the sweep of lambda1, and a picture given back.
 
-The personalised model is the toy with Recycled Self-Attention on a picture of the emblem, whose prompts are the vanilla
-model's: like a tuned model it knows one subject, and it needs no training."""
+The personalised model of each emblem is an ICO concept of four views of it. An emblem's prompts are sampled as one
+batch, which gives what each alone would."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .given import Given, Shape, paired, share
+from .concepts import Concept, Score, embeddings, first_box, followed, learnt, spread
+from .given import Given, Shape, paired
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EMBLEMS, PROMPTS = 8, 20
 CFG = 4.0
+TRAINING = {"steps": 160, "learning_rate": 1e-2, "word_learning_rate": 5e-2}
 VANILLA = "the vanilla model"
 ROWS = (
     "I personalised alone",
@@ -28,196 +30,178 @@ ROWS = (
 )
 # The vanilla model's share of the steps: the paper's 5 of 50, and what the sweep tries besides it, none and all.
 LAMBDA1 = 0.1
-SWEPT = (0.05, 0.2, 0.5)
-
-
-@dataclass(frozen=True)
-class Score:
-    """One picture: the emblem's identity with the reference, whether an emblem and the background were found, and the
-    emblem's centre in pixels, if any."""
-
-    identity: float
-    emblem: bool
-    background: bool
-    centre: tuple[float, float] | None
+SWEPT = (0.2, 0.35, 0.5)
+# The sweep and the pictures given back take every so many prompts.
+EVERY = 4
+# How a layout is given back: whether it is inverted with its own prompt and how many fixed-point rounds, whether it is
+# sampled again with its own prompt or with the neutral one, and the guidance.
+GIVEN_BACK = {
+    "its own prompt, no guidance, 5 fixed-point rounds": (True, 5, True, 1.0),
+    "its own prompt, no guidance": (True, 0, True, 1.0),
+    "inverted with the empty prompt, sampled with its own and guidance": (False, 0, True, CFG),
+    "the paper: inverted with the empty prompt, sampled with the neutral one and guidance": (False, 0, False, CFG),
+}
 
 
 def study(given: Given) -> None:
-    """Prints the tables, over `given.count` pairs of 8 emblems and 20 prompts (160 are all)."""
+    """Prints the tables, over `given.count` pairs of 8 emblems and up to 20 prompts each (160 are all)."""
     count = min(given.count, EMBLEMS * PROMPTS)
-    subjects = [Subject(given, number) for number in range(min(EMBLEMS, count))]
-    scores: dict[str, list[Score]] = {name: [] for name in (VANILLA, *ROWS)}
-    sweep: dict[float, list[Score]] = {share_: [] for share_ in SWEPT}
-    replays: list[tuple[float, float]] = []
-    for number in range(count):
-        case = Case(given, subjects[number % len(subjects)], number // EMBLEMS, number)
-        for name, image in case.pictures().items():
-            scores[name].append(case.score(image))
-        # Every eighth prompt.
-        if number // EMBLEMS % 8 == 0:
-            for share_, found in sweep.items():
-                found.append(case.score(case.blended(share_)))
-            replays.append(case.given_back())
-        print(f"pair {number + 1} of {count}", file=sys.stderr, flush=True)
-    print(f"{count} pairs of {len(subjects)} emblems and {PROMPTS} prompts:\n")
+    emblems = min(EMBLEMS, count)
+    prompts = count // emblems
+    # A list of scores for each emblem.
+    scores: dict[str, list[list[Score]]] = {name: [] for name in (VANILLA, *ROWS)}
+    sweep: dict[float, list[list[Score]]] = {part: [] for part in SWEPT}
+    back: dict[str, list[tuple[float, float]]] = {name: [] for name in GIVEN_BACK}
+    with embeddings(given.toy.clip) as folder:
+        for number in range(emblems):
+            concept = learnt(given, number, folder, **TRAINING)
+            print(f"emblem {number + 1} of {emblems}: learnt", file=sys.stderr, flush=True)
+            cases = Cases(given, concept, range(prompts), number)
+            for name, images in cases.pictures().items():
+                scores[name].append(concept.scores(given.judge, images, cases.grounds))
+            some = Cases(given, concept, range(0, prompts, EVERY), number)
+            for part, found in sweep.items():
+                found.append(concept.scores(given.judge, some.blended(part), some.grounds))
+            for name, pairs in back.items():
+                pairs += some.given_back(*GIVEN_BACK[name])
+            print(f"emblem {number + 1} of {emblems}: {prompts} prompts", file=sys.stderr, flush=True)
+    print(f"{emblems} emblems, {prompts} prompts each; concepts of {TRAINING['steps']} steps:\n")
     _table(scores)
     known = {0.0: ROWS[0], LAMBDA1: ROWS[1], 1.0: VANILLA}
-    every = [number for number in range(count) if number // EMBLEMS % 8 == 0]
-    swept = sweep | {share_: [scores[name][number] for number in every] for share_, name in known.items()}
-    print(f"\nlambda1, the vanilla model's share of the steps, over {len(every)} of them:\n")
-    _sweep(swept)
-    patched, plain = ([pair[n] for pair in replays] for n in (0, 1))
-    print(
-        f"\nLayout and reference one picture, an empty mask, {len(replays)} pictures: PSNR {_mean(patched):.1f} dB "
-        f"against {_mean(plain):.1f} dB when sampled from the same last latent without the swap."
-    )
+    swept = sweep | {part: [rows[::EVERY] for rows in scores[name]] for part, name in known.items()}
+    print(f"\nlambda1, the vanilla model's steps of {given.steps}, over {len(_all(swept[0.0]))} pictures:\n")
+    _sweep(swept, given.steps)
+    print("\nLayout and reference one picture and an empty mask, sampled from its last latent, PSNR in dB:\n")
+    print("| | with the swap | without | with it, the worst |\n|---|---|---|---|")
+    for name, pairs in back.items():
+        swapped, plain = zip(*pairs, strict=True)
+        print(f"| {name} | {_mean(swapped):.1f} | {_mean(plain):.1f} | {min(swapped):.1f} |")
 
 
-class Subject:
-    """One emblem: its reference picture with its trajectory, and the personalised model."""
+class Cases:
+    """One emblem with some of the prompts, each with a seed of its own; pictures are (prompts, 128, 128, 3)."""
 
-    def __init__(self, given: Given, number: int) -> None:
-        import numpy as np
+    def __init__(self, given: Given, concept: Concept, prompts: Sequence[int], number: int) -> None:
         import torch
-        from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
-        from subject_patches.nodes.subject import SubjectNode
-        from subject_patches.toy.drawing import draw
-        from subject_patches.toy.scenes import Background, sample_emblem, view
+        from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+        from subject_patches.toy.sampling import NOISE_SHAPE
+        from subject_patches.toy.scenes import describe_background
 
-        rng = np.random.default_rng((2**44, number))
-        self.emblem = sample_emblem(rng)
-        plain = "gray" if self.emblem.plate_colour != "gray" else "white"
-        drawn = draw(view(self.emblem, rng, Background("plain", (plain,))))
-        picture = torch.from_numpy(drawn.image).float()[None] / 255
-        self.identity = given.judge.identity(picture, torch.from_numpy(drawn.boxes).float())
-        shown = {"phrase": "emblem", "size": 96, "margin": 0.15, "mask": torch.from_numpy(drawn.masks[:1]).float()}
-        subject = SubjectNode.execute(picture, given.toy.vae, **shown).args[0]
-        self.model = RecycledSelfAttentionNode.execute(given.toy.model, subject).args[0]
-        self.path = inverted(given, given.toy.vae.encode(picture)).args[0]
-
-
-@dataclass
-class Case:
-    """One emblem, one prompt, one seed."""
-
-    given: Given
-    subject: Subject
-    prompt: int
-    seed: int
-    background: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        import numpy as np
-        from subject_patches.toy.scenes import describe_background, sample_background
-
-        rng = np.random.default_rng((2**45, self.prompt))
-        self.background = sample_background(rng)
-        while self.subject.emblem.plate_colour in self.background.colours:
-            self.background = sample_background(rng)
-        self.words = f"an emblem {describe_background(self.background)}"
+        self.given, self.concept = given, concept
+        self.grounds = [_ground(prompt, concept.emblem.plate_colour) for prompt in prompts]
+        words = [describe_background(ground) for ground in self.grounds]
+        self.plain = given.toy.encode([f"an emblem {each}" for each in words])
+        self.personal = given.toy.encode([f"an {concept.words} {each}" for each in words])
+        self.negative = given.toy.encode([""])
+        neutral = f"an {concept.words}"
+        self.neutral = EncodePromptWithSubjects.execute(given.toy.clip, neutral, concept.words).args[0]
+        seeds = [number * PROMPTS + prompt for prompt in prompts]
+        noises = [torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.noise = torch.stack(noises)
 
     def pictures(self) -> dict[str, Tensor]:
-        """A picture for each row of the table, and the vanilla model's."""
-        from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+        """Pictures for each row of the table, and the vanilla model's."""
         from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
 
-        given, subject = self.given, self.subject
-        layout = self.blended(LAMBDA1)
-        prompt = given.toy.encode([self.words])
-        neutral = EncodePromptWithSubjects.execute(given.toy.clip, "an emblem", "emblem").args[0]
-        path, last, _ = inverted(given, given.toy.vae.encode(layout)).args
-        reference = {"reference": subject.path, "reference_conditioning": neutral}
-        both = {**reference, "layout": path, "layout_conditioning": prompt}
-        alone = MultiSourceSwapNode.execute(subject.model, **reference, lambda2=0.0).args[0]
-        multi = MultiSourceSwapNode.execute(subject.model, **both).args[0]
-        mask = AdaptiveBlendMaskNode.execute(mask=self._segmented(layout), phrase="emblem").args[0]
-        masked = MultiSourceSwapNode.execute(subject.model, **both, blend_mask=mask).args[0]
-        noise = _noise(self.seed)
-        first_steps = self._guider(LAMBDA1, alone)
+        model = self.concept.model
+        reference, _ = self.inverted(self.given.toy.vae.encode(self.concept.views[:1]), self.negative)
+        path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
+        details = {"reference": reference, "reference_conditioning": self.neutral}
+        both = {**details, "layout": path, "layout_conditioning": self.personal}
+        mask = AdaptiveBlendMaskNode.execute(mask=self._segmented(self.layouts), phrase=self.concept.words).args[0]
+        alone = MultiSourceSwapNode.execute(model, **details, lambda2=0.0).args[0]
+        multi = MultiSourceSwapNode.execute(model, **both).args[0]
+        masked = MultiSourceSwapNode.execute(model, **both, blend_mask=mask).args[0]
         return {
             VANILLA: self.blended(1.0),
             ROWS[0]: self.blended(0.0),
-            ROWS[1]: layout,
-            ROWS[2]: self._sample(first_steps, noise),
-            ROWS[3]: self._sample(_plain(multi, neutral, given), None, last["samples"]),
-            ROWS[4]: self._sample(_plain(masked, neutral, given), None, last["samples"]),
+            ROWS[1]: self.layouts,
+            ROWS[2]: self.blended(LAMBDA1, alone),
+            ROWS[3]: self._from(last, multi, self.neutral, CFG),
+            ROWS[4]: self._from(last, masked, self.neutral, CFG),
         }
 
-    def blended(self, vanilla: float) -> Tensor:
-        """A picture whose first share of steps is the vanilla model's and the rest the personalised one's."""
-        return self._sample(self._guider(vanilla, self.subject.model), _noise(self.seed))
+    @cached_property
+    def layouts(self) -> Tensor:
+        """The first stage's pictures."""
+        return self.blended(LAMBDA1)
 
-    def given_back(self) -> tuple[float, float]:
-        """PSNR in dB of a picture sampled from its own last latent with the swap of itself, and without."""
+    def blended(self, vanilla: float, personalised: Any = None) -> Tensor:
+        """Pictures whose first share of steps is the vanilla model's and the rest the personalised one's."""
+        import torch
+        from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
+
+        model, other = self.given.toy.model, personalised or self.concept.model
+        steps = round(vanilla * self.given.steps)
+        guider = StepBlendedGuiderNode.execute(
+            model, self.plain, other, self.personal, self.negative, steps, CFG, CFG
+        ).args[0]
+        return self._sample(guider, self.noise, torch.zeros_like(self.noise))
+
+    def given_back(self, known: bool, rounds: int, own: bool, cfg: float) -> list[tuple[float, float]]:
+        """PSNR in dB of layouts sampled from their own last latents with the swap of themselves, and without; see
+        `GIVEN_BACK`."""
         import torch
         from subject_patches.nodes.retouch import MultiSourceSwapNode
 
-        latent = self.given.toy.vae.encode(self.blended(LAMBDA1))
-        picture = self.given.toy.vae.decode(latent)[..., :3].clamp(0, 1)
-        prompt = self.given.toy.encode([self.words])
-        path, last, _ = inverted(self.given, latent).args
-        model = self.given.toy.model
-        swapped = MultiSourceSwapNode.execute(model, path, path, blend_mask=torch.zeros(1, 128, 128)).args[0]
-        again = [self._sample(_plain(each, prompt, self.given), None, last["samples"]) for each in (swapped, model)]
-        return tuple(-10 * math.log10(float((image - picture).square().mean())) for image in again)
+        latents = self.given.toy.vae.encode(self.layouts)
+        right = self.given.toy.vae.decode(latents)[..., :3].clamp(0, 1)
+        path, last = self.inverted(latents, self.personal if known else self.negative, rounds)
+        model, nowhere = self.concept.model, torch.zeros(1, 128, 128)
+        swapped = MultiSourceSwapNode.execute(model, path, path, self.personal, blend_mask=nowhere).args[0]
+        found = []
+        for each in (swapped, model):
+            wrong = self._from(last, each, self.personal if own else self.neutral, cfg) - right
+            found.append([-10 * math.log10(error) for error in wrong.square().flatten(1).mean(1).tolist()])
+        return list(zip(*found, strict=True))
 
-    def score(self, image: Tensor) -> Score:
-        import torch
+    def inverted(self, latents: Tensor, prompt: Any, rounds: int = 0) -> tuple[Any, Tensor]:
+        """The trajectory of latents with the personalised model, as Algorithm 1 has it, and the noisiest of it."""
+        from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 
-        reading = self.given.judge.findings(image)[0]
-        emblems = [found for found in reading.objects if found.shape == "emblem"]
-        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
-        best = (emblems or list(reading.objects))[:1]
-        box = best[0].box if best else (0, 0, image.shape[2], image.shape[1])
-        vector = self.given.judge.identity(image, torch.tensor([box], dtype=torch.float32))
-        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) if emblems else None
-        right = reading.background == self.background.kind
-        return Score(float((vector * self.subject.identity).sum()), bool(emblems), right, centre)
+        model, sigmas = self.concept.model, _sigmas(self.given)
+        path, last, _ = InvertToTrajectoryNode.execute(model, {"samples": latents}, sigmas, None, prompt, rounds).args
+        return path, last["samples"]
 
-    def _guider(self, vanilla: float, personalised: Any) -> Any:
-        from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
-
-        prompt, negative = self.given.toy.encode([self.words]), self.given.toy.encode([""])
-        steps = round(vanilla * self.given.steps)
-        model = self.given.toy.model
-        return StepBlendedGuiderNode.execute(model, prompt, personalised, prompt, negative, steps, CFG, CFG).args[0]
-
-    def _segmented(self, image: Tensor) -> Tensor:
+    def _segmented(self, images: Tensor) -> Tensor:
         """In a segmenter's place: the box of what the judge takes for the emblem, or for anything; all without one."""
         import torch
 
-        objects = self.given.judge.findings(image)[0].objects
-        found = sorted(objects, key=lambda each: each.shape != "emblem")[:1]
-        mask = torch.zeros(1, *image.shape[1:3])
-        x0, y0, x1, y1 = (round(c) for c in found[0].box) if found else (0, 0, image.shape[2], image.shape[1])
-        mask[:, max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
-        return mask
+        masks = torch.zeros(images.shape[:3])
+        for mask, reading in zip(masks, self.given.judge.findings(images), strict=True):
+            objects = sorted(reading.objects, key=lambda each: each.shape != "emblem")
+            x0, y0, x1, y1 = (round(side) for side in first_box(objects))
+            mask[max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
+        return masks
 
-    def _sample(self, guider: Any, noise: Tensor | None, latent: Tensor | None = None) -> Tensor:
+    def _from(self, latents: Tensor, model: Any, positive: Any, cfg: float) -> Tensor:
+        """Pictures sampled from noisy latents, without noise of their own."""
         import comfy.samplers
         import torch
 
-        noise = torch.zeros_like(latent) if noise is None else noise
-        latent = torch.zeros_like(noise) if latent is None else latent
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, self.negative)
+        guider.set_cfg(cfg)
+        return self._sample(guider, torch.zeros_like(latents), latents)
+
+    def _sample(self, guider: Any, noise: Tensor, latents: Tensor) -> Tensor:
+        import comfy.samplers
+
         sampler = comfy.samplers.sampler_object("euler")
-        result = guider.sample(noise, latent, sampler, _sigmas(self.given), disable_pbar=True, seed=self.seed)
+        result = guider.sample(noise, latents, sampler, _sigmas(self.given), disable_pbar=True, seed=0)
         return self.given.toy.vae.decode(result)[..., :3].clamp(0, 1)
 
 
-def _plain(model: Any, positive: Any, given: Given) -> Any:
-    import comfy.samplers
+def _ground(prompt: int, plate: str) -> Any:
+    """The background of a prompt, of other colours than the emblem's plate."""
+    import numpy as np
+    from subject_patches.toy.scenes import sample_background
 
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, given.toy.encode([""]))
-    guider.set_cfg(CFG)
-    return guider
-
-
-def _noise(seed: int) -> Tensor:
-    import torch
-    from subject_patches.toy.sampling import NOISE_SHAPE
-
-    return torch.randn(1, *NOISE_SHAPE, generator=torch.Generator().manual_seed(seed))
+    rng = np.random.default_rng((2**45, prompt))
+    ground = sample_background(rng)
+    while plate in ground.colours:
+        ground = sample_background(rng)
+    return ground
 
 
 def _sigmas(given: Given) -> Tensor:
@@ -226,42 +210,31 @@ def _sigmas(given: Given) -> Tensor:
     return comfy.samplers.calculate_sigmas(given.toy.model.get_model_object("model_sampling"), "normal", given.steps)
 
 
-def inverted(given: Given, latent: Tensor) -> Any:
-    """What Invert to Trajectory gives for a latent, with the empty prompt."""
-    from subject_patches.nodes.trajectory import InvertToTrajectoryNode
-
-    return InvertToTrajectoryNode.execute(given.toy.model, {"samples": latent}, _sigmas(given), given.toy.clip)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def _spread(scores: Sequence[Score]) -> str:
-    """The variance of the emblems' centres, averaged over x and y, as a share of the picture's side squared."""
-    import numpy as np
-
-    centres = np.array([score.centre for score in scores if score.centre is not None])
-    return f"{centres.var(0, ddof=1).mean() / 128**2:.4f}" if len(centres) > 1 else "none found"
+def _all(groups: Sequence[Sequence[Score]]) -> list[Score]:
+    return [score for group in groups for score in group]
 
 
-def _table(scores: dict[str, list[Score]]) -> None:
-    first = [score.identity for score in scores[ROWS[0]]]
-    print("| | identity | against I, paired | emblem found | background right | variance of centres |")
-    print("|---|---|---|---|---|---|")
-    for name, rows in scores.items():
+def _table(scores: dict[str, list[list[Score]]]) -> None:
+    first = [score.identity for score in _all(scores[ROWS[0]])]
+    print("| | identity | against I, paired | emblem found | background right | both | variance of centres |")
+    print("|---|---|---|---|---|---|---|")
+    for name, groups in scores.items():
+        rows = _all(groups)
         identity = first if name == ROWS[0] else [score.identity for score in rows]
-        print(
-            f"| {name} | {_mean(identity):.3f} | {paired(first, identity)} | {share([s.emblem for s in rows])} "
-            f"| {share([s.background for s in rows])} | {_spread(rows)} |"
-        )
+        print(f"| {name} | {_mean(identity):.3f} | {paired(first, identity)} | {followed(rows)} | {spread(groups)} |")
 
 
-def _sweep(scores: dict[float, list[Score]]) -> None:
-    print("| lambda1 | identity | emblem found | background right | variance of centres |\n|---|---|---|---|---|")
-    for share_, rows in sorted(scores.items()):
-        found, right = share([s.emblem for s in rows]), share([s.background for s in rows])
-        print(f"| {share_:g} | {_mean([s.identity for s in rows]):.3f} | {found} | {right} | {_spread(rows)} |")
+def _sweep(scores: dict[float, list[list[Score]]], steps: int) -> None:
+    print("| lambda1 | identity | emblem found | background right | both | variance of centres |")
+    print("|---|---|---|---|---|---|")
+    for part, groups in sorted(scores.items()):
+        rows = _all(groups)
+        identity = _mean([score.identity for score in rows])
+        print(f"| {round(part * steps)} | {identity:.3f} | {followed(rows)} | {spread(groups)} |")
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:

@@ -1,0 +1,120 @@
+"""An emblem learnt as an ICO concept from a few views of it, as a study's personalised model, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from .given import Given, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VIEWS, NOUN = 4, "emblem"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One picture: its emblem's identity with the concept's views (cosine), whether an emblem and the prompt's
+    background were found, and the emblem's centre in pixels, if any."""
+
+    identity: float
+    emblem: bool
+    background: bool
+    centre: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Concept:
+    """An emblem, its views (n, 128, 128, 3), the mean of their identities (96), the MODEL that knows it, and its words
+    in a prompt."""
+
+    emblem: Any
+    views: Tensor
+    identity: Tensor
+    model: Any
+    words: str
+
+    def scores(self, judge: Any, images: Tensor, grounds: Sequence[Any]) -> list[Score]:
+        """A score for each picture (n, 128, 128, 3), whose prompts name these backgrounds."""
+        import torch
+
+        readings = judge.findings(images)
+        emblems = [[found for found in reading.objects if found.shape == NOUN] for reading in readings]
+        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
+        boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
+        alike = (judge.identity(images, torch.tensor(boxes, dtype=torch.float32)) @ self.identity).tolist()
+        scores = []
+        for likeness, found, box, reading, ground in zip(alike, emblems, boxes, readings, grounds, strict=True):
+            centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) if found else None
+            scores.append(Score(likeness, bool(found), reading.background == ground.kind, centre))
+        return scores
+
+
+def first_box(objects: Sequence[Any]) -> tuple[float, float, float, float]:
+    """The first object's box, or the whole picture's."""
+    return objects[0].box if objects else (0.0, 0.0, 128.0, 128.0)
+
+
+def followed(scores: Sequence[Score]) -> str:
+    """How often prompts are followed: in their emblem, their background, both."""
+    parts = ([s.emblem for s in scores], [s.background for s in scores], [s.emblem and s.background for s in scores])
+    return " | ".join(share(part) for part in parts)
+
+
+def spread(groups: Sequence[Sequence[Score]]) -> str:
+    """How far a concept's centres lie apart from prompt to prompt: their variance over x and y as a share of the
+    picture's side squared, the mean over the groups, one a concept, with its standard error."""
+    import numpy as np
+
+    centres = [np.array([score.centre for score in group if score.centre is not None]) for group in groups]
+    found = np.array([each.var(0, ddof=1).mean() / 128**2 for each in centres if len(each) > 1])
+    if len(found) < 2:
+        return "too few found"
+    return f"{found.mean():.4f} ± {found.std(ddof=1) / len(found) ** 0.5:.4f}"
+
+
+@contextmanager
+def embeddings(clip: Any) -> Iterator[Path]:
+    """An empty folder in which a CLIP looks for `embedding:name`, as long as it lasts."""
+    tokenizer = clip.tokenizer.clip_l
+    before = tokenizer.embedding_directory
+    with TemporaryDirectory() as folder:
+        tokenizer.embedding_directory = folder
+        try:
+            yield Path(folder)
+        finally:
+            tokenizer.embedding_directory = before
+
+
+def learnt(given: Given, number: int, folder: Path, **settings: Any) -> Concept:
+    """Trains emblem `number` with Train ICO Concept's plain preset. `settings` are those of the training."""
+    import comfy.sd
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from subject_patches.toy.drawing import draw
+    from subject_patches.toy.scenes import Background, sample_emblem, view
+    from subject_patches.training.concept import SCHEMES, varied
+    from subject_patches.training.concept_run import Settings, train_concept
+    from subject_patches.training.images import latents_of
+
+    rng = np.random.default_rng((2**44, number))
+    emblem = sample_emblem(rng)
+    colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour][:VIEWS]
+    drawn = [draw(view(emblem, rng, Background("plain", (colour,)))) for colour in colours]
+    views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
+    boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in drawn]).float()
+    identity = torch.nn.functional.normalize(given.judge.identity(views, boxes).mean(0), dim=0)
+    toy, source = given.toy, torch.Generator().manual_seed(number)
+    versions = [varied(each[None], 8, 0.75, 0.02, source) for each in views]
+    latents = torch.stack([latents_of(toy.vae, each) for each in versions])
+    asked = Settings(NOUN, SCHEMES["plain"], seed=number, gradient_checkpointing=False, **settings)
+    concept = train_concept(toy.model, toy.clip, latents, asked)
+    save_file(dict(concept.embedding), folder / f"study_{number}.safetensors")
+    model = comfy.sd.load_lora_for_models(toy.model, None, dict(concept.difference), 1.0, 0.0)[0]
+    return Concept(emblem, views, identity, model, f"embedding:study_{number} {NOUN}")
