@@ -30,7 +30,9 @@ LENGTHS = (50, 100, 200, 400)
 RATES = {"learning_rate": 2e-3, "word_learning_rate": 5e-2}
 NOUN, WORDS = "emblem", "embedding:study emblem"
 # What stands for the concept in the auxiliary prompt, and what is beside it in every prompt, of one of these colours.
-AUXILIARY, BESIDE, COLOURS_BESIDE = "gray circle", "ring", ("red", "yellow", "green", "blue")
+AUXILIARY, BESIDE, COLOURS_BESIDE = "gray circle", "ring", ("red", "yellow", "blue")
+# It is there when so much of the picture is so near to its colour (a distance in RGB of 0 to 255).
+LEAST, NEAR = 0.01, 50.0
 UNTRAINED, ALONE, OTHER = "the noun, untrained", "the concept alone", "the auxiliary prompt alone"
 NO_MASK = "lambda 1, no mask"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -176,17 +178,19 @@ class Case:
 
     def _score(self, positive: Any, asked: Asked, model: Any) -> Score:
         import torch
+        from subject_patches.toy.scenes import COLOURS
 
         image = self.given.picture(positive, asked.seed, model)
         (reading,) = self.given.judge.findings(image)
-        # Of the thing beside its colour is enough: the toy draws few shapes so that the judge is sure of them.
-        beside = [found for found in reading.objects if found.colour == self.beside]
-        emblems = [found for found in reading.objects if found.shape == NOUN and found not in beside]
+        # The judge takes many of the toy's rings, with their black outlines, for something else: their colour decides.
+        away = (image[0] * 255 - torch.tensor(COLOURS[self.beside])).norm(dim=-1)
+        beside = bool((away < NEAR).float().mean() >= LEAST)
+        emblems = [found for found in reading.objects if found.shape == NOUN and found.colour != self.beside]
         identity = 0.0
         if emblems:
             box = torch.tensor([emblems[0].box], dtype=torch.float32)
             identity = float((self.given.judge.identity(image, box) * self.identity).sum())
-        return Score(identity, bool(emblems), reading.background == asked.ground, bool(beside))
+        return Score(identity, bool(emblems), reading.background == asked.ground, beside)
 
 
 def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:

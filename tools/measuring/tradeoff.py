@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .given import paired, share
 
 RESAMPLINGS = 1000
-MEASURES = "identity | prompt followed | emblem found | background right | thing beside found"
+MEASURES = "identity | prompt followed | emblem found | background right | thing beside"
 
 
 @dataclass(frozen=True)
