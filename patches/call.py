@@ -1,7 +1,6 @@
 """AttentionCall: one attention at one site for one chunk of the batch, and what edits amended in it.
 
-An edit computes no attention. It amends the call, and `execute` runs what came of it once, by the cheapest
-exact route. Pure tensor code: the attention function is the caller's.
+An edit computes no attention. It amends the call, and `execution.execute` runs what came of it once.
 """
 
 from __future__ import annotations
@@ -14,10 +13,6 @@ import torch
 from torch import Tensor
 
 from .sites import Site
-
-# (query, key, value, mask) -> output, all (rows, tokens, channels); the mask is additive and None or broadcastable
-# to (rows, queries, keys).
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -170,112 +165,3 @@ def head_split(tokens: Tensor, heads: int) -> Tensor:
 def per_head(bias: Tensor) -> Tensor:
     """A bias broadcastable to (rows, queries, keys), made broadcastable to (rows, heads, queries, keys)."""
     return bias.float().expand(*(1,) * max(0, 3 - bias.ndim), *bias.shape).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One attention to compute: for `call`, for its rows and queries (None is all of them)."""
-
-    call: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    rows: slice | None = None
-    queries: Tensor | None = None
-
-
-def _joint(
-    call: AttentionCall, seen: Sequence[Extension], queries: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask over the call's own tokens and those of `seen`, for some queries of the call."""
-    rows = call.query.shape[0]
-    keys = torch.cat([call.key, *(e.key.expand(rows, -1, -1) for e in seen)], 1) if seen else call.key
-    values = torch.cat([call.value, *(e.value.expand(rows, -1, -1) for e in seen)], 1) if seen else call.value
-    parts = [(call.own_bias, call.key.shape[1]), *((e.bias, e.key.shape[1]) for e in seen)]
-    if all(bias is None for bias, _ in parts):
-        return keys, values, None
-    biases = []
-    for bias, length in parts:
-        full = call.query.new_zeros(()) if bias is None else bias.to(call.query)
-        full = full.expand(*(1,) * (3 - full.ndim), *full.shape)
-        if queries is not None and full.shape[1] > 1:
-            full = full[:, queries]
-        biases.append((full, length))
-    # A bias that is the same for every query stays a vector over keys: it broadcasts inside the attention.
-    shape = (max(b.shape[0] for b, _ in biases), max(b.shape[1] for b, _ in biases))
-    return keys, values, torch.cat([b.expand(*shape, n) for b, n in biases], -1)
-
-
-def _jobs(index: int, call: AttentionCall) -> list[_Job]:
-    routed = [e for e in call.extensions if e.route is not None]
-    if not routed:
-        keys, values, mask = _joint(call, call.extensions, None)
-        return [_Job(index, call.query, keys, values, mask)]
-    count = max(e.route.shape[0] for e in routed)
-    if count > 1 and any(not torch.equal(e.route, e.route[:1].expand_as(e.route)) for e in routed):
-        return [job for row in range(count) for job in _row_jobs(index, call, row)]
-    # Queries that see the same extensions form a group; a group needs no mask to be kept from the others' keys.
-    # A query's pattern as a number, bit by bit: one sort of numbers, where a sort of columns is slow.
-    patterns = sum(e.route[0].long() << bit for bit, e in enumerate(routed))
-    numbers = patterns.unique().tolist()
-    jobs = []
-    for number in numbers:
-        queries = None if len(numbers) == 1 else (patterns == number).nonzero().squeeze(1).to(call.query.device)
-        unseen = [id(e) for bit, e in enumerate(routed) if not number >> bit & 1]
-        seen = [e for e in call.extensions if id(e) not in unseen]
-        keys, values, mask = _joint(call, seen, queries)
-        query = call.query if queries is None else call.query[:, queries]
-        jobs.append(_Job(index, query, keys, values, mask, None, queries))
-    return jobs
-
-
-def _row_jobs(index: int, call: AttentionCall, row: int) -> list[_Job]:
-    def part(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.ndim < 2 or tensor.shape[0] == 1 else tensor[row : row + 1]
-
-    def part_of_bias(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.ndim < 3 else part(tensor)
-
-    extensions = [Extension(part(e.key), part(e.value), part_of_bias(e.bias), part(e.route)) for e in call.extensions]
-    rows = slice(row, row + 1)
-    single = AttentionCall(
-        call.query[rows], call.key[rows], call.value[rows], call.heads, call.site, call.chunk, call.grid,
-        extensions=extensions, own_bias=part_of_bias(call.own_bias),
-    )  # fmt: skip
-    return [_Job(j.call, j.query, j.key, j.value, j.mask, rows, j.queries) for j in _jobs(index, single)]
-
-
-def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
-    """The outputs (rows, queries, channels) of the calls.
-
-    Equal to the softmax over own and extended keys with all biases (a query that a route leaves out has minus
-    infinity there). Attentions of one shape without a mask run as one."""
-    jobs = [job for index, call in enumerate(calls) for job in _jobs(index, call)]
-    groups: dict[Any, list[_Job]] = {}
-    for number, job in enumerate(jobs):
-        shape = (job.query.shape[1], job.key.shape[1]) if job.mask is None else number
-        groups.setdefault(shape, []).append(job)
-    outputs: list[Tensor | None] = [None] * len(calls)
-    for group in groups.values():
-        if len(group) == 1:
-            (job,) = group
-            results = [attend(job.query, job.key, job.value, job.mask)]
-        else:
-            joined = [torch.cat([getattr(job, part) for job in group]) for part in ("query", "key", "value")]
-            results = attend(*joined, None).split([job.query.shape[0] for job in group])
-        for job, result in zip(group, results, strict=True):
-            if job.rows is None and job.queries is None:
-                outputs[job.call] = result
-                continue
-            if outputs[job.call] is None:
-                outputs[job.call] = result.new_empty((*calls[job.call].query.shape[:2], result.shape[-1]))
-            target = outputs[job.call] if job.rows is None else outputs[job.call][job.rows]
-            if job.queries is None:
-                target.copy_(result)
-            else:
-                target[:, job.queries] = result
-    for index, call in enumerate(calls):
-        for function in call.blends:
-            outputs[index] = function(outputs[index])
-    return outputs

@@ -1,31 +1,29 @@
-"""Hangs edits on the host: the only module that touches its wrappers and patch slots.
+"""Hangs edits on the host, by its wrappers.
 
 At node time a MODEL is cloned and an edit is appended to it. While it samples, three wrappers do the rest:
 OUTER_SAMPLE opens a session and closes it whatever happens; PREDICT_NOISE runs the companion streams at the
-sampler's noise level; APPLY_MODEL puts replacements in the attention slots for one forward, around whatever
-another pack has put there by then. Nothing is kept outside the model's options and the run's session.
+sampler's noise level; APPLY_MODEL puts replacements in the attention slots for one forward (`slots.py`). Nothing is
+kept outside the model's options and the run's session.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .call import Attend, AttentionCall, execute
 from .edit import Edit, Start
 from .identity import STEP_CACHES
-from .session import UNCONDITIONED, Forward, Recording, Session
+from .session import UNCONDITIONED, Recording, Session
 from .sites import Site
+from .slots import composed, editor, recorder
 from .streams import Denoising, Stream
 
 KEY = "subject_patches"
@@ -215,97 +213,10 @@ def _apply_model(
     if session is not None:
         recording: Recording | None = options.get(RECORDING)
         if recording is not None:
-            patches = {site: _recorder(recording, site) for site in recording.sites}
+            patches = {site: recorder(recording, site) for site in recording.sites}
         else:
             forward = session.forward(options, x, c_crossattn, float(t[0]))
-            patches = {site: _editor(session, forward, site) for site in forward.sites} if forward else {}
+            patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
         if patches:
-            options = {**options, "patches_replace": _compose(options.get("patches_replace", {}), patches)}
+            options = {**options, "patches_replace": composed(options.get("patches_replace", {}), patches)}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-
-# (query, key, value, extra options, what another pack has in the slot or None) -> output
-_Patch = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Any], Tensor]
-SLOT_OF_KIND = {"self": "attn1", "cross": "attn2"}
-
-
-def _compose(present: Mapping[str, Mapping[Any, Any]], patches: Mapping[Site, _Patch]) -> dict[str, dict[Any, Any]]:
-    """The host's replacement slots with ours around whatever stands in them."""
-    slots = {name: dict(present.get(name, {})) for name in {*present, *SLOT_OF_KIND.values()}}
-    for site, patch in patches.items():
-        slot = slots[SLOT_OF_KIND[site.kind]]
-        # The host takes a transformer block's own replacement before the one for its whole block.
-        other = slot.get(site.key, present.get(SLOT_OF_KIND[site.kind], {}).get(site.key[:2]))
-        slot[site.key] = _filled(patch, other)
-    return slots
-
-
-def _filled(patch: _Patch, other: Any) -> Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]:
-    return lambda query, key, value, extra: patch(query, key, value, extra, other)
-
-
-def _host_attention(extra: dict[str, Any]) -> Attend:
-    """The host's own attention for a layer, with the overrides that other packs have set."""
-    heads, precision = extra["n_heads"], extra["attn_precision"]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return optimized_attention(
-                query, key, value, heads, attn_precision=precision, transformer_options=extra
-            )  # fmt: skip
-        return optimized_attention_masked(
-            query, key, value, heads, mask, attn_precision=precision, transformer_options=extra
-        )  # fmt: skip
-
-    return attend
-
-
-def _plain(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
-    return _host_attention(extra)(query, key, value, None) if other is None else other(query, key, value, extra)
-
-
-def _grid(query: Tensor, extra: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = extra["activations_shape"][-2:]
-    return (height, width) if height * width == query.shape[1] else None
-
-
-def _recorder(recording: Recording, site: Site) -> _Patch:
-    def record(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
-        output = _plain(query, key, value, extra, other)
-        features = {"query": query, "key": key, "value": value, "output": output}
-        recording.record(site, tuple(extra["activations_shape"][-2:]), features)
-        return output
-
-    return record
-
-
-def _editor(session: Session, forward: Forward, site: Site) -> _Patch:
-    def edit(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
-        if query.shape[0] != forward.rows or key.shape[0] != forward.rows:
-            session.warn_once(
-                f"Another pack changed the batch inside the attention layer {site}; Subject Patches leaves it as it is."
-            )
-            return _plain(query, key, value, extra, other)
-        grid = _grid(query, extra)
-        calls = []
-        for chunk in forward.chunks:
-            rows = chunk.rows
-            call = AttentionCall(
-                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid,
-                project=partial(session.project, site),
-            )  # fmt: skip
-            session.amend(call)
-            calls.append(call)
-        amended = [call for call in calls if call.amended]
-        if not amended:
-            return _plain(query, key, value, extra, other)
-        attend = _host_attention(extra)
-        if other is None:
-            return torch.cat(execute(calls, attend))
-        output = other(query, key, value, extra).clone()
-        for call, result in zip(amended, execute(amended, attend), strict=True):
-            rows = call.chunk.rows
-            output[rows] += result - attend(query[rows], key[rows], value[rows], None)
-        return output
-
-    return edit

@@ -112,6 +112,7 @@ class Session:
         self.active: tuple[Edit, ...] = ()
         self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
+        self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
 
     def close(self) -> None:
@@ -120,6 +121,7 @@ class Session:
         self.active = ()
         self.recordings.clear()
         self._conditionings.clear()
+        self._model_key = None
 
     def enter(self, guider: Any, x: Tensor, timestep: Tensor) -> None:
         """The sampler is about to call the model on `x` at this noise level."""
@@ -127,6 +129,7 @@ class Session:
         if sigma != self.sigma:
             self.recordings.clear()
         self.guider, self.sigma, self.latent = guider, sigma, (x.shape[-2], x.shape[-1])
+        self._model_key = None
         to_sigma = guider.inner_model.model_sampling.percent_to_sigma
         self.active = tuple(edit for edit in self.edits if edit.window.contains(sigma, to_sigma))
 
@@ -229,10 +232,13 @@ class Session:
         _, digest = self.stream_conditioning(stream)
         if digest is None:
             return None
-        inner, patcher = self.guider.inner_model, self.guider.model_patcher
-        objects = tuple((name, Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
-        weights = (Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
-        return (weights, digest, foreign_patches(model_options, self.own_key), self.level(stream), identity)
+        if self._model_key is None:
+            # The same for every stream of one call of the model.
+            inner, patcher = self.guider.inner_model, self.guider.model_patcher
+            objects = tuple((name, Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
+            weights = (Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
+            self._model_key = (weights, foreign_patches(model_options, self.own_key))
+        return (self._model_key, digest, self.level(stream), identity)
 
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
         """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest

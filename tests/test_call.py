@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
-from subject_patches.patches.call import Attend, AttentionCall, Chunk, Extension, execute
+from subject_patches.patches import execution
+from subject_patches.patches.call import AttentionCall, Chunk, Extension
+from subject_patches.patches.execution import Attend, execute
 from subject_patches.patches.sites import Site
 from subject_patches.tests import dense
 from torch import Tensor
@@ -106,6 +108,32 @@ def test_route_that_all_rows_share(biased: bool) -> None:
     # Both seen, either seen, none seen: four groups, and no mask where nothing is biased.
     assert len(attend.masks) == 4
     assert biased or attend.masks == [None] * 4
+
+
+@pytest.mark.parametrize(("limits", "attentions"), [({}, 2), ({"_FILLED_UP": 0}, 4), ({"_HELD": 0}, 5)])
+def test_groups_over_as_many_keys_run_as_one_while_they_are_small(
+    limits: dict[str, int], attentions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(execution, name, value)
+    call = make_call()
+    owner = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 3, 4]])
+    for number in range(4):
+        call.extend(randn(1, 5, 12), randn(1, 5, 12), route=owner == number)
+    attend = Counted(3)
+    assert_exact(call, attend)
+    # By how many keys; by that and by how many queries; each alone.
+    assert attend.masks == [None] * attentions
+
+
+def test_references_of_one_route_are_seen_together() -> None:
+    call = make_call(rows=1)
+    route = torch.arange(9)[None] > 4
+    for _ in range(80):
+        call.extend(randn(1, 1, 12), randn(1, 1, 12), route=route)
+    attend = Counted(3)
+    assert_exact(call, attend)
+    assert len(attend.masks) == 2
 
 
 def test_route_of_each_row() -> None:

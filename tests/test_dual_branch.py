@@ -14,7 +14,7 @@ import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
-from subject_patches.patches.call import AttentionCall, Chunk, execute
+from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.dual_branch import (
     BRANCH_KEY,
     BranchTokens,
@@ -32,6 +32,7 @@ from subject_patches.patches.dual_branch import (
 )
 from subject_patches.patches.edit import Start
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.execution import execute
 from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense

@@ -12,8 +12,9 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from subject_patches.patches.call import AttentionCall, Chunk, execute
+from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.execution import execute
 from subject_patches.patches.retouch import (
     Attended,
     MultiSourceSwap,

@@ -1,0 +1,169 @@
+"""Runs amended attention calls once, by the cheapest exact route. Pure tensor code: the attention is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .call import AttentionCall, Extension
+
+# (query, key, value, mask) -> output, all (rows, tokens, channels); the mask is additive and None or broadcastable
+# to (rows, queries, keys).
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One attention to compute: some queries (rows, n, channels) of `call`, at its `places` (None is all of them), over
+    the call's own tokens and those of `seen`."""
+
+    call: AttentionCall
+    query: Tensor
+    places: Tensor | None
+    seen: Sequence[Extension]
+
+    @cached_property
+    def keys(self) -> int:
+        return self.call.key.shape[1] + sum(e.key.shape[1] for e in self.seen)
+
+    @cached_property
+    def masked(self) -> bool:
+        return self.call.own_bias is not None or any(e.bias is not None for e in self.seen)
+
+    def key_and_value(self) -> tuple[Tensor, Tensor]:
+        call, rows = self.call, self.query.shape[0]
+        if not self.seen:
+            return call.key, call.value
+        keys = torch.cat([call.key, *(e.key.expand(rows, -1, -1) for e in self.seen)], 1)
+        return keys, torch.cat([call.value, *(e.value.expand(rows, -1, -1) for e in self.seen)], 1)
+
+    def mask(self) -> Tensor | None:
+        if not self.masked:
+            return None
+        biases = [self._bias(self.call.own_bias), *(self._bias(e.bias) for e in self.seen)]
+        lengths = [self.call.key.shape[1], *(e.key.shape[1] for e in self.seen)]
+        # A bias that is the same for every query stays a vector over keys: it broadcasts inside the attention.
+        shape = (max(b.shape[0] for b in biases), max(b.shape[1] for b in biases))
+        return torch.cat([b.expand(*shape, n) for b, n in zip(biases, lengths, strict=True)], -1)
+
+    def _bias(self, bias: Tensor | None) -> Tensor:
+        full = self.query.new_zeros(()) if bias is None else bias.to(self.query)
+        full = full.expand(*(1,) * (3 - full.ndim), *full.shape)
+        return full if self.places is None or full.shape[1] == 1 else full[:, self.places]
+
+
+def _singles(call: AttentionCall) -> list[AttentionCall]:
+    """The call, or one for each of its rows where these have routes of their own."""
+    routes = {id(e.route): e.route for e in call.extensions if e.route is not None}
+    count = max((len(route) for route in routes.values()), default=1)
+    if count == 1 or all(torch.equal(route, route[:1].expand_as(route)) for route in routes.values()):
+        return [call]
+
+    def single(row: int) -> AttentionCall:
+        def part(tensor: Tensor | None, dimensions: int = 3) -> Tensor | None:
+            shared = tensor is None or tensor.ndim < dimensions or tensor.shape[0] == 1
+            return tensor if shared else tensor[row : row + 1]
+
+        own = {name: part(route, 2) for name, route in routes.items()} | {id(None): None}
+        extensions = [Extension(part(e.key), part(e.value), part(e.bias), own[id(e.route)]) for e in call.extensions]
+        rows = slice(row, row + 1)
+        return AttentionCall(
+            call.query[rows], call.key[rows], call.value[rows], call.heads, call.site, call.chunk, call.grid,
+            extensions=extensions, own_bias=part(call.own_bias),
+        )  # fmt: skip
+
+    return [single(row) for row in range(count)]
+
+
+def _jobs(call: AttentionCall) -> list[_Job]:
+    """The attentions of a call whose rows share their routes. Queries that see the same extensions form a group; a
+    group needs no mask to be kept from the others' keys."""
+    routes = {id(e.route): e.route[0] for e in call.extensions if e.route is not None}
+    if not routes:
+        return [_Job(call, call.query, None, call.extensions)]
+    # A query's pattern as a number, bit by bit: one sort of numbers, where a sort of columns is slow.
+    bits = {name: 1 << bit for bit, name in enumerate(routes)}
+    columns = torch.stack(list(routes.values()), 1)
+    patterns, order = (columns * torch.tensor(list(bits.values()), device=columns.device)).sum(1).sort()
+    numbers, sizes = patterns.unique_consecutive(return_counts=True)
+
+    def seen(number: int) -> list[Extension]:
+        return [e for e in call.extensions if e.route is None or number & bits[id(e.route)]]
+
+    if len(numbers) == 1:
+        return [_Job(call, call.query, None, seen(int(numbers)))]
+    order = order.to(call.query.device)
+    groups = zip(numbers.tolist(), order.split(sizes.tolist()), strict=True)
+    queries = call.query[:, order].split(sizes.tolist(), 1)
+    return [_Job(call, query, places, seen(number)) for query, (number, places) in zip(queries, groups, strict=True)]
+
+
+# Attentions over as many keys run as one, their queries filled up to as many, while that costs less than a call of its
+# own: in multiplications for what is filled up, in elements of keys that are then held at once. Big ones run alone, and
+# the keys of one are let go before those of the next are made.
+_FILLED_UP = 2**21
+_HELD = 2**22
+
+
+def _together(jobs: Sequence[_Job]) -> list[list[int]]:
+    """The numbers of the jobs, in groups that run as one; a group's first has the most queries."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(jobs)), key=lambda n: (jobs[n].masked, jobs[n].keys, -jobs[n].query.shape[1])):
+        job = jobs[number]
+        if groups:
+            first = jobs[groups[-1][0]]
+            size = job.query.shape[0] * job.keys * job.query.shape[2]
+            cheap = (first.query.shape[1] - job.query.shape[1]) * size <= _FILLED_UP
+            if not job.masked and job.keys == first.keys and cheap and (len(groups[-1]) + 1) * size <= _HELD:
+                groups[-1].append(number)
+                continue
+        groups.append([number])
+    return groups
+
+
+def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
+    """The output of each job."""
+    results: dict[int, Tensor] = {}
+    for numbers in _together(jobs):
+        group = [jobs[number] for number in numbers]
+        if len(group) == 1:
+            results[numbers[0]] = attend(group[0].query, *group[0].key_and_value(), group[0].mask())
+            continue
+        most = group[0].query.shape[1]
+        queries = torch.cat([functional.pad(job.query, (0, 0, 0, most - job.query.shape[1])) for job in group])
+        keys, values = (torch.cat(tensors) for tensors in zip(*(job.key_and_value() for job in group), strict=True))
+        outputs = attend(queries, keys, values, None).split([len(job.query) for job in group])
+        for number, job, output in zip(numbers, group, outputs, strict=True):
+            results[number] = output[:, : job.query.shape[1]]
+    return [results[number] for number in range(len(jobs))]
+
+
+def _output(jobs: Sequence[_Job], results: Sequence[Tensor]) -> Tensor:
+    """What the attentions of one call say of its queries, in their own order."""
+    if jobs[0].places is None:
+        return results[0]
+    joined = torch.cat(list(results), 1)
+    return torch.empty_like(joined).index_copy_(1, torch.cat([job.places for job in jobs]), joined)
+
+
+def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
+    """The outputs (rows, queries, channels) of the calls.
+
+    Equal to the softmax over own and extended keys with all biases (a query that a route leaves out has minus
+    infinity there). Small attentions without a mask run as one."""
+    plans = [[_jobs(single) for single in _singles(call)] for call in calls]
+    results = iter(_attended([job for plan in plans for jobs in plan for job in jobs], attend))
+    outputs = []
+    for call, plan in zip(calls, plans, strict=True):
+        parts = [_output(jobs, list(islice(results, len(jobs)))) for jobs in plan]
+        output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for function in call.blends:
+            output = function(output)
+        outputs.append(output)
+    return outputs
