@@ -8,7 +8,9 @@ import torch
 from comfy_api.latest import io
 
 from ..patches.layout_regions import Layout
-from ..patches.router import MOST_SUBJECTS, MapRouter, MaskRouter
+from ..patches.map_router import MapRouter
+from ..patches.mask_router import MaskRouter
+from ..patches.router import MOST_SUBJECTS
 from .checks import check_choice, check_number
 from .types import CATEGORY, LayoutType, RouterType
 

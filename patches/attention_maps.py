@@ -25,8 +25,9 @@ def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tens
     if call.grid is None or "key" in call.replaced or call.key.shape[1] % length:
         return None
     shares = call.probabilities().mean(1).unflatten(-1, (-1, length)).sum(-2)
-    maps = [shares[..., list(group)].sum(-1) for group in groups]
-    return torch.stack(maps, 1).unflatten(-1, call.grid)
+    chosen = torch.zeros(length, len(groups))
+    chosen[[t for group in groups for t in group], [n for n, group in enumerate(groups) for _ in group]] = 1
+    return (shares @ chosen.to(shares)).mT.unflatten(-1, call.grid)
 
 
 def normalised(maps: Tensor) -> Tensor:
@@ -37,16 +38,24 @@ def normalised(maps: Tensor) -> Tensor:
 
 
 def smoothed(maps: Tensor, share: float) -> Tensor:
-    """Maps (rows, n, height, width) blurred by a Gaussian whose standard deviation is `share` of their shorter side."""
-    deviation = share * min(maps.shape[-2:])
+    """Maps (rows, n, height, width) blurred by a Gaussian whose standard deviation is `share` of their shorter side.
+    Beyond the border they go on as they are at it."""
+    shorter = min(maps.shape[-2:])
+    deviation = share * shorter
     # Below this a Gaussian's neighbours weigh less than one part in a million.
     if deviation < 0.19:
         return maps
-    from kornia.filters import gaussian_blur2d
+    reach = min(int(3 * deviation) + 1, shorter)
+    down, across = (_blur(length, deviation, reach).to(maps) for length in maps.shape[-2:])
+    return down @ maps @ across.mT
 
-    # The border is repeated, and a kernel may reach over all of it.
-    size = 2 * min(int(3 * deviation) + 1, min(maps.shape[-2:])) + 1
-    return gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
+
+def _blur(length: int, deviation: float, reach: int) -> Tensor:
+    """A Gaussian blur along a side, as a matrix: (length, length), what each place takes of every other."""
+    offsets = torch.arange(-reach, reach + 1)
+    weights = (-0.5 * (offsets / deviation) ** 2).softmax(0)
+    sources = (torch.arange(length)[:, None] + offsets).clamp(0, length - 1)
+    return torch.zeros(length, length).scatter_add_(1, sources, weights.expand(length, -1))
 
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

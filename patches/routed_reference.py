@@ -89,10 +89,8 @@ class RoutedReference(Edit):
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         route = self.routing.route(call)
-        if route is None:
-            return
-        mine = route == self.number
-        if not bool(mine.any()):
+        mine = None if route is None else route.places(self.number)
+        if mine is None:
             return
         bias = flow_bias(self.strength, None)
         for reference in self.references:
@@ -120,9 +118,8 @@ class RoutedTokens(Edit):
         def add(output: Tensor) -> Tensor:
             # Asked only now: a route by maps is that of this very attention, with what every edit amended in it.
             route = self.routing.route(call)
-            if route is None:
-                return output
-            return inject(output, query, key, value, heads, route == self.number, self.eta)
+            mine = None if route is None else route.places(self.number)
+            return output if mine is None else inject(output, query, key, value, heads, mine, self.eta)
 
         call.blend(add)
 

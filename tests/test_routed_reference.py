@@ -11,8 +11,9 @@ import torch
 from comfy.ldm.modules import attention as host
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.nodes.routed_reference import SubjectShareNode
-from subject_patches.patches.call import AttentionCall, Chunk, execute
+from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.execution import execute
 from subject_patches.patches.routed_reference import inject, routed_reference_attention
 from subject_patches.patches.router import one_hot
 from subject_patches.patches.sites import Site, attention_sites, layer_at

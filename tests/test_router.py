@@ -11,14 +11,9 @@ from subject_patches.nodes.router import RouterNode
 from subject_patches.patches.attention_maps import attention_maps, normalised, resized, smoothed
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.layout_regions import Layout, Region
-from subject_patches.patches.router import (
-    MapRouter,
-    MaskRouter,
-    one_hot,
-    route_of_cover,
-    route_of_maps,
-    tokens_in_turn,
-)
+from subject_patches.patches.map_router import MapRouter, route_of_maps, tokens_in_turn
+from subject_patches.patches.mask_router import MaskRouter, route_of_cover
+from subject_patches.patches.router import Route, one_hot
 from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
@@ -60,6 +55,14 @@ class Encoded:
         self.cond = cond
 
 
+def test_places_of_a_route() -> None:
+    route = Route(torch.tensor([[0, 2, 3, 0], [3, 3, 3, 0]]), 3)
+    assert route.places(0).tolist() == [[True, False, False, True], [False, False, False, True]]
+    assert route.places(2).tolist() == [[False, True, False, False], [False] * 4]
+    assert route.places(3).tolist() == [[False, False, True, False], [True, True, True, False]]
+    assert route.places(1) is None
+
+
 # Masks
 
 
@@ -86,7 +89,7 @@ def test_masks_at_a_grid(grid: tuple[int, int], model: Any) -> None:
     painted = torch.zeros(2, 40, 60, dtype=torch.bool)
     painted[0, :20, :30] = painted[1, 20:, 30:] = True
     routing = MaskRouter(painted).routing(("a", "b"), attention_sites(model), frozenset({SELF}), Window()).begin()
-    route = routing.route(mask_call(grid)).view(grid)
+    route = routing.route(mask_call(grid)).numbers.view(grid)
     y = (torch.arange(grid[0]) + 0.5) / grid[0]
     x = (torch.arange(grid[1]) + 0.5) / grid[1]
     # Cells that an edge cuts in half may go to either side.
@@ -100,8 +103,8 @@ def test_masks_are_cropped_with_an_area(model: Any) -> None:
     painted = torch.zeros(1, 16, 24, dtype=torch.bool)
     painted[0, :8, :12] = True
     routing = MaskRouter(painted).routing(("a",), attention_sites(model), frozenset({SELF}), Window()).begin()
-    assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 0))) == 0).all())
-    assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 12)))[0, 1:] == 1).all())
+    assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 0))).numbers == 0).all())
+    assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 12))).numbers[0, 1:] == 1).all())
 
 
 # Maps
@@ -188,7 +191,7 @@ def test_a_layer_goes_by_what_the_layers_before_it_say(mean: bool, model: Any) -
         routing.amend(call, sigma, lambda stream: None)
         route = None if site.kind == "cross" else routing.route(call)
         routing.observe(call, sigma, lambda stream: None)
-        return call, route
+        return call, None if route is None else route.numbers
 
     assert go(order[0], (4, 6), 3.0)[1] is None
     one, _ = go(first, (4, 6), 3.0)

@@ -103,7 +103,8 @@ class Case:
         """The model with the references, as `name` says."""
         from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
         from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
-        from subject_patches.patches.router import MapRouter, MaskRouter
+        from subject_patches.patches.map_router import MapRouter
+        from subject_patches.patches.mask_router import MaskRouter
 
         if name in (UNPATCHED, ALONE):
             return model
@@ -132,11 +133,12 @@ def _table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) ->
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
-    """The benchmark's rows: one subject and eight, by masks and by maps, and eight by a mask over all keys."""
+    """The benchmark's rows: one subject and eight, by masks and by maps, and eight by a bias over all keys."""
     import torch
     from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
     from subject_patches.patches.engine import add_edit
-    from subject_patches.patches.router import MapRouter, MaskRouter
+    from subject_patches.patches.map_router import MapRouter
+    from subject_patches.patches.mask_router import MaskRouter
     from subject_patches.patches.sites import attention_sites, select_sites
     from subject_patches.patches.subject import Reference, Subject
     from subject_patches.patches.window import Window
@@ -165,6 +167,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     return {
         "routed references, one subject": routed(1, stripes(1)),
         "routed references, eight subjects": routed(8, stripes(8)),
+        "routed references, one subject by maps": routed(1, MapRouter()),
         "routed references, eight subjects by maps": routed(8, MapRouter()),
         "eight subjects by a dense bias, not in the pack": dense,
     }
@@ -183,8 +186,8 @@ def _dense_edit() -> type:
 
     import torch
     from subject_patches.patches.edit import Edit
+    from subject_patches.patches.mask_router import route_of_cover
     from subject_patches.patches.region import region_at
-    from subject_patches.patches.router import route_of_cover
 
     @dataclass(frozen=True, eq=False)
     class DenselyRouted(Edit):

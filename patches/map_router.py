@@ -1,0 +1,169 @@
+"""Routes by cross-attention maps: the phrase that a place attends to most takes it, if that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_maps import attention_maps, normalised, resized, smoothed
+from .call import AttentionCall
+from .layout_regions import canonical
+from .prompt import SPANS_KEY, Spans
+from .router import Route, Routing, names_of
+from .sites import Site
+from .streams import Features, Stream
+from .window import Window
+
+
+def route_of_maps(maps: Tensor, threshold: float) -> Tensor:
+    """The subject whose map is highest at each place, or the background where none is above `threshold`: maps (rows, n,
+    height, width) of 0 to 1 to (rows, places) of 0 to n, n being the background."""
+    most, subject = maps.flatten(2).max(1)
+    return torch.where(most > threshold, subject, maps.shape[1])
+
+
+@dataclass(frozen=True)
+class MapRouter:
+    """Routes by the cross-attention maps of the subjects' phrases: blurred by `smoothing` (a share of the shorter
+    side), stretched to 0 to 1, background where none is above `threshold`.
+
+    A layer's maps are those of the cross-attention before it, as in the paper, or with `running_mean` the mean over all
+    cross-attentions of the run so far."""
+
+    threshold: float = 0.4
+    smoothing: float = 0.05
+    running_mean: bool = False
+
+    def routing(
+        self, phrases: Sequence[str], order: Sequence[Site], acting: frozenset[Site], window: Window
+    ) -> Routing:
+        for number, phrase in enumerate(phrases, 1):
+            if not phrase:
+                raise ValueError(
+                    f"Subject {number} has no phrase, so its attention map cannot be found; give its Subject node one."
+                )
+        before: dict[Site, Site] = {}
+        last = None
+        for site in order:
+            if site.kind == "cross":
+                last = site
+            if last is not None:
+                before[site] = last
+        if self.running_mean:
+            # What earlier steps say counts too.
+            window, read = Window(0.0, window.end_percent), {site for site in order if site.kind == "cross"}
+        else:
+            read = {before[site] for site in acting if site in before}
+        sites, names = frozenset(acting | read), names_of(phrases)
+        return MapRouting(
+            sites, window, names, router=self, phrases=tuple(phrases), before=before, read=frozenset(read)
+        )
+
+
+@dataclass
+class _Mean:
+    """The mean of what it is told, a map of one shape."""
+
+    value: Tensor
+    count: int = 1
+
+    def add(self, value: Tensor) -> None:
+        self.count += 1
+        self.value += (value - self.value) / self.count
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MapRouting(Routing):
+    """Reads the maps of each conditioning's own chunks at `read`; `before` gives the cross-attention before a site (a
+    cross-attention's is itself)."""
+
+    router: MapRouter
+    phrases: tuple[str, ...]
+    before: Mapping[Site, Site]
+    read: frozenset[Site]
+    _maps: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
+    _means: dict[Hashable, _Mean] = field(default_factory=dict, repr=False)
+    _tokens: dict[Hashable, list[list[int]]] = field(default_factory=dict, repr=False)
+    _sigma: list[float] = field(default_factory=lambda: [float("nan")], repr=False)
+
+    def begin(self) -> MapRouting:
+        return replace(self, _last=[], _maps={}, _means={}, _tokens={}, _sigma=[float("nan")])
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when no prompt of the run knows the subjects' phrases, each in a place of its own."""
+        known = [prompt.get(SPANS_KEY, {}) for prompt in prompts]
+        if any(all(tokens_in_turn(spans, self.phrases)) for spans in known):
+            return
+        spans = max(known, key=lambda spans: sum(map(bool, tokens_in_turn(spans, self.phrases))), default={})
+        found = tokens_in_turn(spans, self.phrases)
+        missing = next(phrase for phrase, tokens in zip(self.phrases, found, strict=True) if not tokens)
+        if self.phrases.count(missing) > 1:
+            raise ValueError(
+                f"{self.phrases.count(missing)} subjects have the phrase '{missing}', which the positive prompt does "
+                "not say that often; name each subject in it, in their order, and encode it with Encode Prompt with "
+                "Subjects."
+            )
+        raise ValueError(
+            f"The positive conditioning does not say which of its words are '{missing}', so this subject's attention "
+            f"map cannot be found; make it with Encode Prompt with Subjects, with '{missing}' among its phrases."
+        )
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        self._sigma[0] = sigma
+        super().amend(call, sigma, recorded)
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        if call.site not in self.read:
+            return
+        key = _key(call)
+        if key not in self._tokens:
+            self._tokens[key] = tokens_in_turn(call.chunk.conditioning.get(SPANS_KEY, {}), self.phrases)
+        tokens = self._tokens[key]
+        maps = attention_maps(call, tokens) if any(tokens) else None
+        if maps is None:
+            return
+        maps = normalised(smoothed(maps, self.router.smoothing))
+        if not self.router.running_mean:
+            self._maps[key, call.site] = (sigma, maps)
+            return
+        maps = resized(maps, call.chunk.area[:2] if call.chunk.area else call.chunk.latent)
+        if key in self._means and self._means[key].value.shape == maps.shape:
+            self._means[key].add(maps)
+        else:
+            self._means[key] = _Mean(maps)
+
+    def _find(self, call: AttentionCall) -> Route | None:
+        key = _key(call)
+        if self.router.running_mean:
+            mean = self._means.get(key)
+            maps = None if mean is None else normalised(mean.value)
+        else:
+            # Nothing of an earlier step, where another pack skipped the layer in this one.
+            kept, maps = self._maps.get((key, self.before.get(call.site)), (None, None))
+            maps = maps if kept == self._sigma[0] else None
+        if maps is None or len(maps) != len(call.query):
+            return None
+        return Route(route_of_maps(resized(maps, call.grid), self.router.threshold).cpu(), len(self.names))
+
+
+def tokens_in_turn(spans: Mapping[str, Spans], phrases: Sequence[str]) -> list[list[int]]:
+    """The tokens of each phrase in a prompt. Where several subjects share a phrase, they take its occurrences in turn,
+    one each; a subject that finds none has no tokens."""
+    known = {canonical(phrase): found for phrase, found in spans.items()}
+    wanted = [canonical(phrase) for phrase in phrases]
+    tokens = []
+    for number, name in enumerate(wanted):
+        places = known.get(name, ())
+        if wanted.count(name) > 1:
+            turn = wanted[:number].count(name)
+            places = places[turn : turn + 1]
+        tokens.append([token for start, stop in places for token in range(start, stop)])
+    return tokens
+
+
+def _key(call: AttentionCall) -> Hashable:
+    return (call.chunk.conditioning.get("uuid"), call.chunk.name, call.chunk.area)
