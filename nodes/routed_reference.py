@@ -30,6 +30,7 @@ from .types import (
 )
 
 ETA_MAX = 10.0
+TOKENS_MAX = 4096
 CURRENT, NEARLY_CLEAN = "current", "nearly clean"
 KEPT, SKIPPED = "kept", "skipped"
 
@@ -73,6 +74,15 @@ class SubjectShareNode(io.ComfyNode):
                     advanced=True,
                     tooltip="How strongly the image prompt is added, times the node's own eta.",
                 ),
+                io.Int.Input(
+                    "last_tokens",
+                    default=0,
+                    min=0,
+                    max=TOKENS_MAX,
+                    advanced=True,
+                    tooltip="How many of the image prompt's tokens count, from its end; 0 is all. Apply Style Model "
+                    "puts its tokens (SD 1.x: 8) behind those of a text.",
+                ),
             ],
             outputs=[SubjectType.Output(display_name="subject", tooltip="The subject with this share.")],
         )
@@ -86,10 +96,12 @@ class SubjectShareNode(io.ComfyNode):
         end_percent: float = 1.0,
         image_prompt: Any = None,
         eta: float = 1.0,
+        last_tokens: int = 0,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
+        check_number("last_tokens", last_tokens, 0, TOKENS_MAX)
         check_number("eta", eta, 0.0, ETA_MAX)
-        share = Share(strength, Window(start_percent, end_percent), _tokens(image_prompt), eta)
+        share = Share(strength, Window(start_percent, end_percent), _tokens(image_prompt, last_tokens), eta)
         return io.NodeOutput(tuple(replace(each, share=share) for each in subject))
 
 
@@ -225,13 +237,16 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         return io.NodeOutput(add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares))))
 
 
-def _tokens(conditioning: Any) -> Any:
-    """The tokens (1, n, channels) of a CONDITIONING's first entry."""
+def _tokens(conditioning: Any, last: int = 0) -> Any:
+    """The tokens (1, n, channels) of a CONDITIONING's first entry; `last` of them, or all where it is 0."""
     if conditioning is None:
         return None
     if not conditioning:
         raise ValueError("The image prompt is an empty conditioning; connect one with tokens.")
-    return conditioning[0][0][:1]
+    tokens = conditioning[0][0][:1]
+    if last > tokens.shape[1]:
+        raise ValueError(f"last_tokens is {last} but the image prompt has {tokens.shape[1]}; 0 takes all of them.")
+    return tokens[:, -last:]
 
 
 def _fitting(tokens: Any, model: Any, name: str) -> Any:
