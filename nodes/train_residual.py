@@ -14,6 +14,7 @@ from .training_inputs import PRECISIONS, STEPS_MAX, checked_noun, loss_output, s
 from .types import CATEGORY, ResidualTokenType
 
 ENCODER, ALONE = "text encoder", "residual alone"
+OWN, AS_V = "what the model predicts", "v"
 
 
 class TrainResidualToken(io.ComfyNode):
@@ -97,6 +98,14 @@ class TrainResidualToken(io.ComfyNode):
                     "alone' needs little memory, no sentences, and thousands of times the learning rate; the paper "
                     "finds it weaker with several subjects.",
                 ),
+                io.Combo.Input(
+                    "loss",
+                    options=[OWN, AS_V],
+                    default=OWN,
+                    advanced=True,
+                    tooltip="What the loss is of. 'what the model predicts' is the paper's, the noise for most models. 'v' "
+                    "counts strong noise more, where shapes and colours are decided.",
+                ),
                 *training_inputs(),
             ],
             outputs=[
@@ -125,6 +134,7 @@ class TrainResidualToken(io.ComfyNode):
         seed: list[int],
         more_templates: list[str] | None = None,
         tunes: list[str] | None = None,
+        loss: list[str] | None = None,
         precision: list[str] | None = None,
         gradient_checkpointing: list[bool] | None = None,
         resume_name: list[str] | None = None,
@@ -136,12 +146,14 @@ class TrainResidualToken(io.ComfyNode):
         from ..training.state import StateFile
 
         name, chosen, learner = checked_noun(noun[0]), _first(precision, "auto"), _first(tunes, ENCODER)
+        of = _first(loss, OWN)
         check_number("steps", steps[0], 1, STEPS_MAX)
         check_number("learning rate", learning_rate[0], 1e-8, 1.0)
         check_number("batch size", batch_size[0], 1, 64)
         check_number("preservation", preservation[0], 0.0, 1000.0)
         check_choice("precision", chosen, PRECISIONS)
         check_choice("tunes", learner, (ENCODER, ALONE))
+        check_choice("loss", of, (OWN, AS_V))
         check_loaded(clip[0], vae[0])
         attention_sites(model[0])
         pictures = pictures_of(images)
@@ -167,6 +179,7 @@ class TrainResidualToken(io.ComfyNode):
         about = {
             "noun": name,
             "tunes": learner,
+            "loss": of,
             "pictures": _digest(squares),
             "captions": "; ".join(shown),
             "sentences": str(len(templates)),
@@ -188,6 +201,7 @@ class TrainResidualToken(io.ComfyNode):
             dtype,
             _first(gradient_checkpointing, True),
             alone=learner == ALONE,
+            as_v=of == AS_V,
         )
         sentences = [filled(line, name) for line in templates]
         node_id = cls.hidden.unique_id if cls.hidden is not None else None

@@ -376,6 +376,7 @@ def test_cancel_leaves_the_models_and_a_state(folders: Path, monkeypatch: pytest
         ({"batch_size": 0}, "The batch size is 0"),
         ({"preservation": -1.0}, "The preservation is -1.0; give a number from 0 to 1000"),
         ({"tunes": "all"}, "The tunes is 'all'; choose one of text encoder, residual alone"),
+        ({"loss": "x0"}, "The loss is 'x0'; choose one of what the model predicts, v"),
         ({"precision": "fp8"}, "The precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
         ({"captions": "a photo"}, "The line 'a photo' of captions needs the place of the noun once, written as {}"),
         ({"captions": "a {}\nthe {}"}, "There are 2 captions for 3 pictures; write one line for all, or one for each"),

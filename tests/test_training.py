@@ -122,13 +122,14 @@ def test_vectors_in_place_of_words_learn() -> None:
 # The denoising loss
 
 
+@pytest.mark.parametrize("as_v", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
-def test_the_loss_is_that_of_what_the_model_predicts(prediction: str) -> None:
+def test_the_loss_is_that_of_what_the_model_predicts_or_of_v(prediction: str, as_v: bool) -> None:
     model = ModelSamplingDiscrete().patch(small_model(), prediction, False)[0]
     latents = torch.randn(3, 4, 8, 6, generator=generator(1))
     context = torch.randn(1, 7, CONTEXT, generator=generator(2))
     with with_gradients():
-        denoiser = Denoiser(model, torch.float32, False)
+        denoiser = Denoiser(model, torch.float32, False, as_v)
         latents, context = latents.clone(), context.clone()
         with loaded(denoiser.patcher):
             loss = denoiser.loss(latents, context, None, generator(3))
@@ -142,7 +143,10 @@ def test_the_loss_is_that_of_what_the_model_predicts(prediction: str) -> None:
             sigma = (1 - alpha**2).sqrt()
             clean = latents * 0.18215
             predicted = inner.diffusion_model(alpha * clean + sigma * noise, steps.float(), context.repeat(3, 1, 1))
-            target = noise if prediction == "eps" else alpha * noise - sigma * clean
+            if prediction == "eps" and as_v:
+                noisy = alpha * clean + sigma * noise
+                predicted = alpha * predicted - sigma * (noisy - sigma * predicted) / alpha
+            target = noise if prediction == "eps" and not as_v else alpha * noise - sigma * clean
             expected = (predicted - target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 

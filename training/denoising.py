@@ -19,9 +19,11 @@ class Denoiser:
     """A private copy of a U-Net MODEL. `patcher` is what `loaded` takes; use it only in there.
 
     The model's weight patches (LoRA) act, patches of its attention do not. With `checkpointing` every block is computed
-    again in the backward pass instead of kept: about a third more time for much less memory."""
+    again in the backward pass instead of kept: about a third more time for much less memory. With `as_v` the loss is
+    that of v, whatever the model predicts."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, checkpointing: bool) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, checkpointing: bool, as_v: bool = False) -> None:
+        self.as_v = as_v
         self.patcher = private_copy(model)
         self.patcher.set_model_compute_dtype(dtype)
         patches = {"forward_timestep_embed_patch": [((TimestepBlock, SpatialTransformer), _checkpointed)]}
@@ -34,7 +36,8 @@ class Denoiser:
 
     def loss(self, latents: Tensor, context: Tensor, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
         """The mean square error of what the model predicts (its noise, or v) at noise levels drawn evenly from its
-        schedule; Cones 2 Eq. 1 and 2.
+        schedule; Cones 2 Eq. 1 and 2. As v, an error of the noise counts (SNR + 1) / SNR times (Salimans and Ho 2022):
+        of strong noise it is small in itself, though the picture's shapes and colours are decided there.
 
         `latents` (n, channels, h, w) are as the VAE gave them, `context` (n or 1, tokens, width), `pooled` (n or 1,
         width) where the family takes one. `generator` is on the CPU, so a seed gives the same noise on any device."""
@@ -48,7 +51,10 @@ class Denoiser:
         conditions = self._conditions(noise, context, pooled)
         denoised = inner.apply_model(noisy, sigmas, transformer_options={**self.options}, **conditions)
         # What the host gives is the clean picture, in which an error of the prediction is this many times as large.
-        unit = sampling.calculate_denoised(sigmas, torch.ones_like(noisy), torch.zeros_like(noisy))
+        if self.as_v:
+            unit = (sigmas / (sigmas.square() + 1).sqrt())[:, None, None, None]
+        else:
+            unit = sampling.calculate_denoised(sigmas, torch.ones_like(noisy), torch.zeros_like(noisy))
         return ((denoised.float() - clean) / unit).square().mean()
 
     def _conditions(self, noise: Tensor, context: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:

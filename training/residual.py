@@ -77,7 +77,7 @@ class Sentences:
 class Plan:
     """How a residual is trained. `batch` counts pictures, and sentences, a step; `preservation` is lambda of Eq. 4.
 
-    With `alone` the residual itself is what learns, and the text encoder stays."""
+    With `alone` the residual itself is what learns, and the text encoder stays. With `as_v` the loss is that of v."""
 
     steps: int
     learning_rate: float
@@ -87,6 +87,7 @@ class Plan:
     dtype: torch.dtype
     checkpointing: bool
     alone: bool = False
+    as_v: bool = False
 
 
 def train_residual_token(
@@ -103,7 +104,7 @@ def train_residual_token(
     """Learns a noun's residual from `latents` (n, channels, h, w) with a caption each. The pooled output, which a
     residual does not change when it is applied, is the given encoder's."""
     with with_gradients():
-        encoder, denoiser = TextEncoder(clip), Denoiser(model, plan.dtype, plan.checkpointing)
+        encoder, denoiser = TextEncoder(clip), Denoiser(model, plan.dtype, plan.checkpointing, plan.as_v)
         shown, kept = Sentences.of(clip, captions, noun), Sentences.of(clip, sentences, noun).once()
         with loaded(encoder.patcher, denoiser.patcher):
             shots = Shots(denoiser, encoder, latents.clone(), shown)

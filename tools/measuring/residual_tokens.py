@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EMBLEMS, VIEWS = 4, 4
-# What the node is given: the toy's encoder is small, and learns at rates that would break one of CLIP's size.
+# What the node is given: the toy's encoder is small, and learns at rates that would break one of CLIP's size. The loss
+# is that of v, as in the toy's own training: of its noise, the strongest teaches next to nothing.
 TRAININGS: dict[str, dict[str, Any]] = {
-    "residual alone": {"steps": 150, "learning_rate": 0.05, "batch_size": 4, "preservation": 0.1},
-    "text encoder": {"steps": 250, "learning_rate": 0.0005, "batch_size": 4, "preservation": 0.02},
+    "residual alone": {"steps": 150, "learning_rate": 0.05, "batch_size": 4, "preservation": 0.1, "loss": "v"},
+    "text encoder": {"steps": 250, "learning_rate": 0.0005, "batch_size": 4, "preservation": 0.02, "loss": "v"},
 }
 PLAIN = "the plain noun"
 # Each makes a phrase of its own, and says nothing of an emblem.
