@@ -103,8 +103,8 @@ class TrainResidualToken(io.ComfyNode):
                     options=[OWN, AS_V],
                     default=OWN,
                     advanced=True,
-                    tooltip="What the loss is of. 'what the model predicts' is the paper's, the noise for most models. 'v' "
-                    "counts strong noise more, where shapes and colours are decided.",
+                    tooltip="What the loss is of. 'what the model predicts' is the paper's, the noise for most models. "
+                    "'v' counts strong noise more, where shapes and colours are decided.",
                 ),
                 *training_inputs(),
             ],
