@@ -74,11 +74,7 @@ class Case(Golden):
 
 CASES = cases_of("dci", Case, lambda each: "length_custom" in each.case)
 OPEN = [golden for golden in CASES if golden.case["gate_open"]]
-SAMPLERS = cases_of(
-    "dci",
-    Case,
-    lambda each: "stub_eps" in each.case and each.case["eta"] == 0 and each.case["share_guidance"],
-)
+SAMPLERS = cases_of("dci", Case, lambda each: "stub_eps" in each.case and each.case["eta"] == 0)
 over_cases = pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
 over_open = pytest.mark.parametrize("golden", OPEN, ids=lambda golden: golden.name)
 
@@ -228,6 +224,7 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
         concept,
         BranchTokens(((1, 6),), ((2, 3),)),
         [[given["c_ldm"], {}]],
+        own_guidance=not case["share_guidance"],
         noise=lambda noise: start("img_ldm_T"),
     )
     patched = add_edit(model, edit)
@@ -250,7 +247,8 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
     right = [given["x_T"], *given["x_prev_per_step"]]
     for found, state, sigma in zip([*states, last], right, sigmas, strict=True):
         torch.testing.assert_close(found, as_the_host(state, sigma), rtol=0, atol=1e-4 * float(1 + sigma))
-    mine = [(sigma, x) for sigma, context, x in calls if len(x) == 1 and torch.equal(context[:1], given["c_ldm"])]
+    alone = [(sigma, context, x) for sigma, context, x in calls if len(x) == case["batch"]]
+    mine = [(sigma, x) for sigma, context, x in alone if torch.equal(context[:1], given["c_ldm"][:1])]
     assert len(mine) == case["open_steps"]
     right = [given["img_ldm_T"], *given["x_ldm_prev_open_steps"]]
     for (sigma, x), state, level in zip(mine, right, sigmas, strict=False):
@@ -270,8 +268,9 @@ def test_the_branch_of_the_authors_sampler_to_its_last_step(golden: Case) -> Non
         right = given["img_ldm_T"] if number == 0 else given["x_ldm_prev_open_steps"][number - 1]
         torch.testing.assert_close(state / (1 + sigma**2) ** 0.5, right, rtol=0, atol=1e-4)
         branch.denoised(sigma, state - sigma * epsilon(state / (1 + sigma**2) ** 0.5, given["c_ldm"], t))
-        latents = as_the_host(x, sigmas[number])
-        branch.guided(sigma, case["cfg_scale"], latents, latents - sigma * epsilon(x, given["uc"], t))
+        beside = x if case["share_guidance"] else state / (1 + sigma**2) ** 0.5
+        latents = as_the_host(beside, sigmas[number])
+        branch.guided(sigma, case["cfg_scale"], latents, latents - sigma * epsilon(beside, given["uc"], t))
         x = given["x_prev_per_step"][number]
     last = branch.latents(float(sigmas[case["open_steps"]]), lambda *_: torch.full((), torch.nan))
     right = as_the_host(given["x_ldm_prev_open_steps"][-1], sigmas[case["open_steps"]])
