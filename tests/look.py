@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass
 class Seen:
-    """One executed attention: what went in, before and after amending, and what came out."""
+    """One executed attention: what went in, before and after amending, whether it was, and what came out."""
 
     call: AttentionCall
     sigma: float
+    amended: bool
     output: Tensor | None = None
 
     def keep(self, output: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class Look(Edit):
         return True
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        seen = Seen(call, sigma)
+        seen = Seen(call, sigma, call.amended)
         call.blend(seen.keep)
         self.seen.append(seen)
 

@@ -33,7 +33,9 @@ from subject_patches.tests.models import (
     recycled,
     sample,
     small_model,
+    subject,
 )
+from subject_patches.tests.references import keys_and_values
 from torch import Tensor
 
 import nodes as host_nodes
@@ -193,12 +195,18 @@ def test_with_a_control_net(model: Any) -> None:
     positive, negative = apply(prompt(1), prompt(2), control_net(), hint, 0.5, 0.0, 1.0)
     run = {"size": (12, 16), "steps": 3}
     controlled = {"positive": positive, "negative": negative, **run}
-    both = sample(recycled(model), **controlled)
+    who = subject()
+    patched, look = looking(recycled(model, (who,)))
+    both = sample(patched, **controlled)
     assert both.isfinite().all()
     assert difference(both, sample(recycled(model), **run)) > FEW
     assert difference(both, sample(model, **controlled)) > FEW
     # A subject's features are its own: they come from a pass without the control.
-    assert torch.equal(sample(recycled(model), **controlled), both)
+    lent = [seen for seen in look.of("positive") if seen.call.extensions]
+    assert lent
+    for seen in lent:
+        key, _ = keys_and_values(model, who, 0, seen.sigma, 0)[seen.call.site]
+        torch.testing.assert_close(seen.call.extensions[0].key, key, rtol=0, atol=1e-4)
 
 
 @pytest.fixture

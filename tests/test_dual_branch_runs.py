@@ -57,6 +57,7 @@ class ByHand:
     cfg: float = 3.0
     own: bool = False
     gain: float = 500.0
+    sharpness: float = 10.0
     noise: Callable[[Tensor], Tensor] = auxiliary_noise
     grids: set[int] = field(default_factory=set)
 
@@ -96,13 +97,13 @@ class ByHand:
     def mixer(self, kept: Kept) -> Callable[..., Tensor]:
         def spread(weights: Tensor) -> Tensor:
             self.grids.add(weights.shape[-1])
-            return self.gain * (10 * weights).softmax(-1)
+            return self.gain * (self.sharpness * weights).softmax(-1)
 
         def mix(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
             heads, (q, k, v) = extra["n_heads"], kept[(*extra["block"], extra["block_index"])]
             # The concept is tokens 2 and 3 of its prompt's 1 to 5, the auxiliary noun 2 of 1 to 4.
-            mine = (10 * dense.shares(query, key, heads)[..., 1:6]).softmax(-1)[..., 1:3].sum(-1)
-            theirs = 1 - (10 * dense.shares(q, k, heads)[..., 1:5]).softmax(-1)[..., 1]
+            mine = (self.sharpness * dense.shares(query, key, heads)[..., 1:6]).softmax(-1)[..., 1:3].sum(-1)
+            theirs = 1 - (self.sharpness * dense.shares(q, k, heads)[..., 1:5]).softmax(-1)[..., 1]
             both = torch.stack([spread(mine), self.injection * spread(theirs)]).softmax(0)
             both = both.permute(0, 1, 3, 2).repeat_interleave(query.shape[-1] // heads, -1)
             own = dense.attention(query, key, value, heads)
@@ -124,6 +125,7 @@ def levels(model: Any, steps: int) -> Tensor:
         ({"injection_strength": -1.5, "strength": 0.6}, {"injection": -1.5, "strength": 0.6}),
         ({"gain_mode": "by resolution"}, {"gain": 500 * 70 / 4096}),
         ({"gain": 60.0, "injection_strength": 2.0}, {"gain": 60.0, "injection": 2.0}),
+        ({"sharpness": 3.0}, {"sharpness": 3.0}),
         ({"noise": "the concept's"}, {"noise": lambda noise: noise}),
         ({"seed": 4}, {"noise": lambda noise: auxiliary_noise(noise, 4)}),
         ({}, {"cfg": 1.0}),
@@ -135,6 +137,7 @@ def levels(model: Any, steps: int) -> Tensor:
         "lambda, strength",
         "by resolution",
         "gain",
+        "sharpness",
         "same noise",
         "seed",
         "CFG 1",

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -223,17 +224,23 @@ def test_the_given_model_is_untouched(model: Any) -> None:
     assert torch.equal(sample(model), before)
 
 
-def test_an_inversion_can_be_interrupted(model: Any) -> None:
-    comfy.model_management.interrupt_current_processing()
+def test_an_inversion_tells_of_its_steps_and_can_be_interrupted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
 
-    def interrupting(apply: Any, arguments: dict[str, Any]) -> Tensor:
+    def progress(done: int, total: int, *_: Any, **__: Any) -> None:
+        # The host's server looks for an interrupt here.
+        told.append((done, total))
+        if done == 2:
+            comfy.model_management.interrupt_current_processing()
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
 
-    stopped = model.clone()
-    stopped.set_model_unet_function_wrapper(interrupting)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        invert(stopped, randn(1, 4, 8, 8))
+    with monkeypatch.context() as patches:
+        patches.setattr(comfy.utils, "PROGRESS_BAR_HOOK", progress)
+        patches.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            invert(model, randn(1, 4, 8, 8), fixed_point_rounds=1)
+    # Of four steps, each done twice.
+    assert told == [(1, 8), (2, 8)]
     assert invert(model, randn(1, 4, 8, 8))[0].states.isfinite().all()
 
 

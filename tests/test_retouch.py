@@ -29,6 +29,7 @@ from subject_patches.patches.sites import Site, attention_sites, select_sites
 from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
 from subject_patches.tests.golden_cases import Golden, cases_of
+from subject_patches.tests.look import Look
 from subject_patches.tests.models import difference, generator, prompt, sample, small_model
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
@@ -373,5 +374,9 @@ def test_cond_only_leaves_the_negative_chunk(model: Any) -> None:
     sites = attention_sites(model)
     path = path_of(small_path(1), prompt(31), both=False)
     assert path.streams == (path.conditioned,)
-    patched = add_edit(model, MultiSourceSwap(select_sites(sites, "self", "decoder"), Window(), None, path, switch=0.0))
-    assert difference(sample(patched), sample(swap(model, None, small_path(1), switch=0.0))) > 0.003
+    acting = select_sites(sites, "self", "decoder")
+    look = Look(acting, Window())
+    patched = add_edit(model, MultiSourceSwap(acting, Window(), None, path, switch=0.0))
+    sample(add_edit(patched, look))
+    assert {frozenset(seen.call.replaced) for seen in look.of("positive")} == {frozenset({"key", "value"})}
+    assert {frozenset(seen.call.replaced) for seen in look.of("negative")} == {frozenset()}

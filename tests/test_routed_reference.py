@@ -209,6 +209,15 @@ def test_without_cross_attention_another_prompt_is_the_same_pass(model: Any) -> 
         assert sum(rows) == 2 * 2 + passes
 
 
+def test_references_are_read_with_a_prompt_of_their_own(model: Any) -> None:
+    given, own, same = (
+        sample(routed(model, (subject(),), reference_conditioning=conditioning), positive=prompt(1))
+        for conditioning in (prompt(31, 5), None, prompt(1))
+    )
+    assert difference(given, own) > 0.003
+    assert torch.equal(same, own)
+
+
 def test_kinds_of_passes_do_not_share_features(model: Any) -> None:
     who = subject()
     results = [
