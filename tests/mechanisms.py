@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from subject_patches.patches.blend_mask import AdaptiveMask
 from subject_patches.patches.layout_regions import Layout, Region
@@ -37,11 +38,14 @@ Window = tuple[float, float]
 @dataclass(frozen=True)
 class Mechanism:
     """`patch` is (model, subjects, strength, window) -> patched model; of a `sized` one it also takes the `size` of the
-    latents that will be sampled."""
+    latents that will be sampled. One that `lends` shows the latents of its subjects; one that does not `begin` has a
+    window that starts with the schedule."""
 
     name: str
     patch: Callable[..., Any]
     sized: bool = False
+    lends: bool = True
+    begins: bool = True
 
     def on(
         self,
@@ -115,16 +119,24 @@ def _retouched(
     strength: float,
     window: Window,
     size: tuple[int, int] = (8, 8),
+    *,
+    lambda2: float = 0.0,
     **values: Any,
 ) -> Any:
-    # From the first step on, or for no part of the schedule.
+    # The mask blends from the first step on, or for no part of the schedule.
     start, end = window
-    given = {"lambda2": 0.0, "mask_blend_start": 1.0 - strength, "start_percent": start, "end_percent": end, **values}
+    shares = {"lambda2": lambda2 * strength, "mask_blend_start": 1.0 - strength}
+    given = {**shares, "start_percent": start, "end_percent": end, **values}
     if not subjects:
         return swapped(model, **{**given, "blend_mask": None})
     latents, cache = subjects[0].references[0].latents, subjects[0].cache
-    reference = trajectory(latents, cache) if strength else None
-    layout = trajectory(torch.nn.functional.interpolate(latents.flip(-1), size)) if values or not strength else None
+    # A model of a family that the pack does not know is for the node to refuse.
+    family = {"SD20": "SD 2.x", "SDXL": "SDXL", "SDXLRefiner": "SDXL refiner"}.get(
+        type(model.model.model_config).__name__, "SD 1.x"
+    )
+    reference = trajectory(latents, cache, family=family) if strength else None
+    turned = torch.nn.functional.interpolate(latents.flip(-1), size)
+    layout = trajectory(turned, family=family) if values or not strength else None
     return swapped(model, layout, reference, **given)
 
 
@@ -132,7 +144,8 @@ def _integrated(model: Any, subjects: tuple[Subject, ...], strength: float, wind
     # Another auxiliary prompt for each subject; one at least has to be.
     seed = round(1000 * float(subjects[0].references[0].latents.mean())) + 10**6 if subjects else 0
     auxiliary = auxiliary_prompt(seed) if subjects else []
-    end = window[1] if window[1] > window[0] else 0.0
+    start, end = window
+    end = 0.0 if start == end else end
     return integrated(model, auxiliary=auxiliary, strength=strength, end_percent=end, **values)
 
 
@@ -140,8 +153,12 @@ MECHANISMS = (
     Mechanism("recycled self-attention", _recycled),
     Mechanism("recycled self-attention in a region", partial(_recycled, region_mask=left_half())),
     Mechanism("sparsely recycled self-attention", partial(_recycled, keep_probability=0.5, seed=3)),
-    Mechanism("layout bias", _laid_out),
-    Mechanism("soft layout bias", partial(_laid_out, negative_weight=-5.0, weaken="other regions", eta="constant")),
+    Mechanism("layout bias", _laid_out, lends=False),
+    Mechanism(
+        "soft layout bias",
+        partial(_laid_out, negative_weight=-5.0, weaken="other regions", eta="constant"),
+        lends=False,
+    ),
     Mechanism("a routed reference", _routed),
     Mechanism(
         "two routed references", partial(_routed, count=2, noise_level="nearly clean", cross_attention="skipped")
@@ -151,10 +168,23 @@ MECHANISMS = (
     Mechanism("a reference routed by the layer before", partial(_routed, router=map_router(maps="preceding layer"))),
     Mechanism("a routed image prompt", _prompted),
     Mechanism("a swapped reference", _retouched),
-    Mechanism("multi-source swap", partial(_retouched, blend_mask=AdaptiveMask(left_half(), "subject")), sized=True),
-    Mechanism("dual branch", _integrated),
-    Mechanism("dual branch with guidance of its own", partial(_integrated, guidance="own", gain_mode="by resolution")),
+    # Of two steps the layout lends the first, and the reference the second.
+    Mechanism(
+        "multi-source swap",
+        partial(_retouched, lambda2=0.3, blend_mask=AdaptiveMask(left_half(), "subject")),
+        sized=True,
+    ),
+    Mechanism("dual branch", _integrated, lends=False, begins=False),
+    Mechanism(
+        "dual branch with guidance of its own",
+        partial(_integrated, guidance="own", gain_mode="by resolution"),
+        lends=False,
+        begins=False,
+    ),
 )
+
+
+over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 
 
 def fingerprint(mechanism: Mechanism) -> str:

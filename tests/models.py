@@ -24,6 +24,7 @@ from subject_patches.patches.subject import MEGABYTE, Reference, Share, Subject
 from torch import Tensor
 
 CONTEXT = SMALL_CONTEXT
+POOLED = 32
 Conditioning = list[list[Any]]
 CONCEPT = BranchTokens(((1, 6),), ((2, 4),))
 AUXILIARY = BranchTokens(((1, 5),), ((2, 3),))
@@ -35,8 +36,10 @@ def small_model(seed: int = 0, in_channels: int = 4, **options: Any) -> Any:
 
 
 def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
-    """An encoded prompt of random tokens, with further values in its dictionary."""
-    return [[torch.randn(1, length, width, generator=generator(seed)), values]]
+    """An encoded prompt of random tokens with a pooled output, and further values in its dictionary."""
+    source = generator(seed)
+    tokens = torch.randn(1, length, width, generator=source)
+    return [[tokens, {"pooled_output": torch.randn(1, POOLED, generator=source), **values}]]
 
 
 def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
@@ -145,12 +148,12 @@ def routed(model: Any, subjects: tuple[Subject, ...], router: Any = None, **valu
     return RoutedReferenceAttentionNode.execute(model, subjects, router, **values).args[0]
 
 
-def trajectory(latents: Tensor, cache: FeatureCache | None = None, seed: int = 40) -> Inversion:
+def trajectory(latents: Tensor, cache: FeatureCache | None = None, seed: int = 40, family: str = "SD 1.x") -> Inversion:
     """A path as Invert to Trajectory makes it for the small model: one fixed noise over the latents (rows, 4, h, w)."""
     sigmas = torch.tensor([20.0, 5.0, 1.0, 0.3, 0.0])
     noise = torch.randn(latents.shape, generator=generator(seed))
     states = latents + sigmas.view(-1, 1, 1, 1, 1) * noise
-    return Inversion(sigmas, states, "SD 1.x", FeatureCache(64 * MEGABYTE) if cache is None else cache)
+    return Inversion(sigmas, states, family, FeatureCache(64 * MEGABYTE) if cache is None else cache)
 
 
 def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | None = None, **values: Any) -> Any:

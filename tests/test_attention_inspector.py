@@ -30,6 +30,7 @@ from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.layouts import box
 from subject_patches.tests.look import Look
+from subject_patches.tests.mechanisms import Mechanism, over_mechanisms
 from subject_patches.tests.models import (
     generator,
     laid_out,
@@ -67,12 +68,18 @@ def all_sites(model: Any) -> frozenset[Site]:
 # What is recorded
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_recording_changes_no_bit(first: bool, model: Any) -> None:
-    patched, _ = RecordAttentionNode.execute(recycled(model)).args
-    if first:
-        patched = recycled(RecordAttentionNode.execute(model).args[0])
-    assert torch.equal(sample(patched), sample(recycled(model)))
+@over_mechanisms
+def test_recording_changes_no_bit(mechanism: Mechanism, model: Any) -> None:
+    """Before a mechanism's node or behind it."""
+    right = sample(mechanism.on(model))
+    before, _ = RecordAttentionNode.execute(model).args
+    assert torch.equal(sample(mechanism.on(before)), right)
+    record, result = recorded(mechanism.on(model))
+    assert torch.equal(result, right)
+    assert record.maps
+
+
+def test_recording_a_bare_model_changes_no_bit(model: Any) -> None:
     assert torch.equal(recorded(model)[1], sample(model))
 
 

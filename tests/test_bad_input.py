@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import comfy.supported_models
@@ -10,6 +11,7 @@ import pytest
 import torch
 from subject_patches.nodes.attention_inspector import RecordAttentionNode
 from subject_patches.nodes.subject import SubjectNode
+from subject_patches.tests.mechanisms import MECHANISMS, Mechanism, over_mechanisms
 from subject_patches.tests.models import SMALL, model_of, recycled, reference, small_model, subject
 
 PICTURES = torch.rand(2, 32, 48, 3)
@@ -143,15 +145,58 @@ VIDEO = {
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [(comfy.supported_models.Flux, FLUX), (comfy.supported_models.SVD_img2vid, VIDEO)],
-    ids=["Flux", "SVD_img2vid"],
-)
+OTHERS = {
+    "Flux": model_of(comfy.supported_models.Flux, FLUX),
+    "SVD_img2vid": model_of(comfy.supported_models.SVD_img2vid, VIDEO),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_other_families_are_refused_by_name(family: Any, config: dict[str, Any], strength: float) -> None:
-    other = model_of(family, config)
-    with pytest.raises(ValueError, match=rf"family {family.__name__}; {KNOWN}"):
-        recycled(other, strength=strength)
-    with pytest.raises(ValueError, match=rf"family {family.__name__}; {KNOWN}"):
-        RecordAttentionNode.execute(other)
+@over_mechanisms
+def test_other_families_are_refused_by_name(mechanism: Mechanism, family: str, strength: float) -> None:
+    # Inverted pictures are refused to any flow model first.
+    refused = rf"family {family}; {KNOWN}|is a flow model, .*; use SD 1\.x, SD 2\.x or SDXL"
+    with pytest.raises(ValueError, match=refused):
+        mechanism.on(OTHERS[family], strength=strength)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_not_recorded(family: str) -> None:
+    with pytest.raises(ValueError, match=rf"family {family}; {KNOWN}"):
+        RecordAttentionNode.execute(OTHERS[family])
+
+
+# What every mechanism refuses: one sentence, with the value and a remedy behind a semicolon
+
+SENTENCE = r"^[^;]* (is|at) {value}\b[^;]*; [^;]+\.$"
+
+
+@over_mechanisms
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -0.5])
+def test_strengths_beyond_bounds(mechanism: Mechanism, strength: float, model: Any) -> None:
+    # What a mechanism's strength stands for may count the other way, or in another unit.
+    with pytest.raises(ValueError, match=SENTENCE.format(value=r"(nan|-?inf|-0\.\d+|1\.5)")):
+        mechanism.on(model, strength=strength)
+
+
+@over_mechanisms
+@pytest.mark.parametrize("end", [1.1, math.nan, -0.1])
+def test_windows_beyond_the_schedule(mechanism: Mechanism, end: float, model: Any) -> None:
+    with pytest.raises(ValueError, match=SENTENCE.format(value=re.escape(str(end)))):
+        mechanism.patch(model, (subject(),), 1.0, (0.0, end))
+
+
+@pytest.mark.parametrize("mechanism", [m for m in MECHANISMS if m.begins], ids=lambda m: m.name)
+@pytest.mark.parametrize(("window", "value"), [((0.6, 0.4), 0.4), ((-0.1, 0.4), -0.1), ((math.nan, 1.0), math.nan)])
+def test_windows_that_begin_wrongly(
+    mechanism: Mechanism, window: tuple[float, float], value: float, model: Any
+) -> None:
+    with pytest.raises(ValueError, match=SENTENCE.format(value=re.escape(str(value)))):
+        mechanism.patch(model, (subject(),), 1.0, window)
+
+
+@pytest.mark.parametrize("mechanism", [m for m in MECHANISMS if m.lends], ids=lambda m: m.name)
+def test_references_of_another_vae(mechanism: Mechanism, model: Any) -> None:
+    with pytest.raises(ValueError, match=r"^[^;]*\b16 latent channels but this .* 4; [^;]+\.$"):
+        mechanism.on(model, (subject(reference(channels=16)),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,16 +20,16 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit
-from subject_patches.patches.engine import add_edit
-from subject_patches.patches.sites import Site
+from subject_patches.patches.engine import RECORDING, add_edit
+from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.look import Look
+from subject_patches.tests.mechanisms import MECHANISMS, Mechanism, over_mechanisms
 from subject_patches.tests.models import difference, generator, recycled, sample, small_model
 from torch import Tensor
 
-WIDTH = 32
 PLACE = ("output", 3, 0)
 FEW = 0.003
 
@@ -47,53 +48,38 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 @dataclass
 class Adapter:
-    """The layer's own attention plus one over tokens of its own, for conditioned rows; with the calls it got."""
+    """The layer's own attention plus one over tokens of its own, for conditioned rows; with the calls it got in the
+    generation's own passes."""
 
-    key: Tensor = field(default_factory=lambda: randn(1, 4, WIDTH, seed=70))
-    value: Tensor = field(default_factory=lambda: randn(1, 4, WIDTH, seed=71))
     weight: float = 0.8
     calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
         heads, rows = extra["n_heads"], len(query)
-        own = optimized_attention(query, self.key.expand(rows, -1, -1), self.value.expand(rows, -1, -1), heads)
+        tokens = [randn(1, 4, query.shape[-1], seed=seed).expand(rows, -1, -1) for seed in (70, 71)]
+        own = optimized_attention(query, *tokens, heads)
         kinds = extra["cond_or_uncond"]
         conditioned = torch.tensor([kind == 0 for kind in kinds]).repeat_interleave(rows // len(kinds))
         output = optimized_attention(query, key, value, heads) + self.weight * own * conditioned[:, None, None]
-        self.calls.append((query, key, value, output))
+        if RECORDING not in extra:
+            self.calls.append((query, key, value, output))
         return output
 
 
-@dataclass(frozen=True, eq=False)
-class ExtendPrompt(Edit):
-    """Two more tokens for every conditioned chunk's cross-attention, and a push for three of its own."""
-
-    key: Tensor = field(default_factory=lambda: randn(1, 2, WIDTH, seed=80))
-    value: Tensor = field(default_factory=lambda: randn(1, 2, WIDTH, seed=81))
-
-    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        call.extend(self.key, self.value, bias=torch.tensor(0.5))
-        call.bias(torch.tensor([1.0, -1.0, 2.0]), tokens=[0, 2, 5])
+SLOTS = {"self": "attn1", "cross": "attn2"}
 
 
-def extend_prompt(model: Any) -> Any:
-    return add_edit(model, ExtendPrompt(frozenset({Site("cross", *PLACE)}), Window()))
-
-
-OURS: dict[str, Callable[[Any], Any]] = {"attn1": recycled, "attn2": extend_prompt}
-
-
-def with_adapter(model: Any, slot: str, adapter: Adapter) -> Any:
+def with_adapter(model: Any, slot: str, adapter: Adapter, *place: Any) -> Any:
     clone = model.clone()
-    {"attn1": clone.set_model_attn1_replace, "attn2": clone.set_model_attn2_replace}[slot](adapter, *PLACE)
+    {"attn1": clone.set_model_attn1_replace, "attn2": clone.set_model_attn2_replace}[slot](adapter, *place)
     return clone
 
 
 def outputs_of(model: Any, slot: str, seen: list[Tensor]) -> Any:
-    """A clone that writes down the layer's attention output after its projection, as other packs' patches see it."""
+    """A clone that writes down a layer's attention output after its projection, as other packs' patches see it."""
 
     def keep(output: Tensor, extra: dict[str, Any]) -> Tensor:
-        if (*extra["block"], extra["block_index"]) == PLACE:
+        if (*extra["block"], extra["block_index"]) == PLACE and RECORDING not in extra:
             seen.append(output.clone())
         return output
 
@@ -102,58 +88,59 @@ def outputs_of(model: Any, slot: str, seen: list[Tensor]) -> Any:
     return clone
 
 
-@pytest.mark.parametrize("slot", OURS)
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_our_amendment_adds_to_another_packs_replacement(slot: str, ours_first: bool, model: Any) -> None:
-    adapter, projected = Adapter(), []
-    look = Look(frozenset({Site("self" if slot == "attn1" else "cross", *PLACE)}), Window())
-    base = outputs_of(add_edit(model, look), slot, projected)
-    if ours_first:
-        both = with_adapter(OURS[slot](base), slot, adapter)
-    else:
-        both = OURS[slot](with_adapter(base, slot, adapter))
-    result = sample(both, batch=2)
-    generation = [call for call in adapter.calls if len(call[0]) == 4]
-    projected = [output for output in projected if len(output) == 4]
-    assert len(generation) == len(projected) == 2
-    block = getattr(model.model.diffusion_model.output_blocks[3][1].transformer_blocks[0], slot)
-    for (query, key, value, other), output in zip(generation, projected, strict=True):
-        expected = other.double()
-        # The calls that our edit saw carry what it amended.
-        amended = next(s.call for s in look.of("positive") if torch.equal(s.call.query, query[s.call.chunk.rows]))
-        rows, heads = amended.chunk.rows, amended.heads
-        plain = dense.attention(query[rows], key[rows], value[rows], heads)
-        expected[rows] += (
-            dense.attention(query[rows], key[rows], value[rows], heads, amended.own_bias, amended.extensions) - plain
-        )
-        with torch.inference_mode():
-            torch.testing.assert_close(output, block.to_out(expected.float()), rtol=0, atol=1e-5)
-    assert difference(result, sample(OURS[slot](model), batch=2)) > FEW
-    assert difference(result, sample(with_adapter(model, slot, Adapter()), batch=2)) > FEW
+@over_mechanisms
+def test_our_amendment_adds_to_another_packs_replacement(mechanism: Mechanism, model: Any) -> None:
+    """In one layer the output is the other's plus our amended attention minus the plain one."""
+    changes = []
+    for kind, slot in SLOTS.items():
+        adapter, projected = Adapter(), []
+        look = Look(frozenset({Site(kind, *PLACE)}), Window())
+        theirs = outputs_of(with_adapter(model, slot, adapter, *PLACE), slot, projected)
+        sample(add_edit(mechanism.on(theirs), look), batch=2)
+        block = getattr(model.model.diffusion_model.output_blocks[3][1].transformer_blocks[0], slot)
+        assert len(adapter.calls) == len(projected) == 2
+        # A forward has two chunks, of two rows each.
+        seen = iter(look.seen)
+        for (query, key, value, other), output in zip(adapter.calls, projected, strict=True):
+            expected = other.double()
+            for call in (each.call for each in itertools.islice(seen, 2)):
+                rows, heads = call.chunk.rows, call.heads
+                amended = dense.attention(
+                    call.query, call.key, call.value, heads, call.own_bias, call.extensions, call.blends
+                )
+                change = amended - dense.attention(query[rows], key[rows], value[rows], heads)
+                changes.append(float(change.abs().max()))
+                expected[rows] += change
+            with torch.inference_mode():
+                torch.testing.assert_close(output, block.to_out(expected.float()), rtol=0, atol=1e-5)
+    assert max(changes) > 0.01
 
 
-@pytest.mark.parametrize("slot", OURS)
-def test_an_untouched_replacement_runs_as_it_is(slot: str, model: Any) -> None:
-    other = Site("self" if slot == "attn1" else "cross", "input", 1, 0)
-    looked = add_edit(model, Look(frozenset({other}), Window()))
-    patched = with_adapter(looked, slot, Adapter())
-    assert torch.equal(sample(patched), sample(with_adapter(model, slot, Adapter())))
+@over_mechanisms
+def test_with_a_replacement_in_every_layer(mechanism: Mechanism, model: Any) -> None:
+    """One for whole blocks, in whatever order the nodes come: both keep their effect."""
+
+    def adapted(target: Any) -> Any:
+        for site in attention_sites(model):
+            target = with_adapter(target, SLOTS[site.kind], Adapter(), *site.key[:2])
+        return target
+
+    ours, theirs = sample(mechanism.on(model)), sample(adapted(model))
+    result = sample(adapted(mechanism.on(model)))
+    assert torch.equal(sample(mechanism.on(adapted(model))), result)
+    assert difference(result, ours) > FEW
+    assert difference(result, theirs) > FEW
 
 
-def test_a_replacement_for_a_whole_block_is_found(model: Any) -> None:
-    def whole(target: Any) -> Any:
-        clone = target.clone()
-        clone.set_model_attn1_replace(Adapter(), *PLACE[:2])
-        return clone
-
-    ours, theirs = sample(recycled(model)), sample(whole(model))
-    one, other = sample(recycled(whole(model))), sample(whole(recycled(model)))
-    assert torch.equal(one, other)
-    assert difference(one, ours) > FEW
-    assert difference(one, theirs) > FEW
+@pytest.mark.parametrize("kind", SLOTS)
+def test_an_untouched_replacement_runs_as_it_is(kind: str, model: Any) -> None:
+    looked = add_edit(model, Look(frozenset({Site(kind, "input", 1, 0)}), Window()))
+    patched = with_adapter(looked, SLOTS[kind], Adapter(), *PLACE)
+    assert torch.equal(sample(patched), sample(with_adapter(model, SLOTS[kind], Adapter(), *PLACE)))
 
 
-def test_another_packs_attention_function_is_used(model: Any) -> None:
+@over_mechanisms
+def test_another_packs_attention_function_is_used(mechanism: Mechanism, model: Any) -> None:
     def sharper(function: Callable[..., Tensor], query: Tensor, *rest: Any, **values: Any) -> Tensor:
         return function(query * 2, *rest, **values)
 
@@ -162,31 +149,59 @@ def test_another_packs_attention_function_is_used(model: Any) -> None:
         clone.model_options["transformer_options"]["optimized_attention_override"] = sharper
         return clone
 
-    ours, theirs = sample(recycled(model)), sample(override(model))
-    one, other = sample(recycled(override(model))), sample(override(recycled(model)))
-    assert torch.equal(one, other)
-    assert difference(one, ours) > FEW
-    assert difference(one, theirs) > FEW
+    ours, theirs = sample(mechanism.on(model)), sample(override(model))
+    result = sample(mechanism.on(override(model)))
+    assert torch.equal(sample(override(mechanism.on(model))), result)
+    assert difference(result, ours) > FEW
+    assert difference(result, theirs) > FEW
 
 
-# A layer whose batch another pack widens, as attention couple does
+# Layers whose batch another pack widens, as attention couple does
 
 
-def test_a_widened_batch_is_left_alone_with_one_warning(model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def couple(target: Any) -> Any:
-        clone = target.clone()
-        clone.set_model_attn2_patch(lambda q, k, v, extra: (q.repeat(2, 1, 1), k.repeat(2, 1, 1), v.repeat(2, 1, 1)))
-        clone.set_model_attn2_output_patch(lambda output, extra: torch.lerp(*output.chunk(2), 0.3))
-        return clone
+def widened(model: Any, *kinds: str) -> Any:
+    def twice(*given: Any) -> tuple[Tensor, ...]:
+        return tuple(None if each is None else each.repeat(2, 1, 1) for each in given[:3])
 
+    def mean(output: Tensor, _: dict[str, Any]) -> Tensor:
+        return torch.lerp(*output.chunk(2), 0.3)
+
+    clone = model.clone()
+    if "self" in kinds:
+        clone.set_model_attn1_patch(twice)
+        clone.set_model_attn1_output_patch(mean)
+    if "cross" in kinds:
+        clone.set_model_attn2_patch(twice)
+        clone.set_model_attn2_output_patch(mean)
+    return clone
+
+
+@over_mechanisms
+def test_a_widened_batch_is_left_alone_with_one_warning(
+    mechanism: Mechanism, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
-    theirs = sample(couple(model), steps=3)
-    assert torch.equal(sample(couple(extend_prompt(model)), steps=3), theirs)
+    theirs = sample(widened(model, "self", "cross"), steps=3)
+    assert torch.equal(sample(widened(mechanism.on(model), "self", "cross"), steps=3), theirs)
     warnings = [record.getMessage() for record in caplog.records if "Subject Patches" in record.getMessage()]
-    assert len(warnings) == 1
-    assert "output.3.0" in warnings[0]
-    # Where the batch is whole, ours still works.
-    assert difference(sample(recycled(couple(model)), steps=3), theirs) > FEW
+    assert any("output.3.0" in warning for warning in warnings)
+    # One for each layer.
+    assert len(set(warnings)) == len(warnings) <= len(attention_sites(model))
+
+
+@pytest.mark.parametrize("kind", SLOTS)
+def test_where_the_batch_is_whole_ours_still_works(kind: str, model: Any) -> None:
+    (other,) = set(SLOTS) - {kind}
+    edit = ExtendKeys(frozenset(site for site in attention_sites(model) if site.kind == kind), Window())
+    assert difference(sample(widened(add_edit(model, edit), other)), sample(widened(model, other))) > FEW
+
+
+@dataclass(frozen=True, eq=False)
+class ExtendKeys(Edit):
+    """Two more tokens for every conditioned chunk to attend to."""
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        call.extend(*(randn(1, 2, call.query.shape[-1], seed=seed) for seed in (80, 81)))
 
 
 # The host's own nodes
@@ -203,27 +218,32 @@ PATCHES: dict[str, Patch] = {
 }
 
 
-@pytest.mark.parametrize("region", [None, torch.ones(1, 8, 4)], ids=["everywhere", "in a region"])
+RUN = {"size": (12, 16), "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(model: Any) -> dict[str, Tensor]:
+    """What each mechanism and each node of the host samples by itself."""
+    patched = {mechanism.name: mechanism.on(model, size=RUN["size"]) for mechanism in MECHANISMS}
+    patched |= {name: patch(model) for name, patch in PATCHES.items()}
+    return {name: sample(each, **RUN) for name, each in patched.items()}
+
+
+@over_mechanisms
 @pytest.mark.parametrize("name", PATCHES)
-def test_with_a_node_of_the_host(name: str, region: Tensor | None, model: Any) -> None:
-    theirs = PATCHES[name]
-    if region is not None:
-        region = torch.cat([region, torch.zeros(1, 8, 4)], 2)
-    run = {"batch": 2, "size": (12, 16), "steps": 6}
-
+def test_with_a_node_of_the_host(name: str, mechanism: Mechanism, model: Any, alone: dict[str, Tensor]) -> None:
     def ours(target: Any) -> Any:
-        return recycled(target, region_mask=region)
+        return mechanism.on(target, size=RUN["size"])
 
-    both = ours(theirs(model))
-    result = sample(both, **run)
+    theirs = PATCHES[name]
+    result = sample(theirs(ours(model)), **RUN)
     assert result.isfinite().all()
-    assert torch.equal(sample(theirs(ours(model)), **run), result)
-    # With the subject's features from its cache, whatever other picture they were made for.
+    # The other way round, and with features from the cache, whatever other picture they were made for.
     again = ours(theirs(model))
-    sample(again, **run, seed=6)
-    assert torch.equal(sample(again, **run), result)
-    assert difference(result, sample(ours(model), **run)) > FEW
-    assert difference(result, sample(theirs(model), **run)) > FEW
+    sample(again, **RUN, seed=6)
+    assert torch.equal(sample(again, **RUN), result)
+    assert difference(result, alone[mechanism.name]) > FEW
+    assert difference(result, alone[name]) > FEW
 
 
 def test_all_of_them_at_once(model: Any) -> None:

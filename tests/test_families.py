@@ -1,10 +1,10 @@
-"""Models of real shapes, with random weights: SD 1.5, SD 2.1, SDXL and its refiner."""
+"""SD 1.5, SD 2.1, SDXL and its refiner with random weights: small ones under every mechanism, and of real shapes."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.model_base import ModelType
-from hosting.random_models import SD, SDXL, fill_shared, generator, model_of
+from hosting.random_models import SD, SDXL, SMALL, fill_shared, generator, model_of
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.sites import attention_sites, family_of
-from subject_patches.tests.mechanisms import left_half
-from subject_patches.tests.models import difference, known_prompt, laid_out, prompt, recycled, sample
+from subject_patches.tests.mechanisms import Mechanism, left_half, over_mechanisms
+from subject_patches.tests.models import POOLED, difference, known_prompt, laid_out, prompt, recycled, sample
 
 REFINER = {
     **SDXL,
@@ -74,6 +74,31 @@ FAMILIES = (
         1280,
     ),
 )
+
+
+# Heads are 64 channels wide here. The host puts numbers beside SDXL's pooled output: six or five, of 256 channels each.
+SMALL_2 = {**SMALL, "model_channels": 64, "use_linear_in_transformer": True}
+SMALL_XL = {**SMALL_2, "num_classes": "sequential"}
+SMALL_FAMILIES: dict[str, Callable[[], Any]] = {
+    "SD 2.1": lambda: model_of(known.SD20, SMALL_2, hints=V_PREDICTION),
+    "SDXL": lambda: model_of(known.SDXL, {**SMALL_XL, "adm_in_channels": POOLED + 6 * 256}),
+    "SDXL refiner": lambda: model_of(known.SDXLRefiner, {**SMALL_XL, "adm_in_channels": POOLED + 5 * 256}),
+}
+
+
+@pytest.fixture(scope="module", params=SMALL_FAMILIES)
+def small(request: pytest.FixtureRequest) -> Any:
+    return SMALL_FAMILIES[request.param]()
+
+
+@over_mechanisms
+def test_every_mechanism_in_every_family(mechanism: Mechanism, small: Any) -> None:
+    plain, patched = sample(small), mechanism.on(small)
+    result = sample(patched, batch=2)
+    assert result.isfinite().all()
+    assert difference(result[:1], plain) > 0.01
+    assert difference(sample(patched), result[:1]) < 2e-5
+    assert torch.equal(sample(mechanism.off(small, "strength 0")), plain)
 
 
 @pytest.fixture(autouse=True)

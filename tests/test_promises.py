@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import comfy.model_management
 import pytest
 import torch
+from subject_patches.patches.engine import add_edit
 from subject_patches.patches.session import Forward, Recording, Session
-from subject_patches.tests.mechanisms import IDLE, MECHANISMS, Mechanism, fingerprint
+from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.window import Window
+from subject_patches.tests.look import Look
+from subject_patches.tests.mechanisms import IDLE, MECHANISMS, Mechanism, fingerprint, over_mechanisms
 from subject_patches.tests.models import difference, latent_noise, prompt, sample, small_model, subject
 from torch import Tensor
 
 # For sums taken in another order, as a share of the largest value: a batch of another size, say.
 ROUNDING = 2e-5
-over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,20 @@ def test_1_nothing_to_do_changes_no_bit(mechanism: Mechanism, how: str, model: A
 @over_mechanisms
 def test_1_at_work_it_changes_the_picture(mechanism: Mechanism, model: Any, plain: Tensor) -> None:
     assert difference(sample(mechanism.on(model)), plain) > 0.01
+
+
+@over_mechanisms
+def test_1_nothing_is_amended_outside_the_window(mechanism: Mechanism, model: Any) -> None:
+    start = 0.3 if mechanism.begins else 0.0
+    look = Look(frozenset(attention_sites(model)), Window())
+    sample(add_edit(mechanism.patch(model, (subject(),), 1.0, (start, 0.8)), look), steps=8)
+    to_sigma = model.model.model_sampling.percent_to_sigma
+    inside = {seen.sigma for seen in look.seen if to_sigma(0.8) <= seen.sigma <= to_sigma(start)}
+    # Of the layers and steps of a window some may be left out.
+    amended = {seen.sigma for seen in look.seen if seen.amended}
+    assert len(amended) > 1
+    assert amended <= inside < {seen.sigma for seen in look.seen}
+    assert {seen.call.chunk.name for seen in look.seen if seen.amended} >= {"positive"}
 
 
 # 2
@@ -116,6 +135,33 @@ def test_2_the_run_after_an_ended_one(
     assert state_of(patched) == before
     assert torch.equal(sample(model), plain)
     assert torch.equal(sample(ended, steps=4), whole)
+
+
+def breaking(model: Any, at: int) -> Any:
+    """A clone in which the cross-attention that is the `at`-th to run fails, whoever's pass it is of."""
+    done = itertools.count(1)
+
+    def fail_once(output: Tensor, _: dict[str, Any]) -> Tensor:
+        if next(done) == at:
+            raise RuntimeError("out of memory")
+        return output
+
+    clone = model.clone()
+    clone.set_model_attn2_output_patch(fail_once)
+    return clone
+
+
+@over_mechanisms
+@pytest.mark.parametrize("at", [3, 25])
+def test_2_the_run_after_a_pass_that_failed(mechanism: Mechanism, at: int, model: Any, plain: Tensor) -> None:
+    broken = breaking(mechanism.on(model), at)
+    before = state_of(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(broken, steps=4)
+    assert left_of_sessions() == []
+    assert state_of(broken) == before
+    assert torch.equal(sample(model), plain)
+    assert torch.equal(sample(broken, steps=4), sample(mechanism.on(model), steps=4))
 
 
 # 3
@@ -227,22 +273,43 @@ def test_7_also_in_a_fresh_process() -> None:
     assert json.loads(run.stdout.splitlines()[-1]) == [fingerprint(mechanism) for mechanism in MECHANISMS]
 
 
-# 8: with other packs it is tests/test_composition.py
+# 8: with other packs it is tests/test_composition.py; recording a run, tests/test_attention_inspector.py
+
+
+@pytest.fixture(scope="module")
+def alone(model: Any) -> dict[tuple[str, int], Tensor]:
+    """What each mechanism samples by itself, with the subject of a seed."""
+    return {(m.name, seed): sample(m.on(model, (subject(seed=seed),))) for m in MECHANISMS for seed in (1, 2)}
 
 
 @over_mechanisms
 @pytest.mark.parametrize("below", MECHANISMS, ids=lambda m: m.name)
-def test_8_nodes_stack(mechanism: Mechanism, below: Mechanism, model: Any) -> None:
+def test_8_two_nodes_stack(
+    mechanism: Mechanism, below: Mechanism, model: Any, alone: dict[tuple[str, int], Tensor]
+) -> None:
     first = below.on(model, (subject(seed=1),))
-    one, other = sample(first), sample(mechanism.on(model, (subject(seed=2),)))
-    both = mechanism.on(first, (subject(seed=2),))
-    result = sample(both)
-    assert difference(result, one) > 0.003
-    assert difference(result, other) > 0.003
-    assert torch.equal(sample(first), one)
-    three = sample(mechanism.on(both, (subject(seed=3),)))
-    assert difference(three, result) > 0.003
-    assert torch.equal(sample(both), result)
+    result = sample(mechanism.on(first, (subject(seed=2),)))
+    assert difference(result, alone[below.name, 1]) > 0.003
+    assert difference(result, alone[mechanism.name, 2]) > 0.003
+    assert torch.equal(sample(first), alone[below.name, 1])
+
+
+@over_mechanisms
+def test_8_three_of_a_kind_stack(mechanism: Mechanism, model: Any) -> None:
+    stacks, results = [model], []
+    for seed in (1, 2, 3):
+        stacks.append(mechanism.on(stacks[-1], (subject(seed=seed),)))
+        results.append(sample(stacks[-1]))
+    assert all(difference(one, other) > 0.003 for one, other in itertools.combinations(results, 2))
+    assert torch.equal(sample(stacks[2]), results[1])
+
+
+def test_8_all_nodes_stack(model: Any, alone: dict[tuple[str, int], Tensor]) -> None:
+    stacked = reduce(lambda below, mechanism: mechanism.on(below, (subject(seed=1),)), MECHANISMS, model)
+    result = sample(stacked)
+    assert result.isfinite().all()
+    assert all(difference(result, other) > 0.003 for other in alone.values())
+    assert torch.equal(sample(stacked), result)
 
 
 @over_mechanisms
@@ -252,7 +319,7 @@ def test_8_an_idle_node_on_top_changes_no_bit(mechanism: Mechanism, how: str, mo
     assert torch.equal(sample(mechanism.off(patched, how)), sample(patched))
 
 
-# 9
+# 9: other families are tests/test_families.py
 
 
 @over_mechanisms
@@ -289,6 +356,9 @@ def test_9_offloaded_and_partly_loaded(mechanism: Mechanism) -> None:
     patched.partially_unload(patched.offload_device, 2**40)
     assert patched.model.model_lowvram
     assert torch.equal(sample(patched), whole)
+
+
+# 10 is tests/test_bad_input.py
 
 
 def test_the_noise_of_a_row_does_not_depend_on_its_batch() -> None:
