@@ -23,6 +23,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "text encoder": {"steps": 250, "learning_rate": 0.0005, "batch_size": 4, "preservation": 0.02, "loss": "v"},
 }
 PLAIN = "the plain noun"
+# What a picture is made with: what was tuned, and the strength at which its residual is applied.
+APPLIED: dict[str, tuple[str, float]] = {
+    "residual alone": ("residual alone", 1.0),
+    "residual alone, strength 0.5": ("residual alone", 0.5),
+    "text encoder": ("text encoder", 1.0),
+}
 # Each makes a phrase of its own, and says nothing of an emblem.
 ORDINALS = ("first", "second", "third", "fourth")
 SIDE = 128
@@ -64,7 +70,7 @@ def study(given: Given) -> None:
             f"each, {EMBLEMS * inputs['steps'] / seconds:.1f} steps a second.\n"
         )
     for things, cases in ((1, given.count // 5), (2, given.count // 10), (4, given.count // 5)):
-        scores: dict[str, list[Score]] = {name: [] for name in (PLAIN, *TRAININGS)}
+        scores: dict[str, list[Score]] = {name: [] for name in (PLAIN, *APPLIED)}
         groups = list(itertools.combinations(emblems, things))
         for number in range(max(cases, 1)):
             case = Case(given, things, number)
@@ -190,7 +196,8 @@ class Case:
             return self.plain
         positive = self.positive
         for emblem, phrase in zip(emblems, self.phrases, strict=True) if name != PLAIN else ():
-            positive = ApplyResidualTokens.execute(positive, emblem.residuals[name], 1.0, phrase).args[0]
+            tunes, strength = APPLIED[name]
+            positive = ApplyResidualTokens.execute(positive, emblem.residuals[tunes], strength, phrase).args[0]
         image = self.given.picture(positive, self.seed, self.model)
         made = image, self.given.judge.findings(image)[0]
         if name == PLAIN:
