@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from host import Host, Server, ToolError, find_host
 from hosting.device import use_cpu_without_gpu
 from hosting.pack import load_pack
@@ -43,6 +44,13 @@ def server(host: Host) -> Iterator[Server]:
     """One stock server with this checkout as a custom node, for the whole session."""
     with Server(host) as running:
         yield running
+
+
+@pytest.fixture
+def in_inference_mode() -> Iterator[None]:
+    """As the host runs nodes."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

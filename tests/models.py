@@ -30,6 +30,10 @@ CONCEPT = BranchTokens(((1, 6),), ((2, 4),))
 AUXILIARY = BranchTokens(((1, 5),), ((2, 3),))
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
 def small_model(seed: int = 0, in_channels: int = 4, **options: Any) -> Any:
     """The small SD 1.x MODEL; with 9 input channels an inpainting one."""
     return model_of(comfy.supported_models.SD15, {**SMALL, "in_channels": in_channels}, seed=seed, **options)

@@ -27,7 +27,7 @@ from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.look import Look
 from subject_patches.tests.mechanisms import MECHANISMS, Mechanism, over_mechanisms
-from subject_patches.tests.models import difference, generator, recycled, sample, small_model
+from subject_patches.tests.models import difference, randn, recycled, sample, small_model
 from torch import Tensor
 
 PLACE = ("output", 3, 0)
@@ -37,10 +37,6 @@ FEW = 0.003
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 # A replacement that behaves as IPAdapter's

@@ -30,6 +30,7 @@ from subject_patches.tests.models import (
     difference,
     generator,
     prompt,
+    randn,
     recycled,
     sample,
     small_model,
@@ -47,10 +48,6 @@ FEW = 0.003
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 def blank(length: int = 7) -> Conditioning:

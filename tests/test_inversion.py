@@ -26,15 +26,11 @@ from subject_patches.patches.inversion import (
     replayed,
     to_file,
 )
-from subject_patches.tests.models import difference, generator, prompt, recycled, sample, small_model
+from subject_patches.tests.models import difference, prompt, randn, recycled, sample, small_model
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
 ROUNDING = 2e-5
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,9 @@ from subject_patches.tests.models import CONTEXT, sample, small_model
 from subject_patches.training.residual import filled, shipped_templates
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
+
 WIDTH = SMALL["hidden_size"]
-
-
-@pytest.fixture(autouse=True)
-def in_inference_mode() -> Iterator[None]:
-    """As the host runs nodes."""
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture

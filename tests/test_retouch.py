@@ -30,16 +30,12 @@ from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
 from subject_patches.tests.golden_cases import Golden, cases_of
 from subject_patches.tests.look import Look
-from subject_patches.tests.models import difference, generator, prompt, sample, small_model
+from subject_patches.tests.models import difference, generator, prompt, randn, sample, small_model
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
 TOLERANCE = 2e-5
 SITE = Site("self", "output", 3, 0)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 # The authors' numbers of mutual self-attention

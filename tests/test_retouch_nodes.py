@@ -35,6 +35,7 @@ from subject_patches.tests.models import (
     generator,
     known_prompt,
     prompt,
+    randn,
     sample,
     small_model,
     swapped,
@@ -44,10 +45,6 @@ from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
 ROUNDING = 2e-5
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 def block(size: tuple[int, int], y0: int, y1: int, x0: int, x1: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Denoising, NoisedReference, Pass, Trajectory, resize_mask, tokens_inside
-from subject_patches.tests.models import generator
+from subject_patches.tests.models import randn
 from torch import Tensor
 
 SITE = Site("self", "middle", 0, 0)
@@ -16,10 +16,6 @@ SITE = Site("self", "middle", 0, 0)
 
 def scaling(sigma: float, noise: Tensor, latents: Tensor) -> Tensor:
     return latents + sigma * noise
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 # A noised reference

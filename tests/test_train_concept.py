@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,7 @@ from subject_patches.training.state import StateFile
 from subject_patches.training.text import TextEncoder
 from torch import Tensor
 
-
-@pytest.fixture(autouse=True)
-def in_inference_mode() -> Iterator[None]:
-    """As the host runs nodes."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
 @pytest.fixture

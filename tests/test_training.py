@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,9 @@ from subject_patches.training.state import StateFile
 from subject_patches.training.text import TextEncoder
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
+
 PROMPT = "a dog on the beach"
-
-
-@pytest.fixture(autouse=True)
-def in_inference_mode() -> Iterator[None]:
-    """As the host runs nodes."""
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture
