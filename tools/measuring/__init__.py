@@ -6,12 +6,12 @@ from . import dual_branch, layout, recycled_attention, residual_tokens, retouch,
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
-    # Each number of things by itself, so that several processes can share the work.
+    # Each number by itself, so that several processes can share the work.
     **{f"layout of {things} things": partial(layout.study, things=things) for things in (2, 3, 4)},
     "residual tokens": residual_tokens.study,
     "retouch": retouch.study,
     "dual branch": dual_branch.study,
-    "routed reference": routed_reference.study,
+    **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
     "together": together.study,
 }
 COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)

@@ -12,7 +12,6 @@ from .given import PHRASES, Given, Shape, centred, paired, share
 if TYPE_CHECKING:
     from torch import Tensor
 
-COUNTS = (2, 3)
 UNPATCHED, ALONE = "unpatched", "layout bias alone"
 # Free placement: the model draws the emblems where it likes, unless masks are given.
 FREE = (UNPATCHED, "all references everywhere", "routed by masks", "routed by attention maps")
@@ -22,27 +21,23 @@ PLACED = (ALONE, "and all references everywhere", "and routed by masks", "and ro
 PHRASES_OF = {2: ("emblem and", "emblem on"), 3: ("emblem,", "emblem and", "emblem on")}
 
 
-def study(given: Given) -> None:
-    """Prints two tables for each number of emblems, over `given.count` scenes each."""
-    for count in COUNTS:
-        free: dict[str, list[Likeness]] = {name: [] for name in FREE}
-        placed: dict[str, list[Likeness]] = {name: [] for name in PLACED}
-        grounds: dict[str, list[bool]] = {name: [] for name in (*FREE, *PLACED)}
-        for number in range(given.count):
-            case = Case(given, count, number)
-            for name in FREE:
-                found, ground = case.free(name)
-                free[name] += found
+def study(given: Given, emblems: int) -> None:
+    """Prints two tables, over `given.count` scenes of so many emblems."""
+    free: dict[str, list[Likeness]] = {name: [] for name in FREE}
+    placed: dict[str, list[Likeness]] = {name: [] for name in PLACED}
+    grounds: dict[str, list[bool]] = {name: [] for name in (*FREE, *PLACED)}
+    for number in range(given.count):
+        case = Case(given, emblems, number)
+        for names, sample, likeness in ((FREE, case.free, free), (PLACED, case.placed, placed)):
+            for name in names:
+                found, ground = sample(name)
+                likeness[name] += found
                 grounds[name].append(ground)
-            for name in PLACED:
-                found, ground = case.placed(name)
-                placed[name] += found
-                grounds[name].append(ground)
-            print(f"{count} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
-        print(f"{count} emblems, {given.count} scenes, where the judge finds them:\n")
-        _table(free, grounds)
-        print(f"{count} emblems, {given.count} scenes, in the boxes of a layout:\n")
-        _table(placed, grounds)
+        print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
+    print(f"{emblems} emblems, {given.count} scenes, where the judge finds them:\n")
+    _table(free, grounds)
+    print(f"{emblems} emblems, {given.count} scenes, in the boxes of a layout:\n")
+    _table(placed, grounds)
 
 
 class Case:
