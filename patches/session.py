@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
@@ -16,6 +16,7 @@ from torch import Tensor
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request
 from .identity import Same, digest_of, foreign_patches
+from .recording import Recording
 from .sites import Site, layer_at
 from .streams import UNCONDITIONAL, Features, Stream
 
@@ -55,47 +56,6 @@ class Forward:
     rows: int
     chunks: tuple[Chunk, ...]
     sites: frozenset[Site]
-
-
-@dataclass
-class Recording:
-    """A stream's features at one noise level: those the cache had, and those still to be recorded at `sites`."""
-
-    stream: Stream
-    parts: tuple[str, ...]
-    key: tuple[Any, ...] | None
-    run: object
-    sites: frozenset[Site] = frozenset()
-    features: dict[Site, Features] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return not self.sites
-
-    def load(self, sites: Iterable[Site], device: torch.device) -> None:
-        """Takes from the stream's cache what it has for these sites; the others are left to be recorded."""
-        missing = []
-        for site in sites:
-            if site in self.features:
-                continue
-            cached = self.stream.cache.get((*self.key, site, self.parts), self.run, device) if self.key else None
-            if cached is None:
-                missing.append(site)
-            else:
-                self.features[site] = cached
-        self.sites = frozenset(missing)
-
-    def record(self, site: Site, grid: tuple[int, int], features: Features) -> None:
-        """Keeps what the stream wants of a site's features."""
-        self.features[site] = self.stream.keep(site, grid, {part: features[part] for part in self.parts})
-
-    def finish(self, offload: torch.device) -> None:
-        """Gives what was recorded to the stream's cache."""
-        if self.key:
-            # Another pack may have skipped some of the layers.
-            for site in self.sites & self.features.keys():
-                self.stream.cache.put((*self.key, site, self.parts), self.features[site], self.run, offload)
-        self.sites = frozenset()
 
 
 class Session:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .call import AttentionCall
 from .execution import Attend, execute
-from .session import Forward, Recording, Session
+from .recording import Recording
+from .session import Forward, Session
 from .sites import Site
 
 # (query, key, value, extra options, what another pack has in the slot or None) -> output
