@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tens
     chosen = torch.zeros(length, len(groups))
     chosen[[t for group in groups for t in group], [n for n, group in enumerate(groups) for _ in group]] = 1
     return (shares @ chosen.to(shares)).mT.unflatten(-1, call.grid)
+
+
+@dataclass
+class MeanMap:
+    """The mean of the maps it is told of, all of one shape."""
+
+    value: Tensor
+    count: int = 1
+
+    def add(self, value: Tensor) -> None:
+        self.count += 1
+        self.value = self.value + (value - self.value) / self.count
 
 
 def normalised(maps: Tensor) -> Tensor:

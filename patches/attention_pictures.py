@@ -56,7 +56,7 @@ class Selection:
         """The maps of a kind (height, width): a mask's as they are, those of attention each stretched to 0 to 1."""
         levels = record.sigmas[self.first_step - 1 : self.last_step]
         found = {
-            (shown, site, sigma): kept.map
+            (shown, site, sigma): kept.value
             for (shown, site, sigma), kept in record.maps.items()
             if shown.kind == kind and (self.tokens or not shown.token) and self._is_named(shown)
             if (self.sites is None or site in self.sites) and sigma in levels
@@ -99,8 +99,8 @@ def sheets(maps: Mapping[Place, Tensor], sigmas: Sequence[float], arrange: str) 
     """Sheets whose columns are steps: one with a row for each phrase or subject, its layers averaged (BY_STEP), or one
     for each of them with a row for each layer, as AnyStory's Figure 4 (BY_LAYER). `sigmas` are all of the run's."""
     if arrange == BY_STEP:
-        ((kind, *_), *_) = ((shown.kind,) for shown, _, _ in maps)
-        return [_sheet(kind, maps, sigmas, lambda shown, site: shown)]
+        shown, _, _ = next(iter(maps))
+        return [_sheet(shown.kind, maps, sigmas, lambda shown, site: shown)]
     return [
         _sheet(
             f"{shown.kind}: {shown}",
@@ -127,7 +127,6 @@ def _sheet(
 def draw_sheets(made: Sequence[Sheet], picture: Tensor, opacity: float) -> Tensor:
     """The sheets below one another, (1, height, width, 3) of 0 to 1; what a layer did not show at a step is grey.
     `picture` is (h, w, 3) of 0 to 1."""
-    import numpy as np
     from PIL import Image, ImageDraw
 
     columns = max(len(sheet.columns) for sheet in made)
@@ -156,7 +155,7 @@ def draw_sheets(made: Sequence[Sheet], picture: Tensor, opacity: float) -> Tenso
                 pixels = (overlay(values, small, opacity) * 255).round().byte().numpy()
                 panel.paste(Image.fromarray(pixels), (x, y))
         panels.append(panel)
-    return _stacked(panels, np, Image)
+    return _stacked(panels)
 
 
 def _wrapped(name: str) -> str:
@@ -165,7 +164,10 @@ def _wrapped(name: str) -> str:
     return "\n".join(textwrap.wrap(name, 22))
 
 
-def _stacked(panels: Sequence[Any], np: Any, Image: Any) -> Tensor:  # noqa: N803
+def _stacked(panels: Sequence[Any]) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
     sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), _DARK)
     top = 0
     for panel in panels:
@@ -191,13 +193,12 @@ def _matrix(rows: Sequence[Row], name: str) -> tuple[Tensor, list[str], list[flo
 def plot(rows: Sequence[Row]) -> Tensor:
     """A picture (1, height, width, 3) of 0 to 1: for ASA and SLD a map of layers (down) by noise levels (across),
     white the largest value; layers that saw no reference at a level are grey. Without rows, a line that says so."""
-    import numpy as np
     from PIL import Image, ImageDraw
 
     if not rows:
         panel = Image.new("RGB", (380, 34), _DARK)
         ImageDraw.Draw(panel).text((8, 10), "The picture attended to no reference.", fill=_LIGHT)
-        return _stacked([panel], np, Image)
+        return _stacked([panel])
     cell, label, heading = 28, 110, 34
     panels = []
     for name, title in (
@@ -222,4 +223,4 @@ def plot(rows: Sequence[Row]) -> Tensor:
         pen.text((label, below), f"sigma {sigmas[0]:.2f}", fill=_LIGHT)
         pen.text((label + cell * len(sigmas) - 60, below), f"{sigmas[-1]:.2f}", fill=_LIGHT)
         panels.append(panel)
-    return _stacked(panels, np, Image)
+    return _stacked(panels)

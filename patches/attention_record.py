@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention_maps import attention_maps
+from .attention_maps import MeanMap, attention_maps
 from .call import AttentionCall, Chunk
 from .edit import Edit
 from .layout_regions import canonical
-from .prompt import SPANS_KEY, Spans
+from .prompt import SPANS_KEY, Spans, positions_of
 from .sites import Site
 from .streams import Features, Stream
 
@@ -50,19 +50,6 @@ class Shown:
 
 
 @dataclass
-class Kept:
-    """The mean of the maps (height, width) that one layer gave at one noise level."""
-
-    map: Tensor
-    count: int = 1
-
-    def add(self, other: Tensor) -> None:
-        if other.shape == self.map.shape:
-            self.count += 1
-            self.map = self.map + (other - self.map) / self.count
-
-
-@dataclass
 class AttentionRecord:
     """The last run: its rows, and its maps by what they show, layer and noise level, in the order they came. `sites`
     are the recorded layers, `picture` the recorded one of the batch, from 0."""
@@ -70,7 +57,7 @@ class AttentionRecord:
     sites: tuple[Site, ...] = ()
     picture: int = 0
     rows: list[Row] = field(default_factory=list)
-    maps: dict[tuple[Shown, Site, float], Kept] = field(default_factory=dict)
+    maps: dict[tuple[Shown, Site, float], MeanMap] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.rows.clear()
@@ -84,10 +71,10 @@ class AttentionRecord:
             size = [max(round(side * scale), 1) for side in values.shape]
             values = functional.interpolate(values[None, None], size, mode="area")[0, 0]
         place = (shown, site, sigma)
-        if place in self.maps:
+        if place not in self.maps:
+            self.maps[place] = MeanMap(values.cpu())
+        elif values.shape == self.maps[place].value.shape:
             self.maps[place].add(values.cpu())
-        else:
-            self.maps[place] = Kept(values.cpu())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -120,7 +107,7 @@ def phrase_tokens(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[Sh
     for phrase, found in spans.items():
         if wanted and canonical(phrase) not in wanted:
             continue
-        tokens = [token for start, stop in found for token in range(start, stop)]
+        tokens = positions_of(found)
         groups[Shown(CROSS_ATTENTION, phrase)] = tokens
         if len(tokens) > 1:
             groups |= {Shown(CROSS_ATTENTION, phrase, number): [token] for number, token in enumerate(tokens, 1)}

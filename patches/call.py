@@ -136,10 +136,9 @@ class AttentionCall:
         logits = logits * (self.query.shape[-1] // self.heads) ** -0.5
         return logits if self.own_bias is None else logits + per_head(self.own_bias)
 
-    def probabilities(self, tokens: Sequence[int] | None = None) -> Tensor:
-        """Attention over the call's own keys: (rows, heads, queries, keys), or only the columns of `tokens`."""
-        shares = self.scores().softmax(-1)
-        return shares if tokens is None else shares[..., list(tokens)]
+    def probabilities(self) -> Tensor:
+        """Attention over the call's own keys: (rows, heads, queries, keys)."""
+        return self.scores().softmax(-1)
 
     def extension_share(self) -> Tensor:
         """Share of the attention mass that lies on the extensions: (rows, heads, queries), 0 to 1."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention_maps import context_length
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request, Start
-from .prompt import Spans
+from .prompt import Spans, positions_of
 from .sites import Site
 from .streams import Denoising, Features, Stream
 from .window import Window
@@ -41,11 +41,6 @@ class BranchTokens:
 
     prompt: Spans
     noun: Spans
-
-
-def positions(spans: Spans) -> list[int]:
-    """The positions in ranges, ascending."""
-    return [position for start, stop in spans for position in range(start, stop)]
 
 
 # Equations. Tensors have the shape (..., places, tokens) or (..., places), for every row and head by itself.
@@ -208,7 +203,7 @@ class DualBranchIntegration(Edit):
             (concept, self.concept, noun_mask),
             (auxiliary, self.auxiliary, others_mask),
         ):
-            own, noun = positions(tokens.prompt), positions(tokens.noun)
+            own, noun = positions_of(tokens.prompt), positions_of(tokens.noun)
             shares = token_shares(shared, own, self.sharpness)
             masks.append(spread(mask(shares, own, noun), self.gain_at(call.chunk), self.sharpness))
         return concept_weight(*masks, self.injection)

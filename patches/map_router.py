@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_maps import attention_maps, normalised, resized, smoothed
+from .attention_maps import MeanMap, attention_maps, normalised, resized, smoothed
 from .call import AttentionCall
 from .layout_regions import canonical
-from .prompt import SPANS_KEY, Spans
+from .prompt import SPANS_KEY, Spans, positions_of
 from .router import Route, Routing, names_of
 from .sites import Site
 from .streams import Features, Stream
@@ -64,18 +64,6 @@ class MapRouter:
         )
 
 
-@dataclass
-class _Mean:
-    """The mean of what it is told, a map of one shape."""
-
-    value: Tensor
-    count: int = 1
-
-    def add(self, value: Tensor) -> None:
-        self.count += 1
-        self.value += (value - self.value) / self.count
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MapRouting(Routing):
     """Reads the maps of each conditioning's own chunks at `read`; `before` gives the cross-attention before a site (a
@@ -86,7 +74,7 @@ class MapRouting(Routing):
     before: Mapping[Site, Site]
     read: frozenset[Site]
     _maps: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
-    _means: dict[Hashable, _Mean] = field(default_factory=dict, repr=False)
+    _means: dict[Hashable, MeanMap] = field(default_factory=dict, repr=False)
     _tokens: dict[Hashable, list[list[int]]] = field(default_factory=dict, repr=False)
     _sigma: list[float] = field(default_factory=lambda: [float("nan")], repr=False)
 
@@ -134,7 +122,7 @@ class MapRouting(Routing):
         if key in self._means and self._means[key].value.shape == maps.shape:
             self._means[key].add(maps)
         else:
-            self._means[key] = _Mean(maps)
+            self._means[key] = MeanMap(maps)
 
     def _find(self, call: AttentionCall) -> Route | None:
         key = _key(call)
@@ -161,7 +149,7 @@ def tokens_in_turn(spans: Mapping[str, Spans], phrases: Sequence[str]) -> list[l
         if wanted.count(name) > 1:
             turn = wanted[:number].count(name)
             places = places[turn : turn + 1]
-        tokens.append([token for start, stop in places for token in range(start, stop)])
+        tokens.append(positions_of(places))
     return tokens
 
 

@@ -40,6 +40,11 @@ def split_phrases(text: str) -> tuple[str, ...]:
     return tuple(phrase.strip() for phrase in re.split(r"[;\r\n]", text) if phrase.strip())
 
 
+def positions_of(spans: Spans) -> list[int]:
+    """The positions of a phrase's tokens, occurrence by occurrence."""
+    return [position for start, stop in spans for position in range(start, stop)]
+
+
 def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]:
     """Where each phrase lies in the context that `clip`, a host CLIP, makes of `text`.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .prompt import Spans
+from .prompt import Spans, positions_of
 
 # The families that share a text encoding, by the width of their context.
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 64: "the toy"}
@@ -61,11 +61,6 @@ def add_residual(context: Tensor, vectors: Tensor, positions: list[int], strengt
     shift = strength * vectors.to(context).repeat(len(positions) // len(vectors), 1)
     index = torch.tensor(positions, device=context.device)
     return context.index_add(1, index, shift.expand(len(context), -1, -1).contiguous())
-
-
-def positions_of(spans: Spans) -> list[int]:
-    """The positions of a phrase's tokens, occurrence by occurrence."""
-    return [position for start, stop in spans for position in range(start, stop)]
 
 
 def subject_positions(known: Mapping[str, Spans], noun: str, phrase: str = "") -> list[int]:

@@ -101,7 +101,7 @@ def test_maps_are_those_of_the_picture_asked_for(picture: int, model: Any) -> No
         ):
             right = shares[:, tokens].sum(-1).view(call.grid)
             kept = record.maps[shown, call.site, each.sigma]
-            torch.testing.assert_close(kept.map.double(), right, rtol=0, atol=1e-5)
+            torch.testing.assert_close(kept.value.double(), right, rtol=0, atol=1e-5)
             assert kept.count == 1
             expected += 1
     assert expected == sum(shown.kind == CROSS_ATTENTION for shown, _, _ in record.maps)
@@ -146,12 +146,12 @@ def test_regions_and_routes_are_noted(model: Any) -> None:
     for (shown, site, _), kept in record.maps.items():
         if shown.kind == "layout region":
             mask = LAYOUT.shown()[shown.label].float()
-            right = at_grid(mask, tuple(kept.map.shape)).view(kept.map.shape)
-            torch.testing.assert_close(kept.map, right)
+            right = at_grid(mask, tuple(kept.value.shape)).view(kept.value.shape)
+            torch.testing.assert_close(kept.value, right)
             assert site.kind == "cross"
         if shown.kind == "routing map":
             assert site.kind == "self"
-            assert set(kept.map.unique().tolist()) <= {0.0, 1.0}
+            assert set(kept.value.unique().tolist()) <= {0.0, 1.0}
     labels = {shown.label for shown, _, _ in record.maps if shown.kind == "routing map"}
     assert labels == {"one", "two"}
 
@@ -172,14 +172,14 @@ def test_a_step_that_calls_the_model_twice_gives_the_mean(model: Any) -> None:
     shown, site = Shown("mask", "one"), Site("self", "middle", 0, 0)
     for value in (1.0, 2.0, 6.0):
         kept.add(shown, site, 3.0, torch.full((2, 2), value))
-    assert kept.maps[shown, site, 3.0].map.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert kept.maps[shown, site, 3.0].value.tolist() == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def test_fine_maps_are_averaged() -> None:
     kept = AttentionRecord()
     values = torch.rand(128, 192, generator=generator(2))
     kept.add(Shown("mask", "one"), Site("self", "middle", 0, 0), 1.0, values)
-    ((found),) = (each.map for each in kept.maps.values())
+    ((found),) = (each.value for each in kept.maps.values())
     assert found.shape == (43, 64)
     assert float(found.mean()) == pytest.approx(float(values.mean()), abs=0.01)
 
@@ -200,7 +200,7 @@ class Unlabelled(Edit):
 def test_notes_of_other_edits(model: Any) -> None:
     sites = frozenset(site for site in attention_sites(model) if site.block == "middle")
     record, _ = recorded(add_edit(model, Unlabelled(sites, Window())), {"batch": 2}, picture=2)
-    found = {str(shown): kept.map for (shown, _, _), kept in record.maps.items() if shown.kind == "pair"}
+    found = {str(shown): kept.value for (shown, _, _), kept in record.maps.items() if shown.kind == "pair"}
     assert set(found) == {"1", "2"}
     assert all(bool((values == 1).all()) for values in found.values())
 

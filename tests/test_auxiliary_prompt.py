@@ -12,8 +12,8 @@ from comfy.supported_models_base import ClipTarget
 from safetensors.torch import save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
-from subject_patches.patches.dual_branch import BRANCH_KEY, positions
-from subject_patches.patches.prompt import SPANS_KEY
+from subject_patches.patches.dual_branch import BRANCH_KEY
+from subject_patches.patches.prompt import SPANS_KEY, positions_of
 from subject_patches.toy.family import WIDTH, ToyClip, ToyTokenizer
 
 
@@ -77,11 +77,11 @@ def test_what_it_refuses(text: str, concept: str, noun: str, message: str) -> No
 def test_both_prompts_know_their_tokens(clip: comfy.sd.CLIP) -> None:
     concept, auxiliary, text = made(clip, "a red dog on grass", "red dog", noun="big cat", phrases="grass")
     assert text == "a big cat on grass"
-    assert positions(concept[BRANCH_KEY].prompt) == [1, 2, 3, 4, 5]
-    assert positions(concept[BRANCH_KEY].noun) == [2, 3]
+    assert positions_of(concept[BRANCH_KEY].prompt) == [1, 2, 3, 4, 5]
+    assert positions_of(concept[BRANCH_KEY].noun) == [2, 3]
     assert concept[SPANS_KEY] == {"red dog": ((2, 4),), "grass": ((5, 6),)}
-    assert positions(auxiliary[BRANCH_KEY].prompt) == [1, 2, 3, 4, 5]
-    assert positions(auxiliary[BRANCH_KEY].noun) == [2, 3]
+    assert positions_of(auxiliary[BRANCH_KEY].prompt) == [1, 2, 3, 4, 5]
+    assert positions_of(auxiliary[BRANCH_KEY].noun) == [2, 3]
     assert auxiliary[SPANS_KEY] == {"big cat": ((2, 4),)}
 
 
@@ -89,19 +89,19 @@ def test_embeddings_weights_and_repeats(clip: comfy.sd.CLIP) -> None:
     text = "(embedding:mine dog:1.3) on grass, embedding:mine dog"
     concept, auxiliary, other = made(clip, text, "embedding:mine dog", preset="chair")
     assert other == "(chair:1.3) on grass, chair"
-    noun = positions(concept[BRANCH_KEY].noun)
+    noun = positions_of(concept[BRANCH_KEY].noun)
     assert noun[:4] == [1, 2, 3, 4]
     assert len(noun) == 8
-    assert len(positions(concept[BRANCH_KEY].prompt)) - len(positions(auxiliary[BRANCH_KEY].prompt)) == 6
+    assert len(positions_of(concept[BRANCH_KEY].prompt)) - len(positions_of(auxiliary[BRANCH_KEY].prompt)) == 6
 
 
 def test_more_than_77_tokens(clip: comfy.sd.CLIP) -> None:
     concept, auxiliary, _ = made(clip, "so " * 80 + "red dog on grass", "red dog")
-    prompt = positions(concept[BRANCH_KEY].prompt)
+    prompt = positions_of(concept[BRANCH_KEY].prompt)
     # Neither chunk's start and end count.
     assert prompt == [*range(1, 76), *range(78, 87)]
-    assert positions(concept[BRANCH_KEY].noun) == [83, 84]
-    assert positions(auxiliary[BRANCH_KEY].noun) == [83]
+    assert positions_of(concept[BRANCH_KEY].noun) == [83, 84]
+    assert positions_of(auxiliary[BRANCH_KEY].noun) == [83]
 
 
 def test_the_concepts_conditioning_is_the_hosts(clip: comfy.sd.CLIP) -> None:

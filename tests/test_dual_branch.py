@@ -26,13 +26,13 @@ from subject_patches.patches.dual_branch import (
     integrate,
     noun_mask,
     others_mask,
-    positions,
     spread,
     token_shares,
 )
 from subject_patches.patches.edit import Start
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
+from subject_patches.patches.prompt import positions_of
 from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense
@@ -91,7 +91,7 @@ def test_the_authors_masks_and_mix(golden: Case, dtype: torch.dtype, tolerance: 
     heads, spreads, outputs = golden.case["heads"], [], []
     for group, branch, mask in (("concept", "custom", noun_mask), ("aux", "ldm", others_mask)):
         rows, tokens = golden.rows(group), golden.tokens(branch)
-        own, noun = positions(tokens.prompt), positions(tokens.noun)
+        own, noun = positions_of(tokens.prompt), positions_of(tokens.noun)
         attention = dense.shares(query[rows], key[rows], heads).to(dtype)
         shares = token_shares(attention, own)
         total = mask(shares, own, noun)
