@@ -164,7 +164,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
         "routed references, eight subjects": routed(8, stripes(8)),
         "routed references, one subject by maps": routed(1, MapRouter()),
         "routed references, eight subjects by maps": routed(8, MapRouter()),
-        "eight subjects by a dense bias, not in the pack": dense,
+        "routed references, eight subjects by a dense bias, not in the pack": dense,
     }
 
 
