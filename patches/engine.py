@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .edit import Edit, Start
 from .identity import STEP_CACHES
-from .session import UNCONDITIONED, Recording, Session
+from .recording import Recording
+from .session import UNCONDITIONED, Session
 from .sites import Site
 from .slots import composed, editor, recorder
 from .streams import Denoising, Stream
