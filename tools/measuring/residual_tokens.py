@@ -20,7 +20,7 @@ EMBLEMS, VIEWS = 4, 4
 # is that of v, as in the toy's own training: of its noise, the strongest teaches next to nothing.
 TRAININGS: dict[str, dict[str, Any]] = {
     "residual alone": {"steps": 150, "learning_rate": 0.05, "batch_size": 4, "preservation": 0.1, "loss": "v"},
-    "text encoder": {"steps": 250, "learning_rate": 0.0005, "batch_size": 4, "preservation": 0.02, "loss": "v"},
+    "text encoder": {"steps": 150, "learning_rate": 0.001, "batch_size": 4, "preservation": 0.1, "loss": "v"},
 }
 PLAIN = "the plain noun"
 # What a picture is made with: what was tuned, and the strength at which its residual is applied.
@@ -28,6 +28,7 @@ APPLIED: dict[str, tuple[str, float]] = {
     "residual alone": ("residual alone", 1.0),
     "residual alone, strength 0.5": ("residual alone", 0.5),
     "text encoder": ("text encoder", 1.0),
+    "text encoder, strength 0.5": ("text encoder", 0.5),
 }
 # Each makes a phrase of its own, and says nothing of an emblem.
 ORDINALS = ("first", "second", "third", "fourth")
