@@ -13,9 +13,9 @@ MEASURES = "identity | prompt followed | emblem found | background right | thing
 
 @dataclass(frozen=True)
 class Score:
-    """One picture: identity of its emblem with the training pictures' (cosine; 0 where no emblem is found, because
-    that of anything else means nothing), whether one was found, whether the background is the prompt's, and whether the
-    thing beside the concept is there."""
+    """One picture: identity of its most alike emblem with the training pictures' (cosine; 0 where no emblem is found,
+    because that of anything else means nothing), whether one was found, whether the background is the prompt's, and
+    whether the thing beside the concept is there."""
 
     identity: float
     emblem: bool
