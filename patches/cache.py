@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .sites import Site
+
+# What a site's features are kept as: "query", "key", "value" or "output", each (rows, tokens, channels).
+Features = Mapping[str, Tensor]
+
 
 @dataclass
 class _Entry:
-    features: dict[str, Tensor]
+    features: dict[Site, Features]
     size: int
     run: object
 
 
 @dataclass
 class FeatureCache:
-    """Features by key, at most `max_bytes` of them, the least recently used dropped first.
+    """Features of sites by key, at most `max_bytes` of them, the least recently used key dropped first. A key stands
+    for one pass of the model: without some of its sites the pass has to run again, so they come and go together.
 
     What the present run itself put in or used is never dropped for it: a run visits its keys in one order, so
     dropping its own oldest for its newest would leave the next run nothing. A run too big for the cache keeps
@@ -38,27 +44,38 @@ class FeatureCache:
         """Bytes held."""
         return self._size
 
-    def get(self, key: Hashable, run: object, device: torch.device) -> dict[str, Tensor] | None:
-        """The features of a key on `device`, or None; they count as used by `run` from now on."""
+    def get(self, key: Hashable, sites: Iterable[Site], run: object, device: torch.device) -> dict[Site, Features]:
+        """Those of the sites that it has under a key, on `device`; the key counts as used by `run` from now on."""
         entry = self._entries.get(key)
         if entry is None:
-            return None
+            return {}
         entry.run = run
         self._entries.move_to_end(key)
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in entry.features.items()}
+        return {
+            site: {name: tensor.to(device, non_blocking=True) for name, tensor in entry.features[site].items()}
+            for site in sites
+            if site in entry.features
+        }
 
-    def put(self, key: Hashable, features: Mapping[str, Tensor], run: object, offload: torch.device) -> None:
-        """Keeps features under a key if they fit beside what `run` already has here."""
-        size = sum(t.numel() * t.element_size() for t in features.values())
-        if key in self._entries or size > self.max_bytes:
+    def put(self, key: Hashable, features: Mapping[Site, Features], run: object, offload: torch.device) -> None:
+        """Keeps the features of more sites under a key if they all fit beside what `run` already has here."""
+        entry = self._entries.get(key) or _Entry({}, 0, run)
+        new = {site: parts for site, parts in features.items() if site not in entry.features}
+        size = sum(t.numel() * t.element_size() for parts in new.values() for t in parts.values())
+        if not new or size > self.max_bytes:
             return
-        foreign = [k for k, entry in self._entries.items() if entry.run is not run]
+        foreign = [k for k, other in self._entries.items() if other.run is not run and other is not entry]
         while self._size + size > self.max_bytes and foreign:
             self._size -= self._entries.pop(foreign.pop(0)).size
         if self._size + size > self.max_bytes:
             return
-        kept = {name: tensor.detach().clone() for name, tensor in features.items()}
-        if self._size + size > self.large:
-            kept = {name: tensor.to(offload) for name, tensor in kept.items()}
-        self._entries[key] = _Entry(kept, size, run)
+        moved = self._size + size > self.large
+        for site, parts in new.items():
+            entry.features[site] = {
+                name: tensor.detach().to(offload if moved else tensor.device, copy=True)
+                for name, tensor in parts.items()
+            }
+        entry.size += size
+        entry.run = run
+        self._entries[key] = entry
         self._size += size

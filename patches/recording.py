@@ -29,16 +29,10 @@ class Recording:
 
     def load(self, sites: Iterable[Site], device: torch.device) -> None:
         """Takes from the stream's cache what it has for these sites; the others are left to be recorded."""
-        missing = []
-        for site in sites:
-            if site in self.features:
-                continue
-            cached = self.stream.cache.get((*self.key, site, self.parts), self.run, device) if self.key else None
-            if cached is None:
-                missing.append(site)
-            else:
-                self.features[site] = cached
-        self.sites = frozenset(missing)
+        missing = frozenset(sites) - self.features.keys()
+        if self.key and missing:
+            self.features |= self.stream.cache.get((*self.key, self.parts), missing, self.run, device)
+        self.sites = missing - self.features.keys()
 
     def record(self, site: Site, grid: tuple[int, int], features: Features) -> None:
         """Keeps what the stream wants of a site's features."""
@@ -48,6 +42,6 @@ class Recording:
         """Gives what was recorded to the stream's cache."""
         if self.key:
             # Another pack may have skipped some of the layers.
-            for site in self.sites & self.features.keys():
-                self.stream.cache.put((*self.key, site, self.parts), self.features[site], self.run, offload)
+            made = {site: self.features[site] for site in self.sites & self.features.keys()}
+            self.stream.cache.put((*self.key, self.parts), made, self.run, offload)
         self.sites = frozenset()

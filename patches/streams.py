@@ -8,20 +8,18 @@ branch that denoises by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .cache import FeatureCache
+from .cache import FeatureCache, Features
 from .sites import Site
 
 # (sigma, noise, latents) -> noised latents: the model's own forward process.
 NoiseScaling = Callable[[float, Tensor, Tensor], Tensor]
-# What a site's features are kept as: "query", "key", "value" or "output", each (rows, tokens, channels).
-Features = Mapping[str, Tensor]
 # In the place of a stream's conditioning: the generation's own negative one.
 UNCONDITIONAL = "unconditional"
 

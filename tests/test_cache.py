@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.sites import Site
 from subject_patches.patches.subject import MEGABYTE
 from subject_patches.tests.models import generator, latent_noise, prompt, recycled, sample, small_model, subject
 from torch import Tensor
@@ -19,28 +20,51 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def features(count: int, value: float = 0.0) -> dict[str, Tensor]:
+HERE, THERE = Site("self", "middle", 0, 0), Site("self", "output", 3, 0)
+
+
+def features(count: int, value: float = 0.0, site: Site = HERE) -> dict[Site, dict[str, Tensor]]:
     """Two tensors of `count` bytes in all."""
-    return {"key": torch.full((count // 8,), value), "value": torch.full((count // 8,), value)}
+    return {site: {"key": torch.full((count // 8,), value), "value": torch.full((count // 8,), value)}}
+
+
+def kept(cache: FeatureCache, key: Any, run: Any) -> dict[str, Tensor] | None:
+    """What a cache has of HERE under a key."""
+    return cache.get(key, [HERE], run, CPU).get(HERE)
 
 
 def test_gives_back_what_it_was_given() -> None:
     cache = FeatureCache(1000)
     tensors = features(80, 3.0)
     cache.put("a", tensors, "run", CPU)
-    tensors["key"].zero_()
-    assert cache.get("a", "run", CPU)["key"].tolist() == [3.0] * 10
-    assert cache.get("b", "run", CPU) is None
+    tensors[HERE]["key"].zero_()
+    assert kept(cache, "a", "run")["key"].tolist() == [3.0] * 10
+    assert kept(cache, "b", "run") is None
     assert (len(cache), cache.size) == (1, 80)
+
+
+def test_more_sites_join_those_of_a_key() -> None:
+    cache = FeatureCache(200)
+    cache.put("a", features(80, 1.0), "first", CPU)
+    cache.put("b", features(80, 2.0), "first", CPU)
+    cache.put("a", features(80, 3.0) | features(80, 4.0, THERE), "second", CPU)
+    found = cache.get("a", [HERE, THERE], "third", CPU)
+    # What was there stays, and is never dropped for what joins it.
+    assert {site: parts["key"][0].item() for site, parts in found.items()} == {HERE: 1.0, THERE: 4.0}
+    assert cache.get("a", [THERE], "third", CPU).keys() == {THERE}
+    assert (len(cache), cache.size) == (1, 160)
+    cache.put("a", features(80, site=Site("cross", "middle", 0, 0)), "third", CPU)
+    assert cache.get("a", [HERE, THERE], "third", CPU).keys() == {HERE, THERE}
+    assert cache.size == 160
 
 
 def test_drops_the_least_recently_used_of_other_runs() -> None:
     cache = FeatureCache(240)
     for key in ("a", "b", "c"):
         cache.put(key, features(80), "first", CPU)
-    assert cache.get("a", "second", CPU) is not None
+    assert kept(cache, "a", "second") is not None
     cache.put("d", features(80), "third", CPU)
-    assert [key for key in "abcd" if cache.get(key, "fourth", CPU)] == ["a", "c", "d"]
+    assert [key for key in "abcd" if kept(cache, key, "fourth")] == ["a", "c", "d"]
     assert cache.size == 240
 
 
@@ -48,9 +72,9 @@ def test_a_run_never_drops_its_own() -> None:
     cache = FeatureCache(240)
     for key in ("a", "b", "c", "d"):
         cache.put(key, features(80), "first", CPU)
-    assert [key for key in "abcd" if cache.get(key, "second", CPU)] == ["a", "b", "c"]
+    assert [key for key in "abcd" if kept(cache, key, "second")] == ["a", "b", "c"]
     cache.put("d", features(80), "second", CPU)
-    assert cache.get("d", "second", CPU) is None
+    assert kept(cache, "d", "second") is None
 
 
 @pytest.mark.parametrize("limit", [0, 79])
@@ -65,7 +89,7 @@ def test_is_never_over_its_size() -> None:
     for number in range(60):
         cache.put(number, features(8 * (1 + number * 7 % 20)), number // 5, CPU)
         assert cache.size <= 500
-    held = [cache.get(number, "last", CPU) for number in range(60)]
+    held = [kept(cache, number, "last") for number in range(60)]
     assert sum(t.numel() * 4 for entry in held if entry for t in entry.values()) == cache.size
 
 
@@ -74,8 +98,8 @@ def test_what_is_large_goes_to_the_offload_device() -> None:
     cache = FeatureCache(1000, large=200)
     cache.put("a", features(160), "run", meta)
     cache.put("b", features(160), "run", meta)
-    assert cache.get("a", "run", CPU)["key"].device == CPU
-    assert cache._entries["b"].features["key"].device == meta
+    assert kept(cache, "a", "run")["key"].device == CPU
+    assert cache._entries["b"].features[HERE]["key"].device == meta
 
 
 # In sampling runs
