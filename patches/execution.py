@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -36,12 +36,11 @@ class _Job:
     def masked(self) -> bool:
         return self.call.own_bias is not None or any(e.bias is not None for e in self.seen)
 
-    def key_and_value(self) -> tuple[Tensor, Tensor]:
-        call, rows = self.call, self.query.shape[0]
-        if not self.seen:
-            return call.key, call.value
-        keys = torch.cat([call.key, *(e.key.expand(rows, -1, -1) for e in self.seen)], 1)
-        return keys, torch.cat([call.value, *(e.value.expand(rows, -1, -1) for e in self.seen)], 1)
+    def attended(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Its keys and its values, in parts (rows, n, channels)."""
+        rows = self.query.shape[0]
+        keys = [self.call.key, *(e.key.expand(rows, -1, -1) for e in self.seen)]
+        return keys, [self.call.value, *(e.value.expand(rows, -1, -1) for e in self.seen)]
 
     def mask(self) -> Tensor | None:
         if not self.masked:
@@ -114,17 +113,29 @@ _HELD = 2**22
 def _together(jobs: Sequence[_Job]) -> list[list[int]]:
     """The numbers of the jobs, in groups that run as one; a group's first has the most queries."""
     groups: list[list[int]] = []
-    for number in sorted(range(len(jobs)), key=lambda n: (jobs[n].masked, jobs[n].keys, -jobs[n].query.shape[1])):
-        job = jobs[number]
-        if groups:
-            first = jobs[groups[-1][0]]
-            size = job.query.shape[0] * job.keys * job.query.shape[2]
-            cheap = (first.query.shape[1] - job.query.shape[1]) * size <= _FILLED_UP
-            if not job.masked and job.keys == first.keys and cheap and (len(groups[-1]) + 1) * size <= _HELD:
+    sizes = [(job.query.shape[0], job.keys, job.query.shape[1]) for job in jobs]
+    for number in sorted(range(len(jobs)), key=lambda n: (jobs[n].masked, sizes[n]), reverse=True):
+        rows, keys, queries = sizes[number]
+        if groups and not jobs[number].masked and not jobs[groups[-1][0]].masked:
+            size = rows * keys * jobs[number].query.shape[2]
+            alike = sizes[groups[-1][0]][:2] == (rows, keys)
+            cheap = (sizes[groups[-1][0]][2] - queries) * size <= _FILLED_UP and (len(groups[-1]) + 1) * size <= _HELD
+            if alike and cheap:
                 groups[-1].append(number)
                 continue
         groups.append([number])
     return groups
+
+
+def _filled_up(query: Tensor, count: int) -> Tensor:
+    missing = count - query.shape[1]
+    return functional.pad(query, (0, 0, 0, missing)) if missing else query
+
+
+def _joined(parts: Sequence[Tensor], count: int) -> Tensor:
+    """Parts (rows, n, channels) of `count` attentions, in turn, as one batch: (rows * count, n of each, channels)."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+    return whole.unflatten(1, (count, -1)).flatten(0, 1)
 
 
 def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
@@ -132,15 +143,12 @@ def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
     results: dict[int, Tensor] = {}
     for numbers in _together(jobs):
         group = [jobs[number] for number in numbers]
-        if len(group) == 1:
-            results[numbers[0]] = attend(group[0].query, *group[0].key_and_value(), group[0].mask())
-            continue
-        most = group[0].query.shape[1]
-        queries = torch.cat([functional.pad(job.query, (0, 0, 0, most - job.query.shape[1])) for job in group])
-        keys, values = (torch.cat(tensors) for tensors in zip(*(job.key_and_value() for job in group), strict=True))
-        outputs = attend(queries, keys, values, None).split([len(job.query) for job in group])
-        for number, job, output in zip(numbers, group, outputs, strict=True):
-            results[number] = output[:, : job.query.shape[1]]
+        queries = [_filled_up(job.query, group[0].query.shape[1]) for job in group]
+        keys, values = zip(*(job.attended() for job in group), strict=True)
+        parts = (_joined(each, len(group)) for each in (queries, list(chain(*keys)), list(chain(*values))))
+        outputs = attend(*parts, group[0].mask()).unflatten(0, (-1, len(group)))
+        for place, (number, job) in enumerate(zip(numbers, group, strict=True)):
+            results[number] = outputs[:, place, : job.query.shape[1]]
     return [results[number] for number in range(len(jobs))]
 
 
