@@ -2,7 +2,7 @@
 
 copies            `with_gradients`; private copies of a MODEL or CLIP, loaded and let go of again
 text              a CLIP's encoding that autograd goes through, also of vectors in place of words
-denoising         the denoising loss of a MODEL, in the unit that it predicts in
+denoising         the denoising loss of a MODEL, of what it predicts or of v
 images            pictures to latents
 loop              the steps: progress, cancel, precision, loss map, resume
 state             the file that a training goes on from
