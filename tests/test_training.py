@@ -231,23 +231,36 @@ def noisy_loss(encoder: TextEncoder, source: torch.Generator) -> Tensor:
     return (context - torch.randn(context.shape, generator=source)).square().mean()
 
 
-def interrupted(at: int, loss: Callable[[torch.Generator], Tensor]) -> Callable[[torch.Generator], Tensor]:
-    """A loss in whose middle somebody presses cancel, at the step with this number."""
+def interrupted(
+    at: int, loss: Callable[[torch.Generator], Tensor], late: bool = False
+) -> Callable[[torch.Generator], Tensor]:
+    """A loss in whose middle somebody presses cancel, at the step with this number; or `late`, while its gradient is
+    computed, when the step is still done."""
     done = 0
+
+    def cancel(*_: Tensor) -> None:
+        comfy.model_management.interrupt_current_processing()
 
     def with_cancel(source: torch.Generator) -> Tensor:
         nonlocal done
         done += 1
-        if done == at:
+        if done == at and not late:
             torch.randn(5, generator=source)
-            comfy.model_management.interrupt_current_processing()
-        return loss(source)
+            cancel()
+        value = loss(source)
+        if done == at and late:
+            value.register_hook(cancel)
+        return value
 
     return with_cancel
 
 
 def trained(
-    steps: int, name: str | None = None, cancel_at: int | None = None, dtype: torch.dtype = torch.float32
+    steps: int,
+    name: str | None = None,
+    cancel_at: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    late: bool = False,
 ) -> tuple[dict[str, Tensor], list[float]]:
     with with_gradients():
         encoder = TextEncoder(small_clip("SD 1.x"))
@@ -260,15 +273,16 @@ def trained(
             def loss(source: torch.Generator) -> Tensor:
                 return noisy_loss(encoder, source)
 
-            losses = training.run(steps, interrupted(cancel_at, loss) if cancel_at else loss)["loss"]
+            losses = training.run(steps, interrupted(cancel_at, loss, late) if cancel_at else loss)["loss"]
             return {each: weights[each].detach().clone() for each in weights}, losses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_resumed_training_is_one_that_never_stopped(output: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["in the loss", "in the gradient"])
+def test_a_resumed_training_is_one_that_never_stopped(output: Path, dtype: torch.dtype, late: bool) -> None:
     whole, losses = trained(8, dtype=dtype)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        trained(8, "dog", cancel_at=4, dtype=dtype)
+        trained(8, "dog", cancel_at=4, dtype=dtype, late=late)
     assert [each.name for each in (output / "training").iterdir()] == ["dog.safetensors"]
     trained(6, "dog", dtype=dtype)
     again, resumed = trained(8, "dog", dtype=dtype)

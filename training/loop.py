@@ -65,10 +65,11 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.device, self.dtype, self.state, self.node_id = device, dtype, state, node_id
         self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = self.generator.get_state()
         self.losses: list[float] = []
         if state is not None:
             self._resume(state)
+        # After the last step that is done, whatever one that is cancelled has drawn by then.
+        self.drawn = self.generator.get_state()
 
     @property
     def step(self) -> int:
@@ -88,19 +89,19 @@ class Training:
             try:
                 while self.step < steps:
                     comfy.model_management.throw_exception_if_processing_interrupted()
-                    self.drawn = self.generator.get_state()
                     self.losses.append(self._advance(loss))
+                    self.drawn = self.generator.get_state()
                     self._tell(bar, line, steps)
                     if self.state is not None and self.step % SAVE_EVERY == 0:
-                        self._save(self.state, self.generator.get_state())
+                        self._save(self.state)
             except comfy.model_management.InterruptProcessingException:
                 if self.state is not None:
-                    self._save(self.state, self.drawn)
+                    self._save(self.state)
                 raise
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         if self.state is not None:
-            self._save(self.state, self.generator.get_state())
+            self._save(self.state)
         return {"loss": list(self.losses)}
 
     def _advance(self, loss: Callable[[torch.Generator], Tensor]) -> float:
@@ -128,8 +129,8 @@ class Training:
         left = f", {line.format_interval((steps - self.step) / rate)} left" if rate else ""
         server.send_progress_text(f"step {self.step} of {steps}, loss {self.losses[-1]:.4f}{left}", self.node_id)
 
-    def _save(self, state: StateFile, drawn: Tensor) -> None:
-        tensors = {"generator": drawn, "losses": torch.tensor(self.losses, dtype=torch.float64)}
+    def _save(self, state: StateFile) -> None:
+        tensors = {"generator": self.drawn, "losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter
             for part, value in self.optimizer.state[parameter].items():
