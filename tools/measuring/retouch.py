@@ -31,8 +31,8 @@ ROWS = (
 # The vanilla model's share of the steps: the paper's 5 of 50, and what the sweep tries besides it, none and all.
 LAMBDA1 = 0.1
 SWEPT = (0.2, 0.35, 0.5)
-# The sweep and the pictures given back take every so many prompts.
-EVERY = 4
+# The sweep takes every fourth prompt, and every tenth gives a picture to be given back.
+EVERY, BACK_EVERY = 4, 10
 # How a layout is given back: whether it is inverted with its own prompt and how many fixed-point rounds, whether it is
 # sampled again with its own prompt or with the neutral one, and the guidance.
 GIVEN_BACK = {
@@ -62,8 +62,9 @@ def study(given: Given) -> None:
             some = Cases(given, concept, range(0, prompts, EVERY), number)
             for part, found in sweep.items():
                 found.append(concept.scores(given.judge, some.blended(part), some.grounds))
+            few = Cases(given, concept, range(0, prompts, BACK_EVERY), number)
             for name, pairs in back.items():
-                pairs += some.given_back(*GIVEN_BACK[name])
+                pairs += few.given_back(*GIVEN_BACK[name])
             print(f"emblem {number + 1} of {emblems}: {prompts} prompts", file=sys.stderr, flush=True)
     print(f"{emblems} emblems, {prompts} prompts each; concepts of {TRAINING['steps']} steps:\n")
     _table(scores)
