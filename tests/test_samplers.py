@@ -21,6 +21,8 @@ TINY = {
     "transformer_depth": [1],
     "transformer_depth_output": [1, 1],
 }
+# One of each kind: two calls a step, noise between steps, earlier steps remembered.
+AGAIN = ("heun", "euler_ancestral", "dpmpp_sde", "dpmpp_2m", "uni_pc")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def idle(model: Any) -> Any:
     return reduce(lambda below, mechanism: mechanism.off(below, "strength 0"), MECHANISMS, model)
 
 
-def check(model: Any, idle: Any, **run: Any) -> None:
+def check(model: Any, idle: Any, again: bool, **run: Any) -> None:
     plain = sample(model, **run)
     assert torch.equal(sample(idle, **run), plain)
     for mechanism in MECHANISMS:
@@ -43,14 +45,14 @@ def check(model: Any, idle: Any, **run: Any) -> None:
         assert result.isfinite().all(), mechanism.name
         assert difference(result, plain) > 0.003, mechanism.name
         # The second run has its features from the cache.
-        assert torch.equal(sample(patched, **run), result), mechanism.name
+        assert not again or torch.equal(sample(patched, **run), result), mechanism.name
 
 
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_sampler(sampler: str, model: Any, idle: Any) -> None:
-    check(model, idle, steps=3, sampler=sampler)
+    check(model, idle, sampler in AGAIN, steps=3, sampler=sampler)
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
 def test_scheduler(scheduler: str, model: Any, idle: Any) -> None:
-    check(model, idle, steps=3, scheduler=scheduler)
+    check(model, idle, True, steps=3, scheduler=scheduler)
