@@ -51,24 +51,16 @@ def normalised(maps: Tensor) -> Tensor:
 
 
 def smoothed(maps: Tensor, share: float) -> Tensor:
-    """Maps (rows, n, height, width) blurred by a Gaussian whose standard deviation is `share` of their shorter side.
-    Beyond the border they go on as they are at it."""
-    shorter = min(maps.shape[-2:])
-    deviation = share * shorter
+    """Maps (rows, n, height, width) blurred by a Gaussian whose standard deviation is `share` of their shorter side."""
+    deviation = share * min(maps.shape[-2:])
     # Below this a Gaussian's neighbours weigh less than one part in a million.
     if deviation < 0.19:
         return maps
-    reach = min(int(3 * deviation) + 1, shorter)
-    down, across = (_blur(length, deviation, reach).to(maps) for length in maps.shape[-2:])
-    return down @ maps @ across.mT
+    from kornia.filters import gaussian_blur2d
 
-
-def _blur(length: int, deviation: float, reach: int) -> Tensor:
-    """A Gaussian blur along a side, as a matrix: (length, length), what each place takes of every other."""
-    offsets = torch.arange(-reach, reach + 1)
-    weights = (-0.5 * (offsets / deviation) ** 2).softmax(0)
-    sources = (torch.arange(length)[:, None] + offsets).clamp(0, length - 1)
-    return torch.zeros(length, length).scatter_add_(1, sources, weights.expand(length, -1))
+    # The border is repeated, and a kernel may reach over all of it.
+    size = 2 * min(int(3 * deviation) + 1, min(maps.shape[-2:])) + 1
+    return gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
 
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
