@@ -80,27 +80,42 @@ def _singles(call: AttentionCall) -> list[AttentionCall]:
     return [single(row) for row in range(count)]
 
 
+_BITS = 31
+
+
+def _patterns(columns: Tensor) -> Tensor:
+    """A number for each query from its routes (queries, routes), the same where these are the same. Numbers, bit by
+    bit, because a sort of whole columns is slow; a few routes at a time, because a number has 63 bits."""
+    numbers = columns.new_zeros(columns.shape[0], dtype=torch.int64)
+    for several in columns.split(_BITS, 1):
+        bits = torch.tensor([1 << bit for bit in range(several.shape[1])], device=columns.device)
+        numbers = (numbers << _BITS) + (several * bits).sum(1)
+        if columns.shape[1] > _BITS:
+            numbers = numbers.unique(return_inverse=True)[1]
+    return numbers
+
+
 def _jobs(call: AttentionCall) -> list[_Job]:
     """The attentions of a call whose rows share their routes. Queries that see the same extensions form a group; a
     group needs no mask to be kept from the others' keys."""
     routes = {id(e.route): e.route[0] for e in call.extensions if e.route is not None}
     if not routes:
         return [_Job(call, call.query, None, call.extensions)]
-    # A query's pattern as a number, bit by bit: one sort of numbers, where a sort of columns is slow.
-    bits = {name: 1 << bit for bit, name in enumerate(routes)}
     columns = torch.stack(list(routes.values()), 1)
-    patterns, order = (columns * torch.tensor(list(bits.values()), device=columns.device)).sum(1).sort()
+    patterns, order = _patterns(columns).sort()
     numbers, sizes = patterns.unique_consecutive(return_counts=True)
+    firsts = order[sizes.cumsum(0) - sizes]
+    members = [dict(zip(routes, column, strict=True)) for column in columns[firsts].tolist()]
 
-    def seen(number: int) -> list[Extension]:
-        return [e for e in call.extensions if e.route is None or number & bits[id(e.route)]]
+    def seen(member: dict[int, bool]) -> list[Extension]:
+        return [e for e in call.extensions if e.route is None or member[id(e.route)]]
 
     if len(numbers) == 1:
-        return [_Job(call, call.query, None, seen(int(numbers)))]
+        return [_Job(call, call.query, None, seen(members[0]))]
     order = order.to(call.query.device)
-    groups = zip(numbers.tolist(), order.split(sizes.tolist()), strict=True)
+    groups = zip(members, order.split(sizes.tolist()), strict=True)
     queries = call.query[:, order].split(sizes.tolist(), 1)
-    return [_Job(call, query, places, seen(number)) for query, (number, places) in zip(queries, groups, strict=True)]
+    return [_Job(call, query, places, seen(member)) for query, (member, places) in zip(queries, groups, strict=True)]
 
 
 # Attentions over as many keys run as one, their queries filled up to as many, while that costs less than a call of its

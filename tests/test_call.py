@@ -136,6 +136,16 @@ def test_references_of_one_route_are_seen_together() -> None:
     assert len(attend.masks) == 2
 
 
+@pytest.mark.parametrize("count", [31, 32, 70])
+def test_any_number_of_routes(count: int) -> None:
+    call = make_call(rows=1, queries=40)
+    # Half of the queries are as one another, so that groups of several are there to be found.
+    columns = torch.rand(count, 20) > 0.5
+    for route in torch.cat([columns, columns], 1):
+        call.extend(randn(1, 1, 12), randn(1, 1, 12), route=route[None])
+    assert_exact(call)
+
+
 def test_route_of_each_row() -> None:
     call = make_call(rows=3)
     route = torch.rand(3, 9) > 0.5
