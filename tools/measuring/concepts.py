@@ -29,13 +29,41 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Concept:
-    """An emblem, its views (n, 128, 128, 3), the mean of their identities (96), the MODEL that knows it, and its words
-    in a prompt."""
+class Pictured:
+    """An emblem of the toy's scenes, views of it (n, 128, 128, 3), and the mean of their identities (96)."""
 
     emblem: Any
     views: Tensor
     identity: Tensor
+
+    @classmethod
+    def sampled(cls, judge: Any, rng: Any) -> Pictured:
+        """A random emblem on plain backgrounds of other colours than its own plate."""
+        import torch
+        from subject_patches.toy.drawing import draw
+        from subject_patches.toy.scenes import Background, sample_emblem, view
+
+        emblem = sample_emblem(rng)
+        colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour][:VIEWS]
+        drawn = [draw(view(emblem, rng, Background("plain", (colour,)))) for colour in colours]
+        views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
+        boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in drawn]).float()
+        return cls(emblem, views, torch.nn.functional.normalize(judge.identity(views, boxes).mean(0), dim=0))
+
+    def latents(self, vae: Any, seed: int) -> Tensor:
+        """What Train ICO Concept learns from, by its defaults: latents of versions of each view."""
+        import torch
+        from subject_patches.training.concept import varied
+        from subject_patches.training.images import latents_of
+
+        source = torch.Generator().manual_seed(seed)
+        return torch.stack([latents_of(vae, varied(each[None], 8, 0.75, 0.02, source)) for each in self.views])
+
+
+@dataclass(frozen=True)
+class Concept(Pictured):
+    """An emblem with the MODEL that knows it, and its words in a prompt."""
+
     model: Any
     words: str
 
@@ -93,28 +121,21 @@ def embeddings(clip: Any) -> Iterator[Path]:
 
 def learnt(given: Given, number: int, folder: Path, **settings: Any) -> Concept:
     """Trains emblem `number` with Train ICO Concept's plain preset. `settings` are those of the training."""
-    import comfy.sd
     import numpy as np
-    import torch
-    from safetensors.torch import save_file
-    from subject_patches.toy.drawing import draw
-    from subject_patches.toy.scenes import Background, sample_emblem, view
-    from subject_patches.training.concept import SCHEMES, varied
+    from subject_patches.training.concept import SCHEMES
     from subject_patches.training.concept_run import Settings, train_concept
-    from subject_patches.training.images import latents_of
 
-    rng = np.random.default_rng((2**44, number))
-    emblem = sample_emblem(rng)
-    colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour][:VIEWS]
-    drawn = [draw(view(emblem, rng, Background("plain", (colour,)))) for colour in colours]
-    views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
-    boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in drawn]).float()
-    identity = torch.nn.functional.normalize(given.judge.identity(views, boxes).mean(0), dim=0)
-    toy, source = given.toy, torch.Generator().manual_seed(number)
-    versions = [varied(each[None], 8, 0.75, 0.02, source) for each in views]
-    latents = torch.stack([latents_of(toy.vae, each) for each in versions])
-    asked = Settings(NOUN, SCHEMES["plain"], seed=number, gradient_checkpointing=False, **settings)
-    concept = train_concept(toy.model, toy.clip, latents, asked)
-    save_file(dict(concept.embedding), folder / f"study_{number}.safetensors")
-    model = comfy.sd.load_lora_for_models(toy.model, None, dict(concept.difference), 1.0, 0.0)[0]
-    return Concept(emblem, views, identity, model, f"embedding:study_{number} {NOUN}")
+    pictured = Pictured.sampled(given.judge, np.random.default_rng((2**44, number)))
+    toy, asked = given.toy, Settings(NOUN, SCHEMES["plain"], seed=number, gradient_checkpointing=False, **settings)
+    concept = train_concept(toy.model, toy.clip, pictured.latents(toy.vae, number), asked)
+    model = in_use(toy.model, concept, folder / f"study_{number}.safetensors")
+    return Concept(pictured.emblem, pictured.views, pictured.identity, model, f"embedding:study_{number} {NOUN}")
+
+
+def in_use(model: Any, concept: Any, file: Path) -> Any:
+    """The MODEL with a trained concept's difference; its words are saved, to be written as `embedding:name`."""
+    import comfy.sd
+    from safetensors.torch import save_file
+
+    save_file(dict(concept.embedding), file)
+    return comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)[0]

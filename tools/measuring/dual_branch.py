@@ -10,25 +10,24 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from .concepts import NOUN, VIEWS, Pictured, embeddings, in_use
 from .given import Given, Shape, concept_tokens
 from .tradeoff import Score, table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBLEMS, VIEWS = 4, 4
+EMBLEMS = 4
 PRESETS = ("fixed template", "plain", "for dual-branch")
 # Steps after which a training is sampled.
 LENGTHS = (100, 200, 300, 400)
 # The words learn fast, the projections slowly: these are the auxiliary prompt's too, which must still be followed.
 RATES = {"learning_rate": 1e-3, "word_learning_rate": 5e-2}
-NOUN, WORDS = "emblem", "embedding:study emblem"
+WORDS = f"embedding:study {NOUN}"
 # What stands for the concept in the auxiliary prompt, and what is beside it in every prompt, of one of these colours.
 AUXILIARY, BESIDE, COLOURS_BESIDE = "gray circle", "ring", ("red", "yellow", "blue")
 UNTRAINED, ALONE, OTHER = "the noun, untrained", "the concept alone", "the auxiliary prompt alone"
@@ -69,12 +68,12 @@ def study(given: Given) -> None:
 
     output = folder_paths.get_output_directory()
     rows: dict[str, list[Score]] = {}
-    with TemporaryDirectory() as folder:
-        folder_paths.set_output_directory(folder)
+    with embeddings(given.toy.clip) as folder:
+        folder_paths.set_output_directory(str(folder))
         try:
             for number in range(EMBLEMS):
                 cases = len(range(number, given.count, EMBLEMS))
-                for name, scores in Case(given, number, cases, Path(folder)).rows():
+                for name, scores in Case(given, number, cases, folder).rows():
                     rows.setdefault(name, []).extend(scores)
                     print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
         finally:
@@ -103,32 +102,12 @@ class Case:
 
     def __init__(self, given: Given, number: int, cases: int, folder: Path) -> None:
         import numpy as np
-        import torch
-        from subject_patches.toy.drawing import draw
-        from subject_patches.toy.scenes import (
-            COLOURS,
-            TEXTURED_BACKGROUNDS,
-            Background,
-            describe_background,
-            sample_emblem,
-            view,
-        )
-        from subject_patches.training.concept import varied
-        from subject_patches.training.images import latents_of
+        from subject_patches.toy.scenes import COLOURS, TEXTURED_BACKGROUNDS, Background, describe_background
 
-        rng = np.random.default_rng((2**45, number))
-        emblem = sample_emblem(rng)
-        colours = [c for c in ("white", "gray", "yellow", "cyan", "pink") if c != emblem.plate_colour]
-        drawn = [draw(view(emblem, rng, Background("plain", (colour,)))) for colour in colours[:VIEWS]]
-        pictures = [torch.from_numpy(each.image).float()[None] / 255 for each in drawn]
-        boxes = [torch.from_numpy(each.boxes[:1]).float() for each in drawn]
-        vectors = given.judge.identity(torch.cat(pictures), torch.cat(boxes))
-        self.identity = torch.nn.functional.normalize(vectors.mean(0), dim=0)
-        source = torch.Generator().manual_seed(0)
-        versions = [varied(each, 8, 0.75, 0.02, source) for each in pictures]
-        self.latents = torch.stack([latents_of(given.toy.vae, each) for each in versions])
+        pictured = Pictured.sampled(given.judge, np.random.default_rng((2**45, number)))
+        self.identity, self.latents = pictured.identity, pictured.latents(given.toy.vae, 0)
         self.given, self.number, self.folder = given, number, folder
-        own = [COLOURS[name] for name in (emblem.plate_colour, emblem.glyph_colour)]
+        own = [COLOURS[name] for name in (pictured.emblem.plate_colour, pictured.emblem.glyph_colour)]
         self.beside = max(COLOURS_BESIDE, key=lambda name: min(math.dist(COLOURS[name], each) for each in own))
         self.asked = []
         for case in range(cases):
@@ -156,8 +135,6 @@ class Case:
     def _trained(self, preset: str, steps: int) -> Any:
         """The toy's MODEL with a concept of so many steps, which is in the prompts from then on. A training goes on
         from its shorter one."""
-        import comfy.sd
-        from safetensors.torch import save_file
         from subject_patches.training.concept import SCHEMES
         from subject_patches.training.concept_run import Settings, train_concept
         from subject_patches.training.state import StateFile
@@ -166,15 +143,12 @@ class Case:
         toy, state = self.given.toy, StateFile(name, {"training": name})
         settings = Settings(NOUN, SCHEMES[preset], steps, **RATES, gradient_checkpointing=False)
         concept = train_concept(toy.model, toy.clip, self.latents, settings, state)
-        save_file(dict(concept.embedding), self.folder / "study.safetensors")
-        return comfy.sd.load_lora_for_models(toy.model, None, dict(concept.difference), 1.0, 0.0)[0]
+        return in_use(toy.model, concept, self.folder / "study.safetensors")
 
     def _prompts(self, asked: Asked) -> tuple[Any, Any]:
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 
-        clip = self.given.toy.clip
-        with _embeddings(clip, str(self.folder)):
-            return AuxiliaryPromptNode.execute(clip, asked.text(WORDS), WORDS, noun=AUXILIARY).args[:2]
+        return AuxiliaryPromptNode.execute(self.given.toy.clip, asked.text(WORDS), WORDS, noun=AUXILIARY).args[:2]
 
     def _score(self, positive: Any, asked: Asked, model: Any) -> Score:
         import torch
@@ -212,17 +186,6 @@ def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
 
     edit = patched.model_options["transformer_options"][KEY][-1]
     return add_edit(model, Unmasked(**{f.name: getattr(edit, f.name) for f in fields(edit) if f.name[0] != "_"}))
-
-
-@contextmanager
-def _embeddings(clip: Any, folder: str) -> Iterator[None]:
-    tokenizer = clip.tokenizer.clip_l
-    before = tokenizer.embedding_directory
-    tokenizer.embedding_directory = folder
-    try:
-        yield
-    finally:
-        tokenizer.embedding_directory = before
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
