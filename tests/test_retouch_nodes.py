@@ -1,10 +1,9 @@
-"""Multi-Source Attention Swap and Adaptive Blend Mask: the mask's equations, what runs cost, and bad input."""
+"""Multi-Source Attention Swap: what a run does and costs, and bad input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
@@ -13,26 +12,18 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
-from scipy import ndimage
-from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
+from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
-from subject_patches.patches.blend_mask import (
-    AdaptiveMask,
-    MaskInRun,
-    distance_weight,
-    thresholded,
-    united,
-    without_small,
-)
+from subject_patches.patches.blend_mask import AdaptiveMask
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.sites import attention_sites
 from subject_patches.patches.subject import MEGABYTE
 from subject_patches.patches.window import Window
+from subject_patches.tests.layouts import box
 from subject_patches.tests.look import Look
 from subject_patches.tests.models import (
     FeatureCache,
     difference,
-    generator,
     known_prompt,
     prompt,
     randn,
@@ -41,16 +32,9 @@ from subject_patches.tests.models import (
     swapped,
     trajectory,
 )
-from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
 ROUNDING = 2e-5
-
-
-def block(size: tuple[int, int], y0: int, y1: int, x0: int, x1: int) -> Tensor:
-    mask = torch.zeros(size)
-    mask[y0:y1, x0:x1] = 1
-    return mask
 
 
 @pytest.fixture(scope="module")
@@ -58,82 +42,9 @@ def model() -> Any:
     return small_model()
 
 
-# The mask's equations
-
-
-def test_thresholded_attention() -> None:
-    attention = torch.tensor([[1.0, 2.0], [4.0, 5.0]])
-    assert thresholded(attention, 0.75).tolist() == [[False, False], [True, True]]
-    assert thresholded(attention, 0.76).tolist() == [[False, False], [False, True]]
-    assert not thresholded(torch.full((2, 2), 0.3), 0.3).any()
-
-
-def test_or_and_and() -> None:
-    attended, segmented = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
-    assert united(attended, segmented, False).tolist() == [True, True, True, False]
-    assert united(attended, segmented, True).tolist() == [True, False, False, False]
-
-
-def test_distance_weight() -> None:
-    """By hand: the Euclidean distance to the nearest place outside, over the largest one, brought to 0.5 to 1."""
-    inside = block((9, 12), 2, 7, 1, 10) > 0
-    inside[4, 8:] = False
-    right = torch.zeros(inside.shape)
-    outside = (~inside).nonzero().float()
-    for y, x in inside.nonzero().tolist():
-        right[y, x] = (outside - torch.tensor([float(y), float(x)])).norm(dim=1).min()
-    right = torch.where(inside, 0.5 + 0.5 * right / right.max(), 0.0)
-    torch.testing.assert_close(distance_weight(inside), right)
-    assert distance_weight(torch.ones(3, 4, dtype=torch.bool)).eq(1).all()
-    assert distance_weight(torch.zeros(3, 4, dtype=torch.bool)).eq(0).all()
-
-
-def test_small_components_go() -> None:
-    mask = block((10, 10), 0, 3, 0, 3) + block((10, 10), 5, 7, 5, 6)
-    # Touching at a corner is touching.
-    mask[7, 6] = 1
-    assert without_small(mask > 0, 0.03).equal(mask > 0)
-    assert without_small(mask > 0, 0.04).equal(block((10, 10), 0, 3, 0, 3) > 0)
-    assert not without_small(mask > 0, 0.1).any()
-
-
-def test_the_mask_is_the_papers_sum() -> None:
-    """M = Normalize(D(M^k)) + C(M^c), clamped, at twice the latents' size."""
-    attention = torch.rand(2, 6, 8, generator=generator(3))
-    segmented = block((33, 50), 5, 22, 11, 40)[None]
-    for both in (False, True):
-        stages = AdaptiveMask(segmented, "subject", 0.6, 0.05, both).stages((6, 8), attention)
-        shape = torch.nn.functional.adaptive_avg_pool2d(segmented, (12, 16))[0] >= 0.5
-        for row in (0, 1):
-            low, high = attention[row].min(), attention[row].max()
-            attended = (attention[row] - low) / (high - low) >= 0.6
-            finer = attended.repeat_interleave(2, 0).repeat_interleave(2, 1)
-            subject = finer & shape if both else finer | shape
-            far = torch.from_numpy(ndimage.distance_transform_edt(subject.numpy())).float()
-            weight = torch.where(subject, 0.5 + 0.5 * far / far.max(), torch.tensor(0.0))
-            labels, count = ndimage.label(attended.numpy(), structure=[[1] * 3] * 3)
-            kept = sum((labels == n for n in range(1, count + 1) if (labels == n).sum() >= 0.05 * 48), labels * 0)
-            sure = torch.from_numpy(kept).repeat_interleave(2, 0).repeat_interleave(2, 1)
-            torch.testing.assert_close(stages.blend[row], (weight + sure).clamp(max=1).float())
-            assert stages.subject[row].bool().equal(subject)
-
-
-def test_only_earlier_levels_decide() -> None:
-    run = MaskInRun(AdaptiveMask(None, "subject"))
-    first, second = (torch.rand(1, 4, 4, generator=generator(n)) for n in (1, 2))
-    run.add(9.0, first)
-    assert run.stages(9.0, (4, 4)) is None
-    run.add(4.0, second)
-    assert torch.equal(run.stages(4.0, (4, 4)).attention, first)
-    assert torch.equal(run.stages(1.0, (4, 4)).attention, first + second)
-
-
-# In a run
-
-
 def test_the_mask_blends_the_layouts_output(model: Any) -> None:
     """Where a plain mask is 0 the output of self-attention is the layout's, with the prompt it was given."""
-    mask = block((8, 8), 0, 8, 0, 4)[None]
+    mask = box(8, 8, 0, 0, 4, 8).float()[None]
     layout = trajectory(randn(1, 4, 8, 8, seed=1))
     sites = frozenset(s for s in attention_sites(model) if s.kind == "self" and s.key == ("output", 3, 0))
     look = Look(sites, Window())
@@ -177,7 +88,7 @@ def fresh(*seeds: int) -> list[Any]:
     return [trajectory(randn(1, 4, 8, 8, seed=seed)) for seed in seeds]
 
 
-MASK = AdaptiveMask(block((20, 30), 4, 15, 6, 22)[None], "subject")
+MASK = AdaptiveMask(box(30, 20, 6, 4, 22, 15).float()[None], "subject")
 
 
 @pytest.mark.parametrize(("apply_to", "each"), [("both", 2), ("cond only", 1)])
@@ -294,64 +205,6 @@ def test_a_velocity_model(model: Any) -> None:
     assert difference(result, sample(velocity, steps=4)) > 0.003
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the toy with the prompt it was made with, to be given back."""
-
-    toy: Toy
-    latent: Tensor
-    sigmas: Tensor
-    own: Any
-
-    def path(self, conditioning: Any, rounds: int) -> tuple[Any, Tensor]:
-        given = ({"samples": self.latent}, self.sigmas, None, conditioning, rounds)
-        inversion, last, _ = InvertToTrajectoryNode.execute(self.toy.model, *given).args
-        return inversion, last["samples"]
-
-    def swap(self, path: Any) -> Any:
-        """The toy with one path as layout and reference, and all of the picture the layout's."""
-        return swapped(self.toy.model, path, path, layout_conditioning=self.own, blend_mask=torch.zeros(1, 128, 128))
-
-    def psnr(self, model: Any, start: Tensor, prompt_: Any, cfg: float) -> float:
-        """In dB, of a picture sampled from noisy latents against this one through the autoencoder."""
-        result = comfy.sample.sample_custom(
-            model, torch.zeros_like(start), cfg, comfy.samplers.sampler_object("euler"), self.sigmas, prompt_,
-            self.toy.encode([""]), start, disable_pbar=True, seed=0,
-        )  # fmt: skip
-        shown, right = (self.toy.vae.decode(each)[..., :3].clamp(0, 1) for each in (result, self.latent))
-        return -10 * math.log10(float((shown - right).square().mean()))
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Iterator[list[Picture]]:
-    toy = Toy.load()
-    sigmas = comfy.samplers.calculate_sigmas(toy.model.get_model_object("model_sampling"), "normal", 8)
-    captions = ["a red star on grass", "an emblem on water"]
-    with torch.inference_mode():
-        latents = toy.vae.encode(toy.sample(captions, [3, 4], steps=8))
-        rows = zip(latents.split(1), captions, strict=True)
-        yield [Picture(toy, latent, sigmas, toy.encode([caption])) for latent, caption in rows]
-
-
-def test_a_picture_on_its_own_path_is_given_back(pictures: list[Picture]) -> None:
-    """Layout and reference are one picture and the mask is empty. Sampled as it was inverted, with fixed-point rounds,
-    target and layout go one way: what is swapped in is what was there. Another picture's path leads away."""
-    one, other = pictures
-    path, last = one.path(one.own, 5)
-    assert one.psnr(one.swap(path), last, one.own, 1.0) > 45
-    assert one.psnr(one.swap(other.path(other.own, 0)[0]), last, one.own, 1.0) < 30
-
-
-def test_the_papers_way_gives_a_picture_back(pictures: list[Picture]) -> None:
-    """The same where target and layout go two ways: inverted with the empty prompt and sampled with another prompt, and
-    guidance. The swap leads back to the picture."""
-    picture = pictures[0]
-    path, last = picture.path(picture.toy.encode([""]), 0)
-    neutral = picture.toy.encode(["a blue circle"])
-    with_swap, without = (picture.psnr(m, last, neutral, 4.0) for m in (picture.swap(path), picture.toy.model))
-    assert with_swap > without + 2
-
-
 def test_the_model_runs_on_the_kept_latents(model: Any) -> None:
     """At every noise level of the sampler, bit for bit, and not on what a replay would drift to."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
@@ -405,45 +258,6 @@ def test_other_bad_input_of_the_swap(model: Any) -> None:
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
     with pytest.raises(ValueError, match="This model is a flow model"):
         swapped(flow, *fresh(1, 2))
-
-
-def blend_mask(**values: Any) -> Any:
-    return AdaptiveBlendMaskNode.execute(**values).args
-
-
-def test_masks_of_any_size_and_their_preview() -> None:
-    made, preview = blend_mask(mask=MASK.segmented)
-    assert preview.shape == (1, 20, 60, 3)
-    assert preview[0, :, :30, 0].equal(MASK.segmented[0])
-    torch.testing.assert_close(preview[0, :, 30:, 0], distance_weight(MASK.segmented[0] > 0))
-    stages = made.stages((8, 8))
-    assert stages.blend.shape == (1, 16, 16)
-    assert 0.5 <= stages.blend.max() <= 1
-    assert blend_mask(phrase=" subject ")[0].phrase == "subject"
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(1, 8, 9), torch.full((8, 9), 0.4), torch.stack([torch.zeros(8, 9)] * 2)])
-def test_an_empty_mask(mask: Tensor) -> None:
-    with pytest.raises(
-        ValueError, match=r"Mask 1 of \d is empty: no place of its 9 x 8 is above one half\. Segment the"
-    ):
-        blend_mask(mask=mask)
-
-
-def test_other_bad_input_of_the_mask() -> None:
-    with pytest.raises(
-        ValueError, match="nothing to make a blend mask of; connect a mask, or write the subject's phrase"
-    ):
-        blend_mask()
-    for name, value, least in (
-        ("threshold", 0.0, "0.01"),
-        ("threshold", math.nan, "0.01"),
-        ("smallest_component", 1.5, "0"),
-    ):
-        with pytest.raises(ValueError, match=rf"The {name} is {value}; give a number from {least} to 1"):
-            blend_mask(phrase="dog", **{name: value})
-    with pytest.raises(ValueError, match="join is 'XOR'; choose one of OR, AND"):
-        blend_mask(phrase="dog", join="XOR")
 
 
 def test_defaults_are_the_papers() -> None:

@@ -107,16 +107,21 @@ def spread(groups: Sequence[Sequence[Score]]) -> str:
 
 
 @contextmanager
-def embeddings(clip: Any) -> Iterator[Path]:
-    """An empty folder in which a CLIP looks for `embedding:name`, as long as it lasts."""
-    tokenizer = clip.tokenizer.clip_l
+def workplace(clip: Any) -> Iterator[Path]:
+    """An empty folder, as long as it lasts, in which a CLIP looks for `embedding:name` and trainings keep their
+    states."""
+    import folder_paths
+
+    tokenizer, output = clip.tokenizer.clip_l, folder_paths.get_output_directory()
     before = tokenizer.embedding_directory
     with TemporaryDirectory() as folder:
         tokenizer.embedding_directory = folder
+        folder_paths.set_output_directory(folder)
         try:
             yield Path(folder)
         finally:
             tokenizer.embedding_directory = before
+            folder_paths.set_output_directory(output)
 
 
 def learnt(given: Given, number: int, folder: Path, **settings: Any) -> Concept:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, VIEWS, Pictured, embeddings, in_use
+from .concepts import NOUN, VIEWS, Pictured, in_use, workplace
 from .given import Given, Shape, concept_tokens
 from .tradeoff import Score, table
 
@@ -64,20 +64,13 @@ class Asked:
 
 def study(given: Given) -> None:
     """Prints the trade-off curves of three trainings, and dual-branch integration of the longest ICO training."""
-    import folder_paths
-
-    output = folder_paths.get_output_directory()
     rows: dict[str, list[Score]] = {}
-    with embeddings(given.toy.clip) as folder:
-        folder_paths.set_output_directory(str(folder))
-        try:
-            for number in range(EMBLEMS):
-                cases = len(range(number, given.count, EMBLEMS))
-                for name, scores in Case(given, number, cases, folder).rows():
-                    rows.setdefault(name, []).extend(scores)
-                    print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
-        finally:
-            folder_paths.set_output_directory(output)
+    with workplace(given.toy.clip) as folder:
+        for number in range(EMBLEMS):
+            cases = len(range(number, given.count, EMBLEMS))
+            for name, scores in Case(given, number, cases, folder).rows():
+                rows.setdefault(name, []).extend(scores)
+                print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
     print(
         f"{EMBLEMS} emblems of {VIEWS} views, steps of batch 2, learning rates {RATES['learning_rate']:g} and, of the "
         f"words, {RATES['word_learning_rate']:g}. {given.count} pictures a row.\n\n"
@@ -106,33 +99,34 @@ class Case:
 
         pictured = Pictured.sampled(given.judge, np.random.default_rng((2**45, number)))
         self.identity, self.latents = pictured.identity, pictured.latents(given.toy.vae, 0)
-        self.given, self.number, self.folder = given, number, folder
-        own = [COLOURS[name] for name in (pictured.emblem.plate_colour, pictured.emblem.glyph_colour)]
+        self.given, self.number, self.folder, self.emblem = given, number, folder, pictured.emblem
+        own = [COLOURS[name] for name in (self.emblem.plate_colour, self.emblem.glyph_colour)]
         self.beside = max(COLOURS_BESIDE, key=lambda name: min(math.dist(COLOURS[name], each) for each in own))
+        self.ring = f"{self.beside} {BESIDE}"
         self.asked = []
         for case in range(cases):
             kind = TEXTURED_BACKGROUNDS[(number + case) % len(TEXTURED_BACKGROUNDS)]
-            words = f"and a {self.beside} {BESIDE} {describe_background(Background(kind))}"
+            words = f"and a {self.ring} {describe_background(Background(kind))}"
             self.asked.append(Asked(kind, words, EMBLEMS * case + number))
 
     def rows(self) -> Iterator[tuple[str, list[Score]]]:
         """The rows of the tables, each with a score for each scene."""
         toy = self.given.toy
-        yield UNTRAINED, [self._score(toy.encode([each.text(NOUN)]), each, toy.model) for each in self.asked]
+        yield UNTRAINED, [self._sampled(toy.encode([each.text(NOUN)]), each, toy.model) for each in self.asked]
         for preset in PRESETS:
             for steps in LENGTHS:
-                model = self._trained(preset, steps)
-                yield _row(preset, steps), [self._score(self._prompts(each)[0], each, model) for each in self.asked]
+                model = self.trained(preset, steps)
+                yield _row(preset, steps), [self._sampled(self.prompts(each)[0], each, model) for each in self.asked]
         # The last of the presets and lengths is the one to integrate.
-        yield OTHER, [self._score(self._prompts(each)[1], each, model) for each in self.asked]
+        yield OTHER, [self._sampled(self.prompts(each)[1], each, model) for each in self.asked]
         for name in SETTINGS:
             scores = []
             for each in self.asked:
-                concept, auxiliary = self._prompts(each)
-                scores.append(self._score(concept, each, _patched(model, concept, auxiliary, name)))
+                concept, auxiliary = self.prompts(each)
+                scores.append(self._sampled(concept, each, _patched(model, concept, auxiliary, name)))
             yield name, scores
 
-    def _trained(self, preset: str, steps: int) -> Any:
+    def trained(self, preset: str, steps: int) -> Any:
         """The toy's MODEL with a concept of so many steps, which is in the prompts from then on. A training goes on
         from its shorter one."""
         from subject_patches.training.concept import SCHEMES
@@ -145,15 +139,20 @@ class Case:
         concept = train_concept(toy.model, toy.clip, self.latents, settings, state)
         return in_use(toy.model, concept, self.folder / "study.safetensors")
 
-    def _prompts(self, asked: Asked) -> tuple[Any, Any]:
+    def prompts(self, asked: Asked) -> tuple[Any, Any]:
+        """A scene's prompt with the concept, and its auxiliary prompt; where the ring is named is known too."""
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 
-        return AuxiliaryPromptNode.execute(self.given.toy.clip, asked.text(WORDS), WORDS, noun=AUXILIARY).args[:2]
+        node, clip = AuxiliaryPromptNode, self.given.toy.clip
+        return node.execute(clip, asked.text(WORDS), WORDS, noun=AUXILIARY, phrases=self.ring).args[:2]
 
-    def _score(self, positive: Any, asked: Asked, model: Any) -> Score:
+    def _sampled(self, positive: Any, asked: Asked, model: Any) -> Score:
+        return self.score(self.given.picture(positive, asked.seed, model), asked)
+
+    def score(self, image: Tensor, asked: Asked) -> Score:
+        """The score of a scene's picture (1, 128, 128, 3)."""
         import torch
 
-        image = self.given.picture(positive, asked.seed, model)
         (reading,) = self.given.judge.findings(image)
         beside = any((found.colour, found.shape) == (self.beside, BESIDE) for found in reading.objects)
         emblems = [found for found in reading.objects if found.shape == NOUN and found.colour != self.beside]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .concepts import Concept, Score, embeddings, first_box, followed, learnt, spread
+from .concepts import Concept, Score, first_box, followed, learnt, spread, workplace
 from .given import Given, Shape, paired
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def study(given: Given) -> None:
     scores: dict[str, list[list[Score]]] = {name: [] for name in (VANILLA, *ROWS)}
     sweep: dict[float, list[list[Score]]] = {part: [] for part in SWEPT}
     back: dict[str, list[tuple[float, float]]] = {name: [] for name in GIVEN_BACK}
-    with embeddings(given.toy.clip) as folder:
+    with workplace(given.toy.clip) as folder:
         for number in range(emblems):
             concept = learnt(given, number, folder, **TRAINING)
             print(f"emblem {number + 1} of {emblems}: learnt", file=sys.stderr, flush=True)

@@ -1,104 +1,131 @@
-"""Layout bias, dual-branch integration and routed references in the same layers: what each one still does."""
+"""Layout bias, dual-branch integration and routed references in the same layers: what each one still does.
+
+The scenes are those of the dual-branch study, each of an over-fitted concept with a ring beside it. A layout has a box
+for either, and the concept has a reference in its box. The rows leave one of the three away."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .emblems import Likeness, at_boxes
-from .given import Given, centred, paired, share
-from .layout import DEFAULTS
-from .routed_reference import PHRASES_OF, Case
+from . import dual_branch, layout
+from .concepts import workplace
+from .dual_branch import EMBLEMS, LENGTHS, PRESETS, WORDS, Asked
+from .emblems import known
+from .given import Given, paired, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Which of the three act.
+ALL = "all three"
 SETTINGS: dict[str, frozenset[str]] = {
-    "unpatched": frozenset(),
-    "all three": frozenset({"layout", "branch", "routes"}),
+    "the concept alone": frozenset(),
+    ALL: frozenset({"layout", "branch", "routes"}),
     "without layout bias": frozenset({"branch", "routes"}),
     "without dual-branch integration": frozenset({"layout", "routes"}),
     "without routed references": frozenset({"layout", "branch"}),
 }
-NOUN = "circle"
+# The concept's box and the ring's (x, y, width, height); every other scene has them the other way round.
+BOXES = ((8, 38, 52, 52), (68, 38, 52, 52))
 
 
 @dataclass(frozen=True)
 class Score:
-    """One subject: its likeness in its box, and the overlap of the box with the best overlapping thing there is."""
+    """One picture: its concept's identity, whether an emblem, the prompt's ring and its background were found, and the
+    mean overlap (IoU) of the two boxes with what is found there."""
 
-    likeness: Likeness
+    identity: float
+    emblem: bool
+    beside: bool
+    background: bool
     overlap: float
 
 
 def study(given: Given) -> None:
-    """Prints one table, over `given.count` scenes of two emblems."""
+    """Prints one table, over `given.count` scenes."""
     scores: dict[str, list[Score]] = {name: [] for name in SETTINGS}
-    grounds: dict[str, list[bool]] = {name: [] for name in SETTINGS}
-    for number in range(given.count):
-        case = Together(given, 2, number)
-        for name, acting in SETTINGS.items():
-            found, ground = case.scores(acting)
-            scores[name] += found
-            grounds[name].append(ground)
-        print(f"scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
-    print(f"Two emblems, {given.count} scenes, in the boxes of a layout:\n")
-    _table(scores, grounds)
+    with workplace(given.toy.clip) as folder:
+        for number in range(EMBLEMS):
+            case = Together(given, number, len(range(number, given.count, EMBLEMS)), folder)
+            for name, acting in SETTINGS.items():
+                scores[name] += [case.score_with(asked, acting) for asked in case.asked]
+                print(f"emblem {number + 1} of {EMBLEMS}, {name}", file=sys.stderr, flush=True)
+    print(f"{EMBLEMS} emblems, {LENGTHS[-1]} steps of training, {given.count} scenes:\n")
+    _table(scores)
 
 
-class Together(Case):
-    """A scene of emblems that is sampled with some of the three nodes."""
+class Together(dual_branch.Case):
+    """One emblem's over-fitted concept, sampled with some of the three nodes."""
 
-    def __init__(self, given: Given, count: int, number: int) -> None:
-        from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+    def __init__(self, given: Given, number: int, cases: int, folder: Path) -> None:
+        import numpy as np
 
-        super().__init__(given, count, number)
-        phrases = "\n".join(PHRASES_OF[count])
-        prompts = AuxiliaryPromptNode.execute(given.toy.clip, self.text, "emblem", noun=NOUN, phrases=phrases).args
-        self.positive, self.auxiliary = prompts[:2]
+        super().__init__(given, number, cases, folder)
+        self.model = self.trained(PRESETS[-1], LENGTHS[-1])
+        self.subject = known(given, self.emblem, np.random.default_rng((2**46, number)), WORDS).subject
 
-    def scores(self, acting: frozenset[str]) -> tuple[list[Score], bool]:
-        """A score for each subject, and whether the background is right."""
+    def score_with(self, asked: Asked, acting: frozenset[str]) -> Score:
+        """The score of one scene's picture, with those of the three that act."""
         import torch
         from subject_patches.toy.judge import box_overlap
 
-        image, reading = self._picture(self._model(acting))
-        boxes = torch.tensor(self.boxes, dtype=torch.float32)
+        boxes = BOXES if asked.seed // EMBLEMS % 2 else BOXES[::-1]
+        positive, auxiliary = self.prompts(asked)
+        image = self.given.picture(positive, asked.seed, self._patched(positive, auxiliary, boxes, acting))
+        score = self.score(image, asked)
+        (reading,) = self.given.judge.findings(image)
+        corners = torch.tensor([(x, y, x + width, y + height) for x, y, width, height in boxes], dtype=torch.float32)
         found = torch.tensor([each.box for each in reading.objects]).view(-1, 4)
-        overlaps = [max(row, default=0.0) for row in box_overlap(boxes, found).tolist()]
-        seen = [
-            any(each.shape == "emblem" and centred(each.box, box) for each in reading.objects) for box in self.boxes
-        ]
-        alike = at_boxes(self.given.judge, image, self.boxes, self.identities, seen)
-        scores = [Score(*each) for each in zip(alike, overlaps, strict=True)]
-        return scores, reading.background == self.ground
+        overlaps = [max(row, default=0.0) for row in box_overlap(corners, found).tolist()]
+        return Score(score.identity, score.emblem, score.beside, score.background, sum(overlaps) / len(overlaps))
 
-    def _model(self, acting: frozenset[str]) -> Any:
+    def _patched(self, positive: Any, auxiliary: Any, boxes: Sequence[Any], acting: frozenset[str]) -> Any:
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
-        from subject_patches.nodes.layout import LayoutBiasNode
+        from subject_patches.nodes.layout import LayoutBiasNode, LayoutNode
+        from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+        from subject_patches.patches.mask_router import MaskRouter
+        from subject_patches.toy.scenes import SIZE
 
-        model = self.given.toy.model
+        model = self.model
         if "layout" in acting:
-            model = LayoutBiasNode.execute(model, self.layout, **DEFAULTS).args[0]
+            drawn = [dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in boxes]
+            places = LayoutNode.execute(SIZE, SIZE, f"{WORDS}\n{self.ring}", boxes=drawn).args[0]
+            model = LayoutBiasNode.execute(model, places, **layout.DEFAULTS).args[0]
         if "branch" in acting:
-            settings = {"injection_strength": 1.0, "strength": 1.0, "end_percent": 0.15}
-            model = DualBranchIntegrationNode.execute(model, self.positive, self.auxiliary, **settings).args[0]
-        return self._referenced(model, "routed by masks") if "routes" in acting else model
+            model = DualBranchIntegrationNode.execute(model, positive, auxiliary, **dual_branch.DEFAULTS).args[0]
+        if "routes" in acting:
+            router = MaskRouter(_mask(boxes[0], SIZE))
+            model = RoutedReferenceAttentionNode.execute(model, self.subject, router).args[0]
+        return model
 
 
-def _table(scores: dict[str, list[Score]], grounds: dict[str, list[bool]]) -> None:
+def _mask(box: Sequence[int], side: int) -> Tensor:
+    """A box (x, y, width, height) as a mask (1, side, side)."""
+    import torch
+
+    x, y, width, height = box
+    mask = torch.zeros(1, side, side, dtype=torch.bool)
+    mask[:, y : y + height, x : x + width] = True
+    return mask
+
+
+def _table(scores: dict[str, list[Score]]) -> None:
+    """Means, and what each row is against all three, paired."""
     import numpy as np
 
-    print(
-        "| | identity | rise, paired | looks more like the other | overlap with the box (IoU) | rise, paired "
-        "| emblem found | background right |\n|---|---|---|---|---|---|---|---|"
-    )
-    identity = {name: [each.likeness.identity for each in rows] for name, rows in scores.items()}
-    overlap = {name: [each.overlap for each in rows] for name, rows in scores.items()}
+    measures = {"identity": "identity", "beside": "the ring beside it", "overlap": "overlap with the boxes (IoU)"}
+    print("| |" + "".join(f" {title} | against {ALL} |" for title in measures.values()) + " emblem | background |")
+    print(f"|{'---|' * (2 * len(measures) + 3)}")
     for name, rows in scores.items():
-        print(
-            f"| {name} | {np.mean(identity[name]):.3f} | {paired(identity['unpatched'], identity[name])} "
-            f"| {share([each.likeness.blended for each in rows])} "
-            f"| {np.mean(overlap[name]):.3f} | {paired(overlap['unpatched'], overlap[name])} "
-            f"| {share([each.likeness.emblem for each in rows])} | {share(grounds[name])} |"
-        )
+        cells = []
+        for measure in measures:
+            values, base = ([float(getattr(each, measure)) for each in found] for found in (rows, scores[ALL]))
+            mean = f"{np.mean(values):.0%}" if measure == "beside" else f"{np.mean(values):.3f}"
+            cells += [mean, "" if name == ALL else paired(base, values)]
+        cells += [share([each.emblem for each in rows]), share([each.background for each in rows])]
+        print(f"| {name} | {' | '.join(cells)} |")
     print()
