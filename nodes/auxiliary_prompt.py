@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
+from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, preset_noun
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens
-from ..patches.prompt import SPANS_KEY, check_embeddings, find_spans, prompt_spans, split_phrases
+from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, prompt_spans, split_phrases
 from .checks import check_choice, check_loaded
 from .types import CATEGORY
 
@@ -89,14 +91,16 @@ class AuxiliaryPromptNode(io.ComfyNode):
         chosen = noun.strip() or (preset_noun(text) if preset == AUTOMATIC else preset)
         check_embeddings(clip, concept)
         other = auxiliary_text(text, concept, chosen)
-        encoded = [
-            _encode(clip, text, concept.strip(), split_phrases(phrases)),
-            _encode(clip, other, chosen, ()),
-        ]
+        spans = find_spans(clip, text, (concept, *split_phrases(phrases)))
+        others = {}
+        for phrase in spans:
+            # One that runs on beyond the concept's words has nothing of its own in the auxiliary prompt.
+            with suppress(ValueError):
+                (others[phrase],) = find_spans(clip, other, (counterpart(phrase, concept, chosen),)).values()
+        encoded = [_encode(clip, text, concept.strip(), spans), _encode(clip, other, concept.strip(), others)]
         return io.NodeOutput(*encoded, other)
 
 
-def _encode(clip: Any, text: str, noun: str, phrases: tuple[str, ...]) -> Any:
-    spans = find_spans(clip, text, (noun, *phrases))
+def _encode(clip: Any, text: str, noun: str, spans: Mapping[str, Spans]) -> Any:
     tokens = BranchTokens(prompt_spans(clip, text), spans[noun])
     return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans, BRANCH_KEY: tokens})

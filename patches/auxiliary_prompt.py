@@ -23,7 +23,7 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
         raise ValueError("The concept phrase is empty; write the concept's words as they stand in the prompt.")
     if not words_of(noun):
         raise ValueError("The auxiliary noun is empty; write a common noun, or choose a preset.")
-    pattern = re.compile(rf"(?<![\w:.-]){re.escape(concept)}(?![\w.-]*\w)", re.IGNORECASE)
+    pattern = _whole(concept)
     rest = pattern.sub(" ", text)
     if rest == text:
         raise ValueError(f"The concept phrase '{concept}' is not in the prompt '{text}'; write it as it stands there.")
@@ -34,6 +34,18 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
     if re.search(rf"\b{re.escape(noun)}\b", rest, re.IGNORECASE):
         raise ValueError(f"The auxiliary noun '{noun}' is already in the prompt; choose one that is not.")
     return pattern.sub(lambda _: noun, text)
+
+
+def counterpart(phrase: str, concept: str, noun: str) -> str:
+    """What stands in the auxiliary prompt for a phrase of the prompt: the noun for what is part of the concept's
+    phrase, otherwise the phrase with the noun in the concept's place."""
+    concept, phrase = concept.strip(), phrase.strip()
+    return noun if _whole(phrase).search(concept) else _whole(concept).sub(lambda _: noun, phrase)
+
+
+def _whole(phrase: str) -> re.Pattern[str]:
+    """A phrase as whole words, letter case aside."""
+    return re.compile(rf"(?<![\w:.-]){re.escape(phrase)}(?![\w.-]*\w)", re.IGNORECASE)
 
 
 def preset_noun(text: str) -> str:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from .sites import Site
 
+# The name of a chunk that is the pass of a branch beside the generation.
+BRANCH = "branch"
+
 
 @dataclass(frozen=True)
 class Chunk:
     """One conditioning's share of a batch: `rows` of it, the conditioning's dictionary as the sampler holds it, the
-    name of the guider's list it stands in ("positive", ...) and whether that list conditions on a prompt.
+    name of the guider's list it stands in ("positive", ...; "" where it is unknown) and whether that list conditions on
+    a prompt. The pass of a branch that denoises beside the generation is one chunk of the name BRANCH.
 
     `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
     whole latent's (height, width)."""
@@ -29,6 +33,11 @@ class Chunk:
     conditioning: dict[str, Any]
     latent: tuple[int, int]
     area: tuple[int, int, int, int] | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether it is known to be one of the generation's."""
+        return self.name not in ("", BRANCH)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Edit:
         return ()
 
     def wants(self, chunk: Chunk) -> bool:
-        """Whether the edit acts on a chunk; by default on those that a prompt conditions."""
+        """Whether the edit acts on a chunk; by default on those of the generation that a prompt conditions."""
         return chunk.conditioned
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:

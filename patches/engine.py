@@ -24,7 +24,7 @@ from .identity import STEP_CACHES
 from .recording import Recording
 from .session import UNCONDITIONED, Session
 from .sites import Site
-from .slots import composed, editor, recorder
+from .slots import composed, editor, plain, recorder
 from .streams import Denoising, Stream
 
 KEY = "subject_patches"
@@ -213,11 +213,15 @@ def _apply_model(
     session: Session | None = options.get(SESSION)
     if session is not None:
         recording: Recording | None = options.get(RECORDING)
-        if recording is not None:
-            patches = {site: recorder(recording, site) for site in recording.sites}
-        else:
+        if recording is None:
             forward = session.forward(options, x, c_crossattn, float(t[0]))
-            patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
+        else:
+            # Without sites it is the pass for a branch's guidance, which no prompt conditions.
+            denoises = isinstance(recording.stream, Denoising) and recording.sites
+            forward = session.branch(recording.stream, x.shape[0]) if denoises else None
+        patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
+        if recording is not None:
+            patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}
         if patches:
             options = {**options, "patches_replace": composed(options.get("patches_replace", {}), patches)}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

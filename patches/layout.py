@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attention_maps import context_length
-from .call import AttentionCall, Chunk, head_split
+from .call import BRANCH, AttentionCall, Chunk, head_split
 from .edit import Edit
 from .layout_regions import Layout, canonical
 from .prompt import SPANS_KEY, Spans
@@ -123,7 +123,8 @@ def crop(values: Tensor, chunk: Chunk) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayoutBias(Edit):
-    """Biases the logits of a layout's phrases, in every conditioned chunk that knows where its phrases are.
+    """Biases the logits of a layout's phrases, in every conditioned chunk that knows where its phrases are, and in the
+    branch of Dual-Branch Integration.
 
     `guidance` 0 changes nothing. `negative` weakens `everywhere` outside a phrase's regions (the code) or only in those
     of other phrases (the paper). `constant` is eta's. `each_row` takes the statistic of each picture by itself."""
@@ -157,6 +158,10 @@ class LayoutBias(Edit):
                 f"({', '.join(known.values())}); add it to the phrases of Encode Prompt with Subjects, or name the "
                 "layout's region as it is written there."
             )
+
+    def wants(self, chunk: Chunk) -> bool:
+        """A branch beside the generation is laid out alike: what it lends would else come from other places."""
+        return chunk.conditioned or chunk.name == BRANCH
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), self.layout.phrases)

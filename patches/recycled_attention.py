@@ -91,7 +91,7 @@ class RecycledSelfAttention(Edit):
         return [(reference, kept, ("key", "value")) for reference in self.references] if kept else []
 
     def wants(self, chunk: Chunk) -> bool:
-        return chunk.conditioned or (self.unconditioned_too and chunk.name != "")
+        return chunk.conditioned or (self.unconditioned_too and chunk.generated)
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if not is_recycled(self.keep_probability, self.seed, sigma, call.site):

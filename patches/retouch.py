@@ -76,7 +76,7 @@ class Path:
 
     def beside(self, chunk: Chunk) -> Trajectory | None:
         """The stream that lends to a chunk."""
-        if not chunk.name:
+        if not chunk.generated:
             return None
         return self.conditioned if chunk.conditioned else self.unconditioned
 

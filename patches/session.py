@@ -13,7 +13,7 @@ import torch
 from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
-from .call import AttentionCall, Chunk
+from .call import BRANCH, AttentionCall, Chunk
 from .edit import Edit, Request
 from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
@@ -140,8 +140,17 @@ class Session:
         for index, uuid in enumerate(uuids):
             rows = slice(index * size, (index + 1) * size)
             chunks.append(self._chunk(uuid, rows, None if context is None else context[rows]))
+        return self._wanted(x.shape[0], *chunks)
+
+    def branch(self, stream: Stream, rows: int) -> Forward | None:
+        """What the pass of a branch that denoises by itself is made of, or None when no edit has anything to do in
+        it."""
+        (conditioning,), _ = self.stream_conditioning(stream)
+        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, tuple(stream.shape[-2:])))
+
+    def _wanted(self, rows: int, *chunks: Chunk) -> Forward | None:
         sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]
-        return Forward(x.shape[0], tuple(chunks), frozenset().union(*sites)) if sites else None
+        return Forward(rows, chunks, frozenset().union(*sites)) if sites else None
 
     def _chunk(self, uuid: Any, rows: slice, context: Tensor | None) -> Chunk:
         found = [(n, c) for n, listed in self.guider.conds.items() for c in listed or () if c.get("uuid") == uuid]

@@ -56,7 +56,8 @@ def _host_attention(extra: dict[str, Any]) -> Attend:
     return attend
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
+    """A patch that computes a layer's attention as it is."""
     return _host_attention(extra)(query, key, value, None) if other is None else other(query, key, value, extra)
 
 
@@ -65,11 +66,11 @@ def _grid(query: Tensor, extra: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height * width == query.shape[1] else None
 
 
-def recorder(recording: Recording, site: Site) -> Patch:
-    """A patch that computes a layer as it is and keeps its features for a stream."""
+def recorder(recording: Recording, site: Site, attention: Patch = plain) -> Patch:
+    """A patch that computes a layer, as it is or with an editor's patch, and keeps its features for a stream."""
 
     def record(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
-        output = _plain(query, key, value, extra, other)
+        output = attention(query, key, value, extra, other)
         features = {"query": query, "key": key, "value": value, "output": output}
         recording.record(site, tuple(extra["activations_shape"][-2:]), features)
         return output
@@ -86,7 +87,7 @@ def editor(session: Session, forward: Forward, site: Site) -> Patch:
             session.warn_once(
                 f"Another pack changed the batch inside the attention layer {site}; Subject Patches leaves it as it is."
             )
-            return _plain(query, key, value, extra, other)
+            return plain(query, key, value, extra, other)
         grid = _grid(query, extra)
         calls = []
         for chunk in forward.chunks:
@@ -99,7 +100,7 @@ def editor(session: Session, forward: Forward, site: Site) -> Patch:
             calls.append(call)
         amended = [call for call in calls if call.amended]
         if not amended:
-            return _plain(query, key, value, extra, other)
+            return plain(query, key, value, extra, other)
         attend = _host_attention(extra)
         if other is None:
             return torch.cat(execute(calls, attend))

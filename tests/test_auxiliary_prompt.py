@@ -82,7 +82,15 @@ def test_both_prompts_know_their_tokens(clip: comfy.sd.CLIP) -> None:
     assert concept[SPANS_KEY] == {"red dog": ((2, 4),), "grass": ((5, 6),)}
     assert positions_of(auxiliary[BRANCH_KEY].prompt) == [1, 2, 3, 4, 5]
     assert positions_of(auxiliary[BRANCH_KEY].noun) == [2, 3]
-    assert auxiliary[SPANS_KEY] == {"big cat": ((2, 4),)}
+    # What stands for a phrase goes by the phrase's own name, so that a layout finds it in both prompts.
+    assert auxiliary[SPANS_KEY] == {"red dog": ((2, 4),), "grass": ((5, 6),)}
+
+
+def test_phrases_that_share_words_with_the_concept(clip: comfy.sd.CLIP) -> None:
+    phrases = "dog\nred dog on\ndog on grass"
+    concept, auxiliary, _ = made(clip, "a red dog on grass", "red dog", noun="big cat", phrases=phrases)
+    assert concept[SPANS_KEY]["dog on grass"] == ((3, 6),)
+    assert auxiliary[SPANS_KEY] == {"red dog": ((2, 4),), "dog": ((2, 4),), "red dog on": ((2, 5),)}
 
 
 def test_embeddings_weights_and_repeats(clip: comfy.sd.CLIP) -> None:

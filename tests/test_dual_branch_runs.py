@@ -17,15 +17,19 @@ from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, auxiliary_noise, crop
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.layout_regions import Layout, Region
+from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.sites import Site, attention_sites
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
+from subject_patches.tests.layouts import box
 from subject_patches.tests.models import (
     auxiliary_prompt,
     difference,
     integrated,
     known_prompt,
+    laid_out,
     latent_noise,
     prompt,
     sample,
@@ -240,6 +244,36 @@ def test_the_branchs_own_steps_under_every_sampler(sampler: str, model: Any) -> 
     assert len(path) > 1
 
 
+@pytest.mark.parametrize("guidance", ["none", "own"])
+@pytest.mark.parametrize("layout_last", [False, True])
+def test_a_layout_holds_in_the_branch(guidance: str, layout_last: bool, model: Any) -> None:
+    """The branch goes the way of a generation of its own prompt with that layout and its own guidance, step by step."""
+    height, width = SIZE
+    sides = box(width, height, 0, 0, width // 2, height), box(width, height, width // 2, 0, width, height)
+    layout = Layout(width, height, (Region("subject", sides[0]), Region("scene", sides[1])))
+    spans = {"subject": ((2, 3),), "scene": ((4, 5),)}
+    auxiliary = prompt(9, 7, **{BRANCH_KEY: auxiliary_prompt()[0][1][BRANCH_KEY], SPANS_KEY: spans})
+    values = {"auxiliary": auxiliary, "noise": "the concept's"}
+    run: dict[str, Any] = {"size": SIZE, "steps": 4, "cfg": 1.0}
+    if guidance == "own":
+        values["guidance"], run["cfg"] = "own", 3.0
+
+    def bias(patched: Any) -> Any:
+        return laid_out(patched, layout, guidance_weight=0.3)
+
+    def states(patched: Any, own: bool, **run: Any) -> list[Tensor]:
+        calls: list[tuple[float, Tensor, Tensor | None]] = []
+        sample(watched(patched, calls), **run)
+        return [x[:1] for _, x, predicted in calls if not own or predicted is not None]
+
+    both = bias(integrated(model, **values)) if layout_last else integrated(bias(model), **values)
+    right = states(bias(model), False, **run, positive=auxiliary)
+    # In its last step the branch is outside its window.
+    for mine, theirs in zip(states(both, True, **run), right[:-1], strict=True):
+        assert difference(mine, theirs) < 1e-4
+    assert difference(states(integrated(model, **values), True, **run)[-1], right[-2]) > 0.001
+
+
 @dataclass(frozen=True, eq=False)
 class Notes(Edit):
     """Keeps the aggregation masks of a run, and which chunks were amended."""
@@ -248,7 +282,7 @@ class Notes(Edit):
     amended: list[tuple[float, str, bool]] = field(default_factory=list)
 
     def wants(self, chunk: Chunk) -> bool:
-        return True
+        return chunk.generated
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         self.amended.append((sigma, call.chunk.name, call.amended))
