@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import BRANCH, AttentionCall, Chunk
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.streams import Features, Stream
 from torch import Tensor
@@ -27,12 +27,12 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Look(Edit):
-    """Amends nothing; keeps every call of every chunk."""
+    """Amends nothing; keeps every call of every chunk, but for those of a branch beside the generation."""
 
     seen: list[Seen] = field(default_factory=list)
 
     def wants(self, chunk: Chunk) -> bool:
-        return True
+        return chunk.name != BRANCH
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         seen = Seen(call, sigma, call.amended)
