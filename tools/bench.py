@@ -12,12 +12,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
+from hosting.errors import ToolError
 from measuring.given import PHRASES, Shape
 
 if TYPE_CHECKING:
@@ -41,14 +42,20 @@ def main() -> int:
     """The command line; see the module's text."""
     parser = Parser(prog="bench.py", description="Measure what the pack's patches cost, as ratios to vanilla.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="toy", help="the model's shape (default: toy)")
+    parser.add_argument("--size", type=int, metavar="N", help="latents of N x N instead of the shape's usual ones")
     parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.size is not None:
+        if options.size < 8 or options.size % 8:
+            raise ToolError(f"The size is {options.size}; give a multiple of 8.")
+        shape = replace(shape, size=options.size)
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(host, SHAPES[options.shape], options.steps, options.repeats, options.cfg, options.only)
+    _bench(host, shape, options.steps, options.repeats, options.cfg, options.only)
     return 0
 
 
