@@ -125,14 +125,16 @@ class ConceptFiles:
 
     def save(self, concept: Concept, about: Mapping[str, str]) -> None:
         """Writes the file to both places, each whole or not at all."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         metadata = {"training": KIND, "about": json.dumps(about)}
         tensors = {name: each.contiguous() for name, each in {**concept.difference, **concept.embedding}.items()}
+        # Once for both: the order of what a file says of itself differs from one saving to the next.
+        whole = save(tensors, metadata)
         for path in (self.lora, self.embedding):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
-            save_file(tensors, part, metadata)
+            part.write_bytes(whole)
             part.replace(path)
 
 
