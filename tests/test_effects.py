@@ -19,8 +19,8 @@ from measuring.routed_reference import Case as Scene
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import Toy
 
-PAIRS = 24
-LAYOUTS = 24
+PAIRS = 16
+LAYOUTS = 12
 SCENES = 8
 STEPS = 12
 
