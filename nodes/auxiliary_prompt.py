@@ -91,13 +91,14 @@ class AuxiliaryPromptNode(io.ComfyNode):
         chosen = noun.strip() or (preset_noun(text) if preset == AUTOMATIC else preset)
         check_embeddings(clip, concept)
         other = auxiliary_text(text, concept, chosen)
+        concept = concept.strip()
         spans = find_spans(clip, text, (concept, *split_phrases(phrases)))
-        others = {}
-        for phrase in spans:
-            # One that runs on beyond the concept's words has nothing of its own in the auxiliary prompt.
+        others = {concept: find_spans(clip, other, (chosen,))[chosen]}
+        for phrase in spans.keys() - others.keys():
+            # One that has only some of the concept's words has nothing of its own in the auxiliary prompt.
             with suppress(ValueError):
                 (others[phrase],) = find_spans(clip, other, (counterpart(phrase, concept, chosen),)).values()
-        encoded = [_encode(clip, text, concept.strip(), spans), _encode(clip, other, concept.strip(), others)]
+        encoded = [_encode(clip, text, concept, spans), _encode(clip, other, concept, others)]
         return io.NodeOutput(*encoded, other)
 
 

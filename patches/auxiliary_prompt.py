@@ -39,7 +39,6 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
 def counterpart(phrase: str, concept: str, noun: str) -> str:
     """What stands in the auxiliary prompt for a phrase of the prompt: the noun for what is part of the concept's
     phrase, otherwise the phrase with the noun in the concept's place."""
-    concept, phrase = concept.strip(), phrase.strip()
     return noun if _whole(phrase).search(concept) else _whole(concept).sub(lambda _: noun, phrase)
 
 

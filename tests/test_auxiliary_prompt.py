@@ -126,3 +126,5 @@ def test_what_the_node_refuses(clip: comfy.sd.CLIP) -> None:
         AuxiliaryPromptNode.execute(clip, "a dog", "dog", preset="tree")
     with pytest.raises(ValueError, match="'dog' is not in the prompt"):
         AuxiliaryPromptNode.execute(clip, "a cat", "dog")
+    with pytest.raises(ValueError, match="'embedding:nothing' has no tokens"):
+        AuxiliaryPromptNode.execute(clip, "a dog", "dog", noun="embedding:nothing")

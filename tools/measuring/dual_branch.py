@@ -147,13 +147,13 @@ class Case:
         return node.execute(clip, asked.text(WORDS), WORDS, noun=AUXILIARY, phrases=self.ring).args[:2]
 
     def _sampled(self, positive: Any, asked: Asked, model: Any) -> Score:
-        return self.score(self.given.picture(positive, asked.seed, model), asked)
+        image = self.given.picture(positive, asked.seed, model)
+        return self.score(image, self.given.judge.findings(image)[0], asked)
 
-    def score(self, image: Tensor, asked: Asked) -> Score:
-        """The score of a scene's picture (1, 128, 128, 3)."""
+    def score(self, image: Tensor, reading: Any, asked: Asked) -> Score:
+        """The score of a scene's picture (1, 128, 128, 3), in which the judge finds `reading`."""
         import torch
 
-        (reading,) = self.given.judge.findings(image)
         beside = any((found.colour, found.shape) == (self.beside, BESIDE) for found in reading.objects)
         emblems = [found for found in reading.objects if found.shape == NOUN and found.colour != self.beside]
         identity = 0.0

@@ -9,16 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import dual_branch, layout
+from . import dual_branch, layout, tradeoff
 from .concepts import workplace
 from .dual_branch import EMBLEMS, LENGTHS, PRESETS, WORDS, Asked
 from .emblems import known
 from .given import Given, paired, share
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Which of the three act.
 ALL = "all three"
@@ -34,14 +31,9 @@ BOXES = ((8, 38, 52, 52), (68, 38, 52, 52))
 
 
 @dataclass(frozen=True)
-class Score:
-    """One picture: its concept's identity, whether an emblem, the prompt's ring and its background were found, and the
-    mean overlap (IoU) of the two boxes with what is found there."""
+class Score(tradeoff.Score):
+    """One picture, with the mean overlap (IoU) of the two boxes with what is found there."""
 
-    identity: float
-    emblem: bool
-    beside: bool
-    background: bool
     overlap: float
 
 
@@ -76,12 +68,11 @@ class Together(dual_branch.Case):
         boxes = BOXES if asked.seed // EMBLEMS % 2 else BOXES[::-1]
         positive, auxiliary = self.prompts(asked)
         image = self.given.picture(positive, asked.seed, self._patched(positive, auxiliary, boxes, acting))
-        score = self.score(image, asked)
         (reading,) = self.given.judge.findings(image)
         corners = torch.tensor([(x, y, x + width, y + height) for x, y, width, height in boxes], dtype=torch.float32)
         found = torch.tensor([each.box for each in reading.objects]).view(-1, 4)
         overlaps = [max(row, default=0.0) for row in box_overlap(corners, found).tolist()]
-        return Score(score.identity, score.emblem, score.beside, score.background, sum(overlaps) / len(overlaps))
+        return Score(**vars(self.score(image, reading, asked)), overlap=sum(overlaps) / len(overlaps))
 
     def _patched(self, positive: Any, auxiliary: Any, boxes: Sequence[Any], acting: frozenset[str]) -> Any:
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
@@ -91,26 +82,16 @@ class Together(dual_branch.Case):
         from subject_patches.toy.scenes import SIZE
 
         model = self.model
+        drawn = [dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in boxes]
+        places = LayoutNode.execute(SIZE, SIZE, f"{WORDS}\n{self.ring}", boxes=drawn).args[0]
         if "layout" in acting:
-            drawn = [dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in boxes]
-            places = LayoutNode.execute(SIZE, SIZE, f"{WORDS}\n{self.ring}", boxes=drawn).args[0]
             model = LayoutBiasNode.execute(model, places, **layout.DEFAULTS).args[0]
         if "branch" in acting:
             model = DualBranchIntegrationNode.execute(model, positive, auxiliary, **dual_branch.DEFAULTS).args[0]
         if "routes" in acting:
-            router = MaskRouter(_mask(boxes[0], SIZE))
+            router = MaskRouter(places.shown()[WORDS][None])
             model = RoutedReferenceAttentionNode.execute(model, self.subject, router).args[0]
         return model
-
-
-def _mask(box: Sequence[int], side: int) -> Tensor:
-    """A box (x, y, width, height) as a mask (1, side, side)."""
-    import torch
-
-    x, y, width, height = box
-    mask = torch.zeros(1, side, side, dtype=torch.bool)
-    mask[:, y : y + height, x : x + width] = True
-    return mask
 
 
 def _table(scores: dict[str, list[Score]]) -> None:
