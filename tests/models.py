@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
 import comfy.supported_models
 import torch
 from hosting.random_models import SMALL, SMALL_CONTEXT, generator, model_of
@@ -73,6 +74,11 @@ def subject(
 def latent_noise(batch: int, size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
     """Row r's noise depends on the seed plus r only, so that rows can be sampled alone."""
     return torch.cat([torch.randn(1, channels, *size, generator=generator(seed + row)) for row in range(batch)])
+
+
+def levels(model: Any, steps: int) -> Tensor:
+    """The noise levels of the host's normal schedule."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
 
 
 def sample(

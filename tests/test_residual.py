@@ -1,18 +1,14 @@
-"""Residual tokens: Eq. 2 to 6, the nodes, their training and their files."""
+"""Residual tokens: Eq. 3, 5 and 6, applying them, and their files."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from comfy.supported_models import SDXL
-from hosting.random_models import SMALL as SMALL_UNET
-from hosting.random_models import generator, model_of
+from hosting.random_models import generator
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.nodes.residual import (
     FOLDER,
@@ -21,7 +17,6 @@ from subject_patches.nodes.residual import (
     SaveResidualToken,
     register_folder,
 )
-from subject_patches.nodes.train_residual import TrainResidualToken
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.residual import (
     ResidualToken,
@@ -31,9 +26,6 @@ from subject_patches.patches.residual import (
     subject_positions,
 )
 from subject_patches.tests.clips import FAMILIES, SMALL, small_clip
-from subject_patches.tests.models import CONTEXT, sample, small_model
-from subject_patches.training.residual import Tuned, filled, shipped_templates
-from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
@@ -214,190 +206,3 @@ def test_what_is_no_residual(folders: Path, kind: str) -> None:
         (path.parent / "broken_00001_.safetensors").rename(path)
     with pytest.raises(ValueError, match=r"broken\.safetensors is no residual token \(.*\); choose another file"):
         LoadResidualToken.execute("broken.safetensors")
-
-
-# Sentences
-
-
-def test_the_shipped_sentences() -> None:
-    templates = shipped_templates()
-    assert len(set(templates)) == len(templates) >= 200
-    assert all(template.count("{}") == 1 for template in templates)
-    assert filled("a {} on a hill", "emblem") == "an emblem on a hill"
-    assert filled("A {}", "dog") == "A dog"
-    assert filled("the {}", "emblem") == "the emblem"
-
-
-# Training
-
-
-class Vae:
-    """As much of a VAE as the node uses: averages of 8 x 8 pixels."""
-
-    def encode(self, picture: Tensor) -> Tensor:
-        planes = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
-        return torch.cat([planes, planes[:, :1]], 1)
-
-
-def small_xl() -> Any:
-    # The host's SDXL adds six numbers of 256 each to the pooled output of the second encoder.
-    config = {**SMALL_UNET, "model_channels": 64, "num_classes": "sequential", "adm_in_channels": 1536 + WIDTH}
-    return model_of(SDXL, config)
-
-
-def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualToken, list[float]]:
-    given: dict[str, Any] = {
-        "model": model or small_model(),
-        "clip": clip or small_clip("SD 1.x", hidden_size=CONTEXT),
-        "vae": Vae(),
-        "noun": "dog",
-        "steps": 3,
-        "learning_rate": 1e-3,
-        "batch_size": 1,
-        "preservation": 0.1,
-        "resolution": 64,
-        "captions": "a photo of a {}",
-        "seed": 0,
-        **values,
-    }
-    images = given.pop("images", [torch.rand(3, 72, 64, 3, generator=generator(8))])
-    token, loss_map = TrainResidualToken.execute(images=images, **{name: [each] for name, each in given.items()}).args
-    return token, loss_map["loss"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_in_every_family(family: str) -> None:
-    if family == "SDXL":
-        model, clip = small_xl(), small_clip(family)
-    else:
-        model, clip = small_model(), small_clip(family, hidden_size=CONTEXT)
-    token, losses = train(model, clip, batch_size=2)
-    assert token.vectors.shape == (1, CONTEXT)
-    assert bool(token.vectors.any())
-    assert (token.noun, token.steps, len(losses)) == ("dog", 3, 3)
-    plain = EncodePromptWithSubjects.execute(clip, "a dog on grass", "dog").args[0]
-    assert ApplyResidualTokens.execute(plain, token).args[0][0][0].shape == plain[0][0].shape
-
-
-def test_it_is_what_the_seed_says_and_leaves_no_trace() -> None:
-    model, clip = small_model(), small_clip("SD 1.x", hidden_size=CONTEXT)
-    before = sample(model), clip.encode_from_tokens(clip.tokenize("a dog")).clone()
-    random = torch.random.get_rng_state()
-    token, losses = train(model, clip)
-    again, same = train(model, clip)
-    other, _ = train(model, clip, seed=1)
-    assert torch.equal(token.vectors, again.vectors)
-    assert losses == same
-    assert not torch.equal(token.vectors, other.vectors)
-    assert torch.equal(torch.random.get_rng_state(), random)
-    assert torch.equal(sample(model), before[0])
-    assert torch.equal(clip.encode_from_tokens(clip.tokenize("a dog")), before[1])
-
-
-def test_a_resumed_training_ends_where_a_whole_one_does(folders: Path) -> None:
-    whole, losses = train(steps=4)
-    train(steps=2, resume_name="dog")
-    resumed, same = train(steps=4, resume_name="dog")
-    assert torch.equal(resumed.vectors, whole.vectors)
-    assert losses == same
-    with pytest.raises(ValueError, match=r"'dog' was begun with another noun \(dog, now cat\)"):
-        train(steps=4, resume_name="dog", noun="cat")
-
-
-def test_preservation_keeps_the_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it the other tokens of the sentences end nearer to where they began (the loss of Eq. 4, after training)."""
-    moved: list[float] = []
-    residual = Tuned.residual
-
-    def noted(learner: Tuned) -> Tensor:
-        tuned = learner.kept.encoded(learner.encoder)
-        moved.append(float(preservation_loss(tuned, learner.original, learner.subject)))
-        return residual(learner)
-
-    monkeypatch.setattr(Tuned, "residual", noted)
-    for preservation in (0.0, 100.0):
-        train(steps=15, learning_rate=1e-2, preservation=preservation)
-    free, kept = moved
-    assert kept < 0.3 * free
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(precision: str) -> None:
-    exact, losses = train(precision="fp32")
-    token, half = train(precision=precision)
-    assert half == pytest.approx(losses, rel=0.1)
-    assert token.vectors.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(token.vectors, exact.vectors).item() > 0.8
-
-
-def test_the_residual_alone_learns_what_the_pictures_show() -> None:
-    """The denoising loss falls, at the same noise, from what the plain noun gives."""
-    values: dict[str, Any] = {"tunes": "residual alone", "batch_size": 4}
-    _, first = train(**values, steps=1, learning_rate=1e-8)
-    token, losses = train(**values, steps=40, learning_rate=0.3)
-    assert losses[0] == first[0]
-    assert token.vectors.shape == (1, CONTEXT)
-    _, plain = train(**values, steps=40, learning_rate=1e-8)
-    assert sum(losses[20:]) < sum(plain[20:])
-
-
-def test_a_noun_of_several_tokens_gets_a_vector_for_each() -> None:
-    clip = small_clip("SD 1.x", hidden_size=CONTEXT)
-    token, _ = train(clip=clip, noun="garden gnome")
-    spans = EncodePromptWithSubjects.execute(clip, "a garden gnome", "garden gnome").args[0][0][1][SPANS_KEY]
-    count = sum(stop - start for start, stop in spans["garden gnome"])
-    assert token.vectors.shape == (count, CONTEXT)
-    assert count > 1
-
-
-def test_one_picture_works_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        train(images=[torch.rand(1, 64, 64, 3)], steps=1)
-    assert "Train Residual Token has one picture" in caplog.text
-
-
-def test_cancel_leaves_the_models() -> None:
-    model, clip = small_model(), small_clip("SD 1.x", hidden_size=CONTEXT)
-    weights = {name: each.clone() for name, each in clip.patcher.model.state_dict().items()}
-    comfy.model_management.interrupt_current_processing()
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(model, clip)
-    after = clip.patcher.model.state_dict()
-    assert all(torch.equal(weights[name], after[name]) for name in weights)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"noun": " "}, "The noun is empty; write what the subject is"),
-        ({"noun": "(dog:1.2)"}, r"The noun is '\(dog:1\.2\)'; write words alone"),
-        ({"images": [torch.zeros(0, 64, 64, 3)]}, "There are no training pictures; give 3 to 5"),
-        ({"images": []}, "There are no training pictures"),
-        ({"steps": 0}, "The steps is 0; give a number from 1 to"),
-        ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 1e-08 to 1"),
-        ({"batch_size": 0}, "The batch size is 0"),
-        ({"preservation": -1.0}, "The preservation is -1.0; give a number from 0 to 1000"),
-        ({"tunes": "all"}, "The tunes is 'all'; choose one of text encoder, residual alone"),
-        ({"loss": "x0"}, "The loss is 'x0'; choose one of what the model predicts, v"),
-        ({"precision": "fp8"}, "The precision is 'fp8'; choose one of auto, bf16, fp16, fp32"),
-        ({"captions": "a photo"}, "The line 'a photo' of captions needs the place of the noun once, written as {}"),
-        ({"captions": "a {}\nthe {}"}, "There are 2 captions for 3 pictures; write one line for all, or one for each"),
-        ({"more_templates": "a {} and a {}"}, "The line 'a {} and a {}' of more_templates needs the place"),
-        ({"more_templates": "so " * 80 + "{}"}, "is longer than 75 tokens; shorten it"),
-        ({"resume_name": "../dog"}, r"'\.\./dog' is no name for a training"),
-        ({"vae": None}, "The vae input is None"),
-    ],
-)
-def test_a_training_that_cannot_be(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        train(**values)
-
-
-def test_models_of_two_families() -> None:
-    with pytest.raises(ValueError, match="The model takes prompts 48 wide, but this CLIP encodes them 24 wide"):
-        train(clip=small_clip("SD 1.x"))
-
-
-def test_defaults_are_the_papers() -> None:
-    defaults = {each.id: each.default for each in TrainResidualToken.GET_SCHEMA().inputs if hasattr(each, "default")}
-    assert (defaults["steps"], defaults["learning_rate"], defaults["batch_size"]) == (3000, 1e-6, 1)

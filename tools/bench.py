@@ -45,6 +45,11 @@ def main() -> int:
     parser.add_argument("--size", type=int, metavar="N", help="latents of N x N instead of the shape's usual ones")
     parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="count one thread's seconds of the processor, which other work on the machine hardly changes",
+    )
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
     options = parser.parse_args()
@@ -55,11 +60,11 @@ def main() -> int:
         shape = replace(shape, size=options.size)
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(host, shape, options.steps, options.repeats, options.cfg, options.only)
+    _bench(host, shape, options.steps, options.repeats, options.cfg, options.only, options.processor)
     return 0
 
 
-def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
+def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only: str, processor: bool) -> None:
     from hosting.pack import import_host, load_pack
 
     import_host(host.tree)
@@ -68,11 +73,13 @@ def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only:
 
     # Denormal numbers would slow a CPU down several times, and unevenly.
     torch.set_flush_denormal(True)
+    if processor:
+        torch.set_num_threads(1)
     with torch.inference_mode():
-        _measure(shape, steps, repeats, cfg, only)
+        _measure(shape, steps, repeats, cfg, only, time.thread_time if processor else time.perf_counter)
 
 
-def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> None:
+def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, clock: Callable[[], float]) -> None:
     import torch
     from measuring import COSTS
     from measuring.given import chosen, concept_tokens
@@ -94,14 +101,14 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str) -> N
         [[torch.randn(1, 77, shape.width, generator=generator), {**_pooled(shape, generator), **known}]]
         for known in ({SPANS_KEY: PHRASES, BRANCH_KEY: concept_tokens()}, {})
     ]
-    vanilla = _sampling(model, shape, conditionings, steps, cfg)
+    vanilla = _sampling(model, shape, conditionings, steps, cfg, clock)
     # Once each before anything counts.
     vanilla(0)
     for name in names:
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
         for repeat in range(repeats):
             # A fresh subject each time: the first picture pays for its features, the second finds them.
-            patched = _sampling(patches[name](model), shape, conditionings, steps, cfg)
+            patched = _sampling(patches[name](model), shape, conditionings, steps, cfg, clock)
             plain, cold, warm, again = vanilla(repeat), patched(repeat), patched(repeat + 100), vanilla(repeat + 200)
             seconds = (plain.seconds + again.seconds) / 2
             ratios["cold"].append(cold.seconds / seconds)
@@ -141,8 +148,10 @@ def _pooled(shape: Shape, generator: Any) -> dict[str, Any]:
     return {"pooled_output": torch.randn(1, 1280, generator=generator)} if shape.name == "sdxl" else {}
 
 
-def _sampling(model: Any, shape: Shape, conditionings: Any, steps: int, cfg: float) -> Callable[[int], Run]:
-    """A function of the seed that samples one picture and says what it took."""
+def _sampling(
+    model: Any, shape: Shape, conditionings: Any, steps: int, cfg: float, clock: Callable[[], float]
+) -> Callable[[int], Run]:
+    """A function of the seed that samples one picture and says what it took, by a clock in seconds."""
     import comfy.sample
     import torch
     from comfy.patcher_extension import WrappersMP
@@ -160,13 +169,13 @@ def _sampling(model: Any, shape: Shape, conditionings: Any, steps: int, cfg: flo
         noise = torch.randn(1, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed))
         rows[0] = 0
         _reset_peak()
-        start = time.perf_counter()
+        start = clock()
         comfy.sample.sample(
             counted, noise, steps, cfg, "euler", "normal", *conditionings, torch.zeros_like(noise), disable_pbar=True
         )
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return Run(time.perf_counter() - start, rows[0], _peak())
+        return Run(clock() - start, rows[0], _peak())
 
     return sample
 
