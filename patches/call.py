@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .sites import Site
+
+if TYPE_CHECKING:
+    from .streams import Stream
 
 # The name of a chunk that is the pass of a branch beside the generation.
 BRANCH = "branch"
@@ -22,7 +25,8 @@ BRANCH = "branch"
 class Chunk:
     """One conditioning's share of a batch: `rows` of it, the conditioning's dictionary as the sampler holds it, the
     name of the guider's list it stands in ("positive", ...; "" where it is unknown) and whether that list conditions on
-    a prompt. The pass of a branch that denoises beside the generation is one chunk of the name BRANCH.
+    a prompt. The pass of a branch that denoises beside the generation is one chunk of the name BRANCH, and `stream` is
+    the branch.
 
     `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
     whole latent's (height, width)."""
@@ -33,6 +37,7 @@ class Chunk:
     conditioning: dict[str, Any]
     latent: tuple[int, int]
     area: tuple[int, int, int, int] | None = None
+    stream: Stream | None = None
 
     @property
     def generated(self) -> bool:

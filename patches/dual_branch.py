@@ -11,6 +11,7 @@ branches of two such numbers is one half. The code sharpens, with the steps that
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -117,9 +118,11 @@ class BranchWindow(Window):
 
 @dataclass(eq=False)
 class AuxiliaryBranch(Denoising):
-    """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site."""
+    """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site, and the bias
+    that other edits gave its own attention there."""
 
     grids: dict[Site, tuple[int, int]] = field(default_factory=dict)
+    biases: dict[Site, Tensor | None] = field(default_factory=dict)
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         self.grids[site] = grid
@@ -134,7 +137,8 @@ class DualBranchIntegration(Edit):
     lambda; 0 still mixes. `strength` 0 to 1 blends the mix with the concept branch's own output. With `by_resolution`
     the gain is the authors' for latents of 64 x 64 and grows with their number of places, so that a picture's mix does
     not depend on its size. `noise` makes the auxiliary branch's noise of the concept's. Neither the auxiliary branch
-    nor the unconditional chunk is changed."""
+    nor the unconditional chunk is changed; the branch is looked at, since its mask is of its attention as others, such
+    as Layout Bias, have amended it."""
 
     concept: BranchTokens
     auxiliary: BranchTokens
@@ -167,9 +171,14 @@ class DualBranchIntegration(Edit):
         return [(branch, self.sites, ("query", "key", "output")) for branch in self._branch]
 
     def wants(self, chunk: Chunk) -> bool:
+        return chunk.stream in self._branch or self._is_of_the_concept(chunk)
+
+    def _is_of_the_concept(self, chunk: Chunk) -> bool:
         return chunk.conditioned and chunk.conditioning.get(BRANCH_KEY) == self.concept
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        if not self._is_of_the_concept(call.chunk):
+            return
         (branch,) = self._branch
         features = recorded(branch)
         length = context_length(call.chunk)
@@ -179,7 +188,10 @@ class DualBranchIntegration(Edit):
         query, output = (crop(features[part], grid, call) for part in ("query", "output"))
         if query.shape[:2] != call.query.shape[:2]:
             return
-        beside = replace(call, query=query, key=features["key"], own_bias=None)
+        bias = branch.biases.get(call.site)
+        if bias is not None:
+            bias = crop(bias.expand(torch.broadcast_shapes(bias.shape, (1, math.prod(grid), 1))), grid, call)
+        beside = replace(call, query=query, key=features["key"], own_bias=bias)
 
         @cache
         def weight() -> Tensor:
@@ -195,6 +207,11 @@ class DualBranchIntegration(Edit):
 
         call.blend(mix)
         call.note("aggregation mask", lambda: 1 - weight().mean(1).unflatten(-1, call.grid))
+
+    def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        for branch in self._branch:
+            if call.chunk.stream is branch:
+                branch.biases[call.site] = call.own_bias
 
     def weight(self, concept: Tensor, auxiliary: Tensor, call: AttentionCall) -> Tensor:
         """The concept's weight (rows, heads, places) from both branches' attention (rows, heads, places, tokens)."""

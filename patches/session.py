@@ -146,7 +146,8 @@ class Session:
         """What the pass of a branch that denoises by itself is made of, or None when no edit has anything to do in
         it."""
         (conditioning,), _ = self.stream_conditioning(stream)
-        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, tuple(stream.shape[-2:])))
+        latent = tuple(stream.shape[-2:])
+        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, latent, stream=stream))
 
     def _wanted(self, rows: int, *chunks: Chunk) -> Forward | None:
         sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]

@@ -11,8 +11,13 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from subject_patches.patches.call import BRANCH, AttentionCall, Chunk
 from subject_patches.patches.dual_branch import auxiliary_noise
+from subject_patches.patches.edit import Edit
+from subject_patches.patches.engine import add_edit
 from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.streams import Features, Stream
+from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.models import (
     auxiliary_prompt,
@@ -50,6 +55,7 @@ class ByHand:
     gain: float = 500.0
     sharpness: float = 10.0
     noise: Callable[[Tensor], Tensor] = auxiliary_noise
+    bias: Callable[[int], Tensor | None] = lambda places: None
     grids: set[int] = field(default_factory=set)
 
     def run(self, noise: Tensor, sigmas: Tensor, latents: Tensor | None = None) -> Tensor:
@@ -66,7 +72,8 @@ class ByHand:
                 epsilon = (beside - predicted) if self.cfg == 1 else shared + self.cfg * (beside - predicted - shared)
                 beside = beside + epsilon / sigma * step
             else:
-                mine, without = self.forward(x, sigma, concept), x - self.forward(x, sigma, negative)
+                mine = self.forward(x, sigma, concept, self.keeper({}))
+                without = x - self.forward(x, sigma, negative)
             x = x + (without + self.cfg * (x - mine - without)) / sigma * step
         return x / self.model.model.latent_format.scale_factor
 
@@ -81,7 +88,7 @@ class ByHand:
     def keeper(self, kept: Kept) -> Callable[..., Tensor]:
         def keep(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
             kept[(*extra["block"], extra["block_index"])] = (query, key, value)
-            return dense.attention(query, key, value, extra["n_heads"]).to(query)
+            return dense.attention(query, key, value, extra["n_heads"], self.bias(query.shape[1])).to(query)
 
         return keep
 
@@ -92,16 +99,30 @@ class ByHand:
 
         def mix(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
             heads, (q, k, v) = extra["n_heads"], kept[(*extra["block"], extra["block_index"])]
+            bias = self.bias(query.shape[1])
             # The concept is tokens 2 and 3 of its prompt's 1 to 5, the auxiliary noun 2 of 1 to 4.
-            mine = (self.sharpness * dense.shares(query, key, heads)[..., 1:6]).softmax(-1)[..., 1:3].sum(-1)
-            theirs = 1 - (self.sharpness * dense.shares(q, k, heads)[..., 1:5]).softmax(-1)[..., 1]
+            mine = (self.sharpness * dense.shares(query, key, heads, bias)[..., 1:6]).softmax(-1)[..., 1:3].sum(-1)
+            theirs = 1 - (self.sharpness * dense.shares(q, k, heads, bias)[..., 1:5]).softmax(-1)[..., 1]
             both = torch.stack([spread(mine), self.injection * spread(theirs)]).softmax(0)
             both = both.permute(0, 1, 3, 2).repeat_interleave(query.shape[-1] // heads, -1)
-            own = dense.attention(query, key, value, heads)
-            mixed = own * both[0] + dense.attention(q, k, v, heads) * both[1]
+            own = dense.attention(query, key, value, heads, bias)
+            mixed = own * both[0] + dense.attention(q, k, v, heads, bias) * both[1]
             return (own + self.strength * (mixed - own)).to(query)
 
         return mix
+
+
+@dataclass(frozen=True, eq=False)
+class Biased(Edit):
+    """Adds a bias to the logits of the branch's own pass, and of the chunk that the concept conditions."""
+
+    made: Callable[[int], Tensor]
+
+    def wants(self, chunk: Chunk) -> bool:
+        return chunk.name in ("positive", BRANCH)
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        call.bias(self.made(call.query.shape[1]))
 
 
 @pytest.mark.parametrize(
@@ -153,3 +174,22 @@ def test_a_run_that_begins_with_a_picture(model: Any) -> None:
             known_prompt(), prompt(2), latents, start_step=2, disable_pbar=True, seed=5,
         )  # fmt: skip
     assert difference(result, right) < 1e-4
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("rows", [(), (1,)], ids=["of places and tokens", "of rows, too"])
+def test_a_bias_in_both_branches(last: bool, rows: tuple[int, ...], model: Any) -> None:
+    """The auxiliary branch's mask is of its attention with the bias that it really had."""
+
+    def bias(places: int) -> Tensor:
+        generator = torch.Generator().manual_seed(places)
+        return 3 * torch.randn((*rows, places, known_prompt()[0][0].shape[1]), generator=generator)
+
+    cross = frozenset(site for site in attention_sites(model) if site.kind == "cross")
+    biased = Biased(cross, Window(), bias)
+    both = integrated(add_edit(model, biased) if not last else model, end_percent=SHARE)
+    hand = ByHand(model, bias=bias)
+    with torch.inference_mode():
+        right = hand.run(latent_noise(2, SIZE, 5), levels(model, 4))
+    run = {"size": SIZE, "batch": 2, "steps": 4}
+    assert difference(sample(add_edit(both, biased) if last else both, **run), right) < 1e-4
