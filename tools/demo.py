@@ -15,14 +15,10 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from host import ROOT, Host, Progress, Server, ToolError, find_host
 from hosting.command import Parser, enter, run
 from hosting.private import ensure_client
-
-if TYPE_CHECKING:
-    from hosting.sheet import Group
 
 OUTPUT = ROOT / "demo_output"
 HELP = ROOT / "web" / "docs"
@@ -49,7 +45,7 @@ def main() -> int:
 def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bool, thumbnails: bool) -> None:
     # Pillow is there only in the host's interpreter.
     from hosting.sheet import draw_sheet, draw_thumbnail
-    from hosting.workflows import find_workflow, workflow_files
+    from hosting.workflows import fetch_groups, find_workflow, load_workflow, use_checkpoint, workflow_files
 
     files = [find_workflow(name)] if name else workflow_files()
     if not files:
@@ -57,9 +53,13 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
     OUTPUT.mkdir(exist_ok=True)
     print("Starting ComfyUI ...", file=sys.stderr, flush=True)
     with Server(host, checkpoints=[checkpoint] if checkpoint else []) as server:
+        workflows = [load_workflow(path) for path in files]
         blocks = []
-        for path in files:
-            groups = _run_workflow(server, path, checkpoint)
+        for path, workflow, prompt in zip(files, workflows, server.to_api_each(workflows), strict=True):
+            if checkpoint is not None:
+                use_checkpoint(prompt, checkpoint.name)
+            outputs = server.queue(prompt, workflow=workflow, progress=_Line(path.stem), seconds=3600)
+            groups = fetch_groups(server, workflow, outputs)
             blocks.append((_words(path.stem), groups))
             for group in groups:
                 for number, picture in enumerate(group.pictures, start=1):
@@ -74,17 +74,6 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
             print(f"{server.url}  (Ctrl-C stops it)", flush=True)
             while server.running:
                 time.sleep(0.5)
-
-
-def _run_workflow(server: Server, path: Path, checkpoint: Path | None) -> list[Group]:
-    from hosting.workflows import fetch_groups, load_workflow, use_checkpoint
-
-    workflow = load_workflow(path)
-    prompt = server.to_api(workflow)
-    if checkpoint is not None:
-        use_checkpoint(prompt, checkpoint.name)
-    outputs = server.queue(prompt, workflow=workflow, progress=_Line(path.stem), seconds=3600)
-    return fetch_groups(server, workflow, outputs)
 
 
 class _Line:

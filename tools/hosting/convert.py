@@ -1,4 +1,4 @@
-"""Run by the workflow client's interpreter: UI workflow and object info on stdin, API workflow on stdout."""
+"""Run by the workflow client's interpreter: UI workflows and object info on stdin, API workflows on stdout."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 
 
 def main() -> int:
-    """Convert one workflow; exit code 3 with a line on stderr means that it is none."""
+    """Convert workflows; exit code 3 with a line on stderr means that one of them is none."""
     question = json.load(sys.stdin)
     try:
-        prompt = convert_ui_to_api(question["workflow"], question["object_info"])
+        prompts = [convert_ui_to_api(workflow, question["object_info"]) for workflow in question["workflows"]]
     except WorkflowConversionError as error:
         print(error, file=sys.stderr)
         return 3
-    json.dump(prompt, sys.stdout)
+    json.dump(prompts, sys.stdout)
     return 0
 
 
