@@ -82,7 +82,7 @@ def _named_host(tree: Path, development: bool) -> Host:
             f"COMFYUI_PATH is {tree}, which holds ComfyUI {'.'.join(map(str, version))}, and this pack needs 0.30.0 or "
             "later; update it, or unset COMFYUI_PATH to use a private one."
         )
-    wanted = _required_packages(tree) + (["pytest"] if development else [])
+    wanted = _required_packages(tree) + (["pytest", "pytest-xdist"] if development else [])
     missing = [name for name in wanted if not _installed(name)]
     if missing:
         raise ToolError(
