@@ -72,6 +72,25 @@ def test_thumbnail_shows_before_and_after() -> None:
     assert draw_thumbnail(groups[2:]).getcolors() == [(middle * 2 * middle * 2, BLUE)]
 
 
+def test_thumbnail_ends_with_the_last_after() -> None:
+    """What looks inside a run may come last."""
+    groups = [Group("Before", (_png(RED),)), Group("After: more", (_png(BLUE),)), Group("Inside", (_png(GREEN),))]
+    thumbnail = draw_thumbnail(groups)
+    middle = thumbnail.height // 2
+    assert thumbnail.getpixel((thumbnail.width - middle, middle)) == BLUE
+
+
+def test_a_grid_is_shown_large() -> None:
+    """A lone picture that is no square keeps its size, up to the sheet's width; what follows stands below it."""
+    for size, shown in (((300, 400), (300, 400)), ((2000, 500), (804, 201))):
+        sheet = draw_sheet([("Inside", [Group("Maps", (_png(GREEN, *size),)), Group("After", (_png(BLUE),))])])
+        rows = [sheet.getpixel((20, y)) for y in range(sheet.height)]
+        top = rows.index(GREEN)
+        columns = [sheet.getpixel((x, top)) for x in range(sheet.width)]
+        assert (columns.count(GREEN), rows.count(GREEN)) == shown
+        assert rows.index(BLUE) > top + shown[1]
+
+
 def test_fit_keeps_the_shape() -> None:
     """A wide picture is scaled as a whole, with paper above and below it."""
     square = fit(_png(RED, 40, 10), 80)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import hosting.server
 import pytest
 from hosting.base import PACK_FOLDER, prepare
 from hosting.client import Progress
@@ -145,6 +146,19 @@ def test_failing_start_shows_the_log(host: Host) -> None:
     assert not server.running
     with pytest.raises(ServerError, match="has not been started"):
         _ = server.base
+
+
+def test_a_port_that_is_taken_meanwhile_is_given_up(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may take a free port before the server does: the server then starts on another."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free = hosting.server._free_port
+        ports = iter([taken.getsockname()[1], free()])
+        monkeypatch.setattr(hosting.server, "_free_port", lambda: next(ports))
+        with Server(host) as server:
+            assert server.port != taken.getsockname()[1]
+            assert server.running
 
 
 def test_missing_checkpoint_is_one_sentence(host: Host, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Does all set-up by itself. The pictures and `contact_sheet.png` go to demo_outpu
 
 A workflow needs nothing special to appear here: the pictures of each Save Image or Preview Image node make one group,
 captioned with the title of the node ("Before: ...", "After: ..."), and the groups come as the nodes lie on the canvas,
-from left to right and then downwards. Its thumbnail shows the first picture of the first and of the last group.
+from left to right and then downwards. Its thumbnail shows the first picture of the first group and of the last "After".
 """
 
 from __future__ import annotations
@@ -62,8 +62,13 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
             groups = fetch_groups(server, workflow, outputs)
             blocks.append((_words(path.stem), groups))
             for group in groups:
+                name = f"{path.stem}_{_slug(group.caption)}"
+                for earlier in OUTPUT.glob(f"{name}_*.png"):
+                    # An earlier run may have made more of them.
+                    if earlier.stem.removeprefix(f"{name}_").isdigit():
+                        earlier.unlink()
                 for number, picture in enumerate(group.pictures, start=1):
-                    _write(OUTPUT / f"{path.stem}_{_slug(group.caption)}_{number}.png", picture)
+                    _write(OUTPUT / f"{name}_{number}.png", picture)
             if thumbnails:
                 draw_thumbnail(groups).save(path.with_suffix(".jpg"), quality=88)
                 draw_sheet(blocks[-1:]).save(HELP / f"{path.stem}.jpg", quality=88)

@@ -57,7 +57,7 @@ def manifest_entries() -> list[dict[str, Any]]:
 def _unlink_folder(link: Path) -> None:
     if link.is_symlink():
         link.unlink()
-    elif os.name == "nt" and link.resolve() != link.absolute():
+    elif os.name == "nt" and link.exists() and link.resolve() != link.absolute():
         # Takes a junction away, and fails on a folder with something in it.
         link.rmdir()
 

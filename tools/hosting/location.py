@@ -6,13 +6,14 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ToolError
 from .paths import ROOT
 from .pip import clean_environment
-from .private import ensure_host
+from .private import DEVELOPMENT, ensure_host
 
 PATH_VARIABLE = "COMFYUI_PATH"
 OLDEST_COMFYUI = (0, 30, 0)
@@ -82,7 +83,7 @@ def _named_host(tree: Path, development: bool) -> Host:
             f"COMFYUI_PATH is {tree}, which holds ComfyUI {'.'.join(map(str, version))}, and this pack needs 0.30.0 or "
             "later; update it, or unset COMFYUI_PATH to use a private one."
         )
-    wanted = _required_packages(tree) + (["pytest", "pytest-xdist"] if development else [])
+    wanted = _required_packages(tree) + (_names(DEVELOPMENT) if development else [])
     missing = [name for name in wanted if not _installed(name)]
     if missing:
         raise ToolError(
@@ -108,7 +109,12 @@ def _required_packages(tree: Path) -> list[str]:
         return []
     # What follows this comment the host itself can do without.
     essential = text.split("#non essential")[0]
-    return re.findall(r"^[A-Za-z0-9._-]+", essential, flags=re.MULTILINE)
+    return _names(essential.splitlines())
+
+
+def _names(requirements: Iterable[str]) -> list[str]:
+    found = (re.match(r"[A-Za-z0-9._-]+", line) for line in requirements)
+    return [name.group() for name in found if name]
 
 
 def _installed(package: str) -> bool:

@@ -215,7 +215,7 @@ class Server:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             if not self.running:
-                if may_retry and any("address already in use" in line.lower() for line in self._log_lines()):
+                if may_retry and any("already in use" in line.lower() for line in self._log_lines()):
                     return False
                 raise ServerError(f"ComfyUI did not start; its log ends: {self._log_end()}")
             try:
