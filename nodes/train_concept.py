@@ -9,7 +9,16 @@ from comfy_api.latest import io
 
 from ..patches.sites import family_of
 from .checks import check_choice, check_loaded, check_number
-from .training_inputs import checked_noun, loss_output, steps_input, training_inputs
+from .training_inputs import (
+    BATCH_MAX,
+    PRECISIONS,
+    SIDE,
+    STEPS_MAX,
+    checked_noun,
+    loss_output,
+    steps_input,
+    training_inputs,
+)
 from .types import CATEGORY, model_input
 
 VERSIONS = 8
@@ -58,12 +67,14 @@ class TrainConceptNode(io.ComfyNode):
                 io.Int.Input(
                     "size",
                     default=512,
-                    min=64,
-                    max=2048,
+                    min=SIDE[0],
+                    max=SIDE[1],
                     step=8,
                     tooltip="The pictures' size in training: what the checkpoint was made for.",
                 ),
-                io.Int.Input("batch_size", default=2, min=1, max=64, tooltip="Pictures in each step.", advanced=True),
+                io.Int.Input(
+                    "batch_size", default=2, min=1, max=BATCH_MAX, tooltip="Pictures in each step.", advanced=True
+                ),
                 io.Float.Input("learning_rate", default=1e-5, tooltip="Learning rate of the projections.", **rates),
                 io.Float.Input(
                     "word_learning_rate", default=5e-4, tooltip="Learning rate of the learnt words.", **rates
@@ -129,11 +140,17 @@ class TrainConceptNode(io.ComfyNode):
 
         from ..training.concept import SCHEMES, varied
         from ..training.concept_run import KIND, ConceptFiles, Settings, train_concept
+        from ..training.copies import fingerprint
         from ..training.images import latents_of, pictures_of, square
+        from ..training.loop import compute_dtype
         from ..training.state import StateFile
 
         check_loaded(clip, vae)
         check_choice("preset", preset, PRESETS)
+        check_choice("precision", precision, PRECISIONS)
+        check_number("steps", steps, 1, STEPS_MAX)
+        check_number("size", size, *SIDE)
+        check_number("batch size", batch_size, 1, BATCH_MAX)
         check_number("learning rate", learning_rate, 0.0, 1.0)
         check_number("word learning rate", word_learning_rate, 0.0, 1.0)
         check_number("smallest crop", smallest_crop, 0.0, 1.0)
@@ -142,8 +159,23 @@ class TrainConceptNode(io.ComfyNode):
         family, files = family_of(model), ConceptFiles(name.strip())
         pictures = [square(picture, size) for picture in pictures_of([images])]
         digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
-        about = {"family": family, "noun": noun, "preset": preset, "pictures": digest, "seed": str(seed)}
-        state = StateFile(resume_name.strip(), {"training": KIND, **about}) if resume_name.strip() else None
+        about = {
+            "family": family,
+            "noun": noun,
+            "preset": preset,
+            "pictures": digest,
+            "batch size": str(batch_size),
+            "learning rate": str(learning_rate),
+            "word learning rate": str(word_learning_rate),
+            "smallest crop": str(smallest_crop),
+            "image noise": str(image_noise),
+            "precision": str(compute_dtype(precision, model.load_device)),
+            "seed": str(seed),
+        }
+        state = None
+        if resumed := resume_name.strip():
+            trained = {"model and CLIP": fingerprint(model, clip.patcher)}
+            state = StateFile(resumed, {"training": KIND, **about, **trained})
         source = torch.Generator().manual_seed(seed)
         versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
         latents = torch.stack([latents_of(vae, each) for each in versions])

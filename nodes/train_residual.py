@@ -10,7 +10,16 @@ from comfy_api.latest import io
 
 from ..patches.sites import attention_sites
 from .checks import check_choice, check_loaded, check_number
-from .training_inputs import PRECISIONS, STEPS_MAX, checked_noun, loss_output, steps_input, training_inputs
+from .training_inputs import (
+    BATCH_MAX,
+    PRECISIONS,
+    SIDE,
+    STEPS_MAX,
+    checked_noun,
+    loss_output,
+    steps_input,
+    training_inputs,
+)
 from .types import CATEGORY, ResidualTokenType
 
 ENCODER, ALONE = "text encoder", "residual alone"
@@ -54,7 +63,9 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take "
                     "more.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures a step. 1 is the paper's."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=BATCH_MAX, tooltip="Pictures a step. 1 is the paper's."
+                ),
                 io.Float.Input(
                     "preservation",
                     default=0.1,
@@ -67,8 +78,8 @@ class TrainResidualToken(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=64,
-                    max=4096,
+                    min=SIDE[0],
+                    max=SIDE[1],
                     step=8,
                     tooltip="Side of the square that each picture becomes: what the checkpoint is made for, 512 for SD "
                     "1.x, 768 for SD 2.x, 1024 for SDXL.",
@@ -95,7 +106,7 @@ class TrainResidualToken(io.ComfyNode):
                     default=ENCODER,
                     advanced=True,
                     tooltip="What learns. 'text encoder' is the paper's: the residual is its mean shift. 'residual "
-                    "alone' needs little memory, no sentences, and thousands of times the learning rate; the paper "
+                    "alone' needs little memory, no sentences, and a learning rate of about 0.05; the paper "
                     "finds it weaker with several subjects.",
                 ),
                 io.Combo.Input(
@@ -139,7 +150,7 @@ class TrainResidualToken(io.ComfyNode):
         gradient_checkpointing: list[bool] | None = None,
         resume_name: list[str] | None = None,
     ) -> io.NodeOutput:
-        from ..training.copies import with_gradients
+        from ..training.copies import fingerprint, with_gradients
         from ..training.images import latents_of, pictures_of, square
         from ..training.loop import compute_dtype
         from ..training.residual import Plan, filled, shipped_templates, train_residual_token
@@ -149,7 +160,8 @@ class TrainResidualToken(io.ComfyNode):
         of = _first(loss, OWN)
         check_number("steps", steps[0], 1, STEPS_MAX)
         check_number("learning rate", learning_rate[0], 1e-8, 1.0)
-        check_number("batch size", batch_size[0], 1, 64)
+        check_number("batch size", batch_size[0], 1, BATCH_MAX)
+        check_number("resolution", resolution[0], *SIDE)
         check_number("preservation", preservation[0], 0.0, 1000.0)
         check_choice("precision", chosen, PRECISIONS)
         check_choice("tunes", learner, (ENCODER, ALONE))
@@ -182,14 +194,16 @@ class TrainResidualToken(io.ComfyNode):
             "loss": of,
             "pictures": _digest(squares),
             "captions": "; ".join(shown),
-            "sentences": str(len(templates)),
+            "sentences": f"{len(templates)}, {hashlib.sha256(chr(10).join(templates).encode()).hexdigest()[:16]}",
             "learning rate": str(learning_rate[0]),
             "batch size": str(batch_size[0]),
             "preservation": str(preservation[0]),
             "precision": str(dtype),
             "seed": str(seed[0]),
         }
-        state = StateFile(resumed, about) if resumed else None
+        state = None
+        if resumed:
+            state = StateFile(resumed, {**about, "model and CLIP": fingerprint(model[0], clip[0].patcher)})
         with with_gradients():
             latents = latents_of(vae[0], squares)
         plan = Plan(

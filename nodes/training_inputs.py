@@ -13,6 +13,9 @@ from .types import seed_input
 LossMapType = io.Custom("LOSS_MAP")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 STEPS_MAX = 1_000_000
+BATCH_MAX = 64
+# Pixels: the least and the greatest side of a training picture.
+SIDE = (64, 4096)
 NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 

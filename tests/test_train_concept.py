@@ -187,6 +187,45 @@ def made(folders: Path, model: Any, clip: Any, **values: Any) -> tuple[Any, ...]
     return TrainConceptNode.execute(model, clip, Vae(), pictures(), **{**given, **rates, **values}).args
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 1e-4},
+        {"word_learning_rate": 1e-3},
+        {"batch_size": 1},
+        {"smallest_crop": 0.5},
+        {"image_noise": 0.0},
+        {"precision": "bf16"},
+        {"seed": 3},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_training_is_not_resumed_with_other_settings(changed: dict[str, Any], folders: Path) -> None:
+    model, clip = small_model(), matching_clip()
+    made(folders, model, clip, resume_name="shield")
+    named = next(iter(changed)).replace("_", " ")
+    with pytest.raises(ValueError, match=f"'shield' was begun with another {named} "):
+        made(folders, model, clip, resume_name="shield", **changed)
+
+
+def test_a_training_is_not_resumed_on_another_model(folders: Path) -> None:
+    made(folders, small_model(), matching_clip(), resume_name="shield")
+    # Of the same weights, and loaded for sampling since.
+    same = small_model()
+    sample(same)
+    made(folders, same, matching_clip(), resume_name="shield")
+    weight = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
+    tuned = small_model()
+    assert tuned.add_patches({weight: (torch.ones_like(tuned.model.state_dict()[weight]),)})
+    for model, clip in (
+        (small_model(seed=1), matching_clip()),
+        (small_model(), matching_clip(1)),
+        (tuned, matching_clip()),
+    ):
+        with pytest.raises(ValueError, match="'shield' was begun with another model and CLIP"):
+            made(folders, model, clip, resume_name="shield")
+
+
 def test_the_hosts_loaders_take_the_files(folders: Path) -> None:
     model, clip = small_model(), matching_clip()
     patched, passed, words, losses = made(folders, model, clip)
@@ -241,6 +280,10 @@ def test_versions_of_a_picture() -> None:
         ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
         ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
         ({"smallest_crop": 2.0}, "The smallest crop is 2.0"),
+        ({"steps": 0}, "The steps is 0; give a number from 1"),
+        ({"size": 0}, "The size is 0; give a number from 64"),
+        ({"batch_size": 0}, "The batch size is 0; give a number from 1 to 64"),
+        ({"precision": "int4"}, "The precision is 'int4'; choose one of auto, bf16"),
         ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
     ],
 )

@@ -128,6 +128,12 @@ def test_a_resumed_training_ends_where_a_whole_one_does() -> None:
     assert losses == same
     with pytest.raises(ValueError, match=r"'dog' was begun with another noun \(dog, now cat\)"):
         train(steps=4, resume_name="dog", noun="cat")
+    with pytest.raises(ValueError, match="'dog' was begun with another model and CLIP"):
+        train(small_model(seed=1), steps=4, resume_name="dog")
+    # As many of them, and others.
+    train(steps=2, resume_name="sentences", more_templates="a {} in a hat")
+    with pytest.raises(ValueError, match="'sentences' was begun with another sentences"):
+        train(steps=4, resume_name="sentences", more_templates="a {} in a coat")
 
 
 def test_preservation_keeps_the_other_words(monkeypatch: pytest.MonkeyPatch) -> None:

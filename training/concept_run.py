@@ -61,7 +61,7 @@ def train_concept(
     with with_gradients():
         latents = latents.clone()
         encoder = TextEncoder(clip)
-        dtype = compute_dtype(settings.precision, encoder.patcher.load_device)
+        dtype = compute_dtype(settings.precision, model.load_device)
         denoiser = Denoiser(model, dtype, settings.gradient_checkpointing)
         with loaded(encoder.patcher, denoiser.patcher):
             source = torch.Generator().manual_seed(settings.seed)
