@@ -57,7 +57,8 @@ class ApplyResidualTokens(io.ComfyNode):
                     default="",
                     tooltip="Which words become the subject: empty for every occurrence of the residual's noun; 'brown "
                     "dog' for the dog of that phrase where the prompt has several; or another name, like 'puppy'. "
-                    "Phrase and noun must both be among the phrases of Encode Prompt with Subjects.",
+                    "It must be among the phrases of Encode Prompt with Subjects, and the noun, too, where the phrase "
+                    "has it.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="The prompt with the subject in it; still knows its phrases.")],

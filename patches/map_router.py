@@ -31,12 +31,12 @@ class MapRouter:
     """Routes by the cross-attention maps of the subjects' phrases: blurred by `smoothing` (a share of the shorter
     side), stretched to 0 to 1, background where none is above `threshold`.
 
-    A layer's maps are those of the cross-attention before it, as in the paper, or with `running_mean` the mean over all
-    cross-attentions of the run so far."""
+    A layer's maps are with `running_mean` the mean over all cross-attentions of the run so far, else those of the
+    cross-attention before it, as in the paper."""
 
     threshold: float = 0.4
     smoothing: float = 0.05
-    running_mean: bool = False
+    running_mean: bool = True
 
     def routing(
         self, phrases: Sequence[str], order: Sequence[Site], acting: frozenset[Site], window: Window

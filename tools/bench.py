@@ -89,7 +89,9 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
     patches = {name: patch for rows in COSTS for name, patch in rows(shape).items()}
     names = chosen(only, patches)
     model = _model(shape)
-    device = "the GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    device = "the CPU"
+    if torch.accelerator.is_available():
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
     print(
         f"{shape.name}, latents {shape.size} x {shape.size}, {steps} steps, CFG {cfg:g}, "
         f"{torch.get_num_threads()} threads, {device}"
@@ -98,7 +100,7 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
     print("|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     conditionings = [
-        [[torch.randn(1, 77, shape.width, generator=generator), {**_pooled(shape, generator), **known}]]
+        [[torch.randn(1, 77, shape.width, generator=generator), {**shape.pooled(generator), **known}]]
         for known in ({SPANS_KEY: PHRASES, BRANCH_KEY: concept_tokens()}, {})
     ]
     vanilla = _sampling(model, shape, conditionings, steps, cfg, clock)
@@ -142,12 +144,6 @@ def _model(shape: Shape) -> Any:
     return model_of(families.SDXL, SDXL, dtype=dtype)
 
 
-def _pooled(shape: Shape, generator: Any) -> dict[str, Any]:
-    import torch
-
-    return {"pooled_output": torch.randn(1, 1280, generator=generator)} if shape.name == "sdxl" else {}
-
-
 def _sampling(
     model: Any, shape: Shape, conditionings: Any, steps: int, cfg: float, clock: Callable[[], float]
 ) -> Callable[[int], Run]:
@@ -173,8 +169,8 @@ def _sampling(
         comfy.sample.sample(
             counted, noise, steps, cfg, "euler", "normal", *conditionings, torch.zeros_like(noise), disable_pbar=True
         )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return Run(clock() - start, rows[0], _peak())
 
     return sample

@@ -71,6 +71,12 @@ class Shape:
     channels: int
     width: int
 
+    def pooled(self, generator: Any) -> dict[str, Any]:
+        """What a conditioning of this shape has besides its tokens, at random."""
+        import torch
+
+        return {"pooled_output": torch.randn(1, 1280, generator=generator)} if self.name == "sdxl" else {}
+
 
 def chosen(words: str, names: Iterable[str]) -> list[str]:
     """Those of the names that have these words in them, whole and in this order; without words all.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .emblems import known
-from .given import Given, Shape, centred, paired
+from .given import Given, Shape, centred, paired, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def _table(scores: dict[str, list[Score]]) -> None:
         outside = [s.outside for s in rows if s.outside is not None]
         print(
             f"| {name} | {np.mean(identity[name]):.3f} | {paired(identity['unpatched'], identity[name])} "
-            f"| {np.mean([s.emblem for s in rows]):.0%} | {np.mean([s.background for s in rows]):.0%} "
+            f"| {share([s.emblem for s in rows])} | {share([s.background for s in rows])} "
             f"| {f'{np.mean(outside):.2f}' if outside else ''} |"
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .given import Given, paired, share
+from .given import Given, centred, paired, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +211,7 @@ def _score(
 ) -> Score:
     import torch
 
-    here = [f for f in reading.objects if _centred(f.box, box)]
+    here = [f for f in reading.objects if centred(f.box, box)]
     found = [f for f in here if f.shape == "emblem"]
     # Where the judge sees no emblem, what it sees best stands in its place, or the whole box.
     best = (found or here)[:1]
@@ -219,11 +219,6 @@ def _score(
     vector = given.judge.identity(image, torch.tensor([where], dtype=torch.float32))[0]
     alike = [float(vector @ emblem.identity) for emblem in emblems]
     return Score(alike[index], bool(found), alike[index] == max(alike), ground)
-
-
-def _centred(found: Sequence[float], box: Sequence[int]) -> bool:
-    x, y = (found[0] + found[2]) / 2, (found[1] + found[3]) / 2
-    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
 
 
 def _table(scores: dict[str, list[Score]], several: bool) -> None:
