@@ -92,7 +92,7 @@ class AttentionInspectorNode(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     tooltip="The decoded result of the recorded run: maps are laid over it, and it makes this node "
-                    "wait for the run. Of a batch, the picture that was recorded, or else the first.",
+                    "wait for the run. Of a batch, the picture that was recorded, or else the last.",
                 ),
                 io.Combo.Input(
                     "show",

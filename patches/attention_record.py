@@ -88,16 +88,20 @@ class AttentionRecord:
         return sorted(levels, reverse=True)
 
 
-def subject_attention(call: AttentionCall) -> float:
-    """ASA: the share of all attention mass that lies on reference keys, averaged over rows, heads and queries."""
-    return float(call.extension_share().mean())
+def subject_attention(call: AttentionCall, picture: int) -> float:
+    """ASA: the share of a picture's attention mass that lies on reference keys, averaged over heads and queries."""
+    return float(_of(call.extension_share(), picture).mean())
 
 
-def latent_difference(call: AttentionCall) -> float:
-    """SLD: the mean over channels of |mean reference feature - mean own feature|. The appendix speaks of latents in
-    the delivered layer; the features compared here are the values, what a layer delivers."""
-    delivered = torch.cat([extension.value.flatten(0, 1) for extension in call.extensions]).float().mean(0)
-    return float((delivered - call.value.float().mean((0, 1))).abs().mean())
+def latent_difference(call: AttentionCall, picture: int) -> float:
+    """SLD: the mean over channels of |mean reference feature - mean own feature|, of one picture. The appendix speaks
+    of latents in the delivered layer; the features compared here are the values, what a layer delivers."""
+    delivered = torch.cat([_of(extension.value, picture) for extension in call.extensions]).float().mean(0)
+    return float((delivered - _of(call.value, picture).float().mean(0)).abs().mean())
+
+
+def _of(rows: Tensor, picture: int) -> Tensor:
+    return rows[min(picture, len(rows) - 1)]
 
 
 def phrase_tokens(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[Shown, list[int]]:
@@ -117,7 +121,7 @@ def phrase_tokens(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[Sh
 @dataclass(frozen=True, eq=False)
 class RecordAttention(Edit):
     """Amends nothing; looks at every call for the maps of `phrases` (all that a prompt knows, without any), for what
-    the other edits note, and for attention to references. Of a batch it keeps one picture's maps, the last one's where
+    the other edits note, and for attention to references. Of a batch it keeps one picture's, the last one's where
     there are fewer."""
 
     record: AttentionRecord
@@ -129,12 +133,13 @@ class RecordAttention(Edit):
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.extensions:
-            self.record.rows.append(Row(sigma, call.site, subject_attention(call), latent_difference(call)))
+            measures = subject_attention(call, self.record.picture), latent_difference(call, self.record.picture)
+            self.record.rows.append(Row(sigma, call.site, *measures))
         if call.site.kind == "cross":
             self._keep_phrases(call, sigma)
         for note in call.notes:
             maps = note.maps()
-            maps = maps[min(self.record.picture, len(maps) - 1)]
+            maps = _of(maps, self.record.picture)
             labels = note.labels or tuple(f"{n}" if len(maps) > 1 else note.name for n in range(1, len(maps) + 1))
             for label, values in zip(labels, maps, strict=True):
                 self.record.add(Shown(note.name, _placed(label, call.chunk)), call.site, sigma, values)
@@ -144,7 +149,7 @@ class RecordAttention(Edit):
         maps = attention_maps(call, list(groups.values())) if groups else None
         if maps is None:
             return
-        maps = maps[min(self.record.picture, len(maps) - 1)]
+        maps = _of(maps, self.record.picture)
         for shown, values in zip(groups, maps, strict=True):
             placed = Shown(shown.kind, _placed(shown.label, call.chunk), shown.token)
             self.record.add(placed, call.site, sigma, values)

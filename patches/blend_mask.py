@@ -17,6 +17,7 @@ from .edit import Edit
 from .layout import tokens_of
 from .layout_regions import canonical
 from .prompt import SPANS_KEY
+from .region import region_at
 from .streams import Features, Stream, resize_mask
 
 # The mask is made at this many places a latent pixel, each way: no attention layer is finer than the latents, and a
@@ -81,12 +82,13 @@ class Stages:
 
     def note(self, call: AttentionCall) -> None:
         """Tells the stages at a call, at its grid."""
-        stages = self.named()
-        call.note(
-            "blend mask, stage by stage",
-            lambda: torch.stack([_for_rows(resize_mask(s, call.grid), len(call.query)) for s in stages.values()], 1),
-            tuple(stages),
-        )
+        stages, rows = self.named(), len(call.query)
+
+        def maps() -> Tensor:
+            found = [region_at(stage, call.chunk, call.grid, rows).unflatten(1, call.grid) for stage in stages.values()]
+            return torch.stack([each.expand(rows, -1, -1) for each in found], 1)
+
+        call.note("blend mask, stage by stage", maps, tuple(stages))
 
 
 def _for_rows(maps: Tensor, rows: int) -> Tensor:

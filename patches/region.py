@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .call import Chunk
+from .call import AttentionCall, Chunk
 from .streams import resize_mask
 
 
@@ -21,3 +21,13 @@ def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> T
     if len(mask) == 1:
         return mask
     return mask[[min(row, len(mask) - 1) for row in range(rows)]]
+
+
+def tokens_at(tokens: Tensor, call: AttentionCall) -> Tensor:
+    """What of a whole picture's tokens (rows, height, width, channels) lies where a call's chunk is, whose latent area
+    conditioning may have cropped: (rows, queries, channels), to the nearest token. The call has a grid."""
+    height, width = call.grid
+    _, _, y, x = call.chunk.area or (0, 0, 0, 0)
+    top = min(round(y * tokens.shape[1] / call.chunk.latent[0]), tokens.shape[1] - height)
+    left = min(round(x * tokens.shape[2] / call.chunk.latent[1]), tokens.shape[2] - width)
+    return tokens[:, top : top + height, left : left + width].flatten(1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .blend_mask import AdaptiveMask, Gathering, MaskInRun
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request
-from .region import region_at
+from .region import region_at, tokens_at
 from .sites import Site
 from .streams import UNCONDITIONAL, Features, Stream, Trajectory
 from .window import Window
@@ -111,12 +111,7 @@ class _Lent(Edit):
                 f"The layout trajectory is of a picture of {size[1]} x {size[0]} latent pixels but this one has "
                 f"{latent[1]} x {latent[0]}; sample at the layout's size, best from its last latent."
             )
-        if call.grid is None or lent.ndim != 4:
-            return None
-        _, _, y, x = call.chunk.area or (0, 0, 0, 0)
-        top = min(round(y * lent.shape[1] / latent[0]), lent.shape[1] - call.grid[0])
-        left = min(round(x * lent.shape[2] / latent[1]), lent.shape[2] - call.grid[1])
-        return lent[:, top : top + call.grid[0], left : left + call.grid[1]].flatten(1, 2)
+        return None if call.grid is None or lent.ndim != 4 else tokens_at(lent, call)
 
 
 @dataclass(frozen=True, eq=False)

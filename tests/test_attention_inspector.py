@@ -124,18 +124,19 @@ def test_a_prompt_that_knows_no_phrase(model: Any) -> None:
     assert len(lines.splitlines()) == 1 + len(record.rows)
 
 
-def test_share_and_distance_of_references(model: Any) -> None:
+@pytest.mark.parametrize("picture", [1, 2])
+def test_share_and_distance_of_references(picture: int, model: Any) -> None:
     look = Look(all_sites(model), Window())
-    record, _ = recorded(add_edit(recycled(model), look), {"batch": 2})
+    record, _ = recorded(add_edit(recycled(model), look), {"batch": 2}, picture=picture)
     calls = [each for each in look.of("positive") if each.call.extensions]
     assert len(calls) == len(record.rows) == 2 * 5
     for row, each in zip(record.rows, calls, strict=True):
         call = each.call
         (extension,) = call.extensions
-        shares = dense.shares(call.query, call.key, call.heads, None, [extension])
+        shares = dense.shares(call.query, call.key, call.heads, None, [extension])[picture - 1]
         assert (row.site, row.sigma) == (call.site, each.sigma)
         assert row.asa == pytest.approx(float(shares[..., call.key.shape[1] :].sum(-1).mean()), abs=1e-5)
-        distance = extension.value.mean((0, 1)) - call.value.mean((0, 1))
+        distance = extension.value[0].mean(0) - call.value[picture - 1].mean(0)
         assert row.sld == pytest.approx(float(distance.abs().mean()), rel=1e-4)
 
 

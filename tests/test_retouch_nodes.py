@@ -190,6 +190,23 @@ def test_the_stages_are_told(model: Any) -> None:
     assert 0 <= notes["blend mask"].maps().min() <= notes["blend mask"].maps().max() <= 1
 
 
+def test_an_area_is_told_its_part_of_the_stages(model: Any) -> None:
+    layout, reference = fresh(1, 2)
+    left = torch.zeros(1, 8, 8)
+    left[:, :, :4] = 1
+    told = {}
+    for start in (0, 4):
+        look = Look(frozenset(s for s in attention_sites(model) if s.kind == "self"), Window())
+        patched = swapped(model, layout, reference, blend_mask=AdaptiveMask(left, ""))
+        sample(add_edit(patched, look), steps=4, positive=prompt(1, area=(8, 4, 0, start)))
+        notes = [n for seen in look.of("positive") for n in seen.call.notes if n.name == "blend mask, stage by stage"]
+        assert notes
+        told[start] = {float(value) for note in notes for value in note.maps().unique()}
+    # The mask itself falls off towards its edge.
+    assert min(told[0]) > 0.5
+    assert told[4] == {0.0}
+
+
 def test_a_velocity_model(model: Any) -> None:
     (velocity,) = ModelSamplingDiscrete().patch(model, "v_prediction", False)
     sigmas = comfy.samplers.calculate_sigmas(velocity.get_model_object("model_sampling"), "normal", 4)
