@@ -115,7 +115,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         window = Window(start_percent, end_percent)
         chosen = select_sites(attention_sites(model), "self", sites, named_sites)
         if region_mask is not None:
-            region_mask = region_mask.reshape(-1, *region_mask.shape[-2:])
+            region_mask = region_mask.reshape(-1, *region_mask.shape[-2:]).cpu()
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning)]
         idle = strength == 0 or keep_probability == 0 or window.empty or not references
         if idle or (region_mask is not None and not bool(region_mask.any())):

@@ -145,8 +145,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     options=[CURRENT, NEARLY_CLEAN],
                     default=CURRENT,
                     tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one "
-                    "pass a step. 'nearly clean': that of the schedule's end, one pass in all, as the paper's "
-                    "ReferenceNet.",
+                    "pass a step. 'nearly clean': that of the schedule's end, one pass in all while the "
+                    "subject's cache holds it, as the paper's ReferenceNet.",
                 ),
                 io.Combo.Input(
                     "cross_attention",

@@ -162,7 +162,7 @@ class AttentionCall:
         for extension in self.extensions:
             logits = queries @ head_split(extension.key, self.heads).transpose(-1, -2)
             if extension.bias is not None:
-                logits = logits + per_head(extension.bias)
+                logits = logits + per_head(extension.bias).to(logits.device)
             if extension.route is not None:
                 unseen = ~extension.route.to(logits.device)[:, None, :, None]
                 logits = logits.masked_fill(unseen, -torch.inf)

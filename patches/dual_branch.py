@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .attention_maps import context_length
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request, Start
 from .prompt import Spans, positions_of
+from .region import tokens_at
 from .sites import Site
 from .streams import Denoising, Features, Stream
 from .window import Window
@@ -156,8 +157,9 @@ class DualBranchIntegration(Edit):
         return replace(self, _branch=[])
 
     def start(self, start: Start) -> None:
-        latents = start.noised(self.noise(start.noise))
-        self._branch.append(AuxiliaryBranch(latents, self.conditioning, own_guidance=self.own_guidance))
+        noise = self.noise(start.noise)
+        begin = partial(start.noised, noise)
+        self._branch.append(AuxiliaryBranch(noise, begin, self.conditioning, own_guidance=self.own_guidance))
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run is the concept's."""
@@ -206,7 +208,13 @@ class DualBranchIntegration(Edit):
             return mixed if self.strength == 1 else torch.lerp(own, mixed, self.strength)
 
         call.blend(mix)
-        call.note("aggregation mask", lambda: 1 - weight().mean(1).unflatten(-1, call.grid))
+
+        def share() -> Tensor:
+            if "key" in call.replaced:
+                return torch.zeros(len(call.query), *call.grid)
+            return 1 - weight().mean(1).unflatten(-1, call.grid)
+
+        call.note("aggregation mask", share)
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         for branch in self._branch:
@@ -237,12 +245,5 @@ class DualBranchIntegration(Edit):
 
 def crop(tokens: Tensor, grid: tuple[int, int], call: AttentionCall) -> Tensor:
     """What of the whole picture's tokens (rows, places, channels) lies where a call's chunk is, whose latent area
-    conditioning may have cropped; to the nearest token."""
-    if call.chunk.area is None:
-        return tokens
-    height, width = call.grid
-    _, _, y, x = call.chunk.area
-    top = min(round(y * grid[0] / call.chunk.latent[0]), grid[0] - height)
-    left = min(round(x * grid[1] / call.chunk.latent[1]), grid[1] - width)
-    picture = tokens.unflatten(1, grid)
-    return picture[:, top : top + height, left : left + width].flatten(1, 2)
+    conditioning may have cropped."""
+    return tokens if call.chunk.area is None else tokens_at(tokens.unflatten(1, grid), call)

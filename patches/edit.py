@@ -19,12 +19,11 @@ Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Start:
-    """What a run's sampler starts from: its noise and clean latents, both (rows, channels, height, width) in the
-    model's latent space. `noised` gives what it would start from with another noise instead."""
+    """What a run's sampler starts from: its noise (rows, channels, height, width) in the model's latent space. `noised`
+    gives what it would start from with another noise, at a noise level."""
 
     noise: Tensor
-    clean: Tensor
-    noised: Callable[[Tensor], Tensor]
+    noised: Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

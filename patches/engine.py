@@ -59,7 +59,7 @@ def _sample(
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
-    start = _start(guider.model_patcher, noise, latent_image, sigmas)
+    start = _start(guider.model_patcher, noise, latent_image)
     begun = [edit.begin() for edit in edits]
     for edit in begun:
         edit.start(start)
@@ -72,18 +72,20 @@ def _sample(
         session.close()
 
 
-def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Start:
+def _start(patcher: Any, noise: Tensor, latents: Tensor) -> Start:
     """As the host's samplers begin."""
     model_sampling = patcher.get_model_object("model_sampling")
     # The host does not shift an empty latent.
     clean = patcher.model.process_latent_in(latents) if bool(latents.any()) else latents
-    first, most = float(sigmas[0]), float(model_sampling.sigma_max)
-    whole = math.isclose(first, most, rel_tol=1e-5) or first > most
+    most = float(model_sampling.sigma_max)
 
-    def noised(other: Tensor) -> Tensor:
-        return model_sampling.noise_scaling(sigmas[0], other.float(), clean.to(other.device), whole)
+    def noised(other: Tensor, sigma: float) -> Tensor:
+        whole = math.isclose(sigma, most, rel_tol=1e-5) or sigma > most
+        # The host's own sampler may hold its noise levels on another device than the noise.
+        level = torch.tensor(sigma, device=other.device)
+        return model_sampling.noise_scaling(level, other.float(), clean.to(other.device), whole)
 
-    return Start(noise, clean, noised)
+    return Start(noise, noised)
 
 
 def _predict_noise(
@@ -107,11 +109,21 @@ def _predict_noise(
 
     others = model_options.get("sampler_post_cfg_function", [])
     result = executor(x, timestep, {**model_options, "sampler_post_cfg_function": [look, *others]}, seed)
-    # A guider that leaves out the unconditional prediction does not guide.
-    if seen and seen[0]["uncond"] is not None:
+    guidance = _guidance(seen[0]) if seen else None
+    if guidance is not None:
         for branch in branches:
-            _guide(session, branch, seen[0], timestep, model_options)
+            _guide(session, branch, guidance, timestep, model_options)
     return result
+
+
+def _guidance(seen: dict[str, Any]) -> dict[str, Any] | None:
+    """What a guider says of its unconditional prediction; None of one that leaves it out, and so does not guide."""
+    if seen["uncond"] is not None:
+        return seen
+    # Perp-Neg without its negative prompt guides by its empty one.
+    if seen.get("empty_cond") is None:
+        return None
+    return {**seen, "uncond": seen["empty_cond"], "uncond_denoised": seen["empty_cond_denoised"]}
 
 
 def _guide(

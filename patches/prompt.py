@@ -63,7 +63,9 @@ def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]
 
 def check_embeddings(clip: Any, phrase: str) -> None:
     """Raises ValueError when a phrase names a textual embedding that the host does not find, or that is made for a
-    text encoder of another family; the host itself leaves such a one out of the prompt."""
+    text encoder of another family, which the host itself leaves out of the prompt, or when the CLIP has an encoder
+    other than those in ENCODERS."""
+    _tokens(clip, phrase)
     for name in re.findall(rf"{_EMBEDDING}([^\s,:()]+)", phrase):
         for encoder, chunks in clip.tokenize(_EMBEDDING + name).items():
             widths = {value.shape[-1] for chunk in chunks for value, _ in chunk if torch.is_tensor(value)}

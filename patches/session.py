@@ -206,7 +206,9 @@ class Session:
             # The same for every stream of one call of the model.
             inner, patcher = self.guider.inner_model, self.guider.model_patcher
             objects = tuple((name, Same(patch)) for name, patch in sorted(patcher.object_patches.items()))
-            weights = (Same(inner), patcher.patches_uuid, objects, inner.get_dtype_inference())
+            # How the host's bypassed LoRAs act.
+            injected = foreign_patches(patcher.injections, self.own_key)
+            weights = (Same(inner), patcher.patches_uuid, objects, injected, inner.get_dtype_inference())
             self._model_key = (weights, foreign_patches(model_options, self.own_key))
         return (self._model_key, digest, self.level(stream), identity)
 

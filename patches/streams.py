@@ -26,8 +26,9 @@ UNCONDITIONAL = "unconditional"
 
 @dataclass(frozen=True)
 class Pass:
-    """How the model runs on a stream: at the schedule's last noise level instead of the generation's, once for all
-    steps; and with its cross-attention left out, so that no prompt acts (AnyStory's ReferenceNet does both)."""
+    """How the model runs on a stream: at the schedule's last noise level instead of the generation's, which is one pass
+    for all steps while the cache holds it; and with its cross-attention left out, so that no prompt acts (AnyStory's
+    ReferenceNet does both)."""
 
     nearly_clean: bool = False
     without_cross_attention: bool = False
@@ -166,8 +167,8 @@ class _Point:
 
 @dataclass(eq=False)
 class Denoising:
-    """A branch that denoises by itself (DCI's auxiliary branch), starting from `start`, its latents at the first
-    sigma it is asked for.
+    """A branch that denoises by itself (DCI's auxiliary branch) from `noise` (rows, channels, height, width); `begin`
+    gives its latents at the first sigma it is asked for.
 
     Between two noise levels at which the sampler calls the model it takes one deterministic Euler step. A sampler
     that comes back to an earlier level (a second evaluation in a step) gets the state it had there. One run uses
@@ -176,7 +177,8 @@ class Denoising:
     Where the generation is guided, the engine gives the branch its guidance: with the generation's unconditional
     prediction, or with `own_guidance` one for the branch's own latents, which costs another pass."""
 
-    start: Tensor
+    noise: Tensor
+    begin: Callable[[float], Tensor]
     conditioning: Any = None
     cache: FeatureCache | None = None
     how: Pass = Pass()
@@ -185,7 +187,7 @@ class Denoising:
 
     @property
     def shape(self) -> torch.Size:
-        return self.start.shape
+        return self.noise.shape
 
     def known(self) -> Tensor | None:
         return None
@@ -197,7 +199,7 @@ class Denoising:
         while self._path and self._path[-1].sigma < sigma:
             self._path.pop()
         if not self._path:
-            self._path.append(_Point(sigma, self.start))
+            self._path.append(_Point(sigma, self.begin(sigma)))
         last = self._path[-1]
         if last.sigma == sigma:
             return last.state

@@ -10,6 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.sd import load_bypass_lora_for_models
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.sites import Site
@@ -168,7 +169,15 @@ def with_other_prediction(model: Any) -> Any:
     return ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
 
 
-@pytest.mark.parametrize("change", [with_lora, with_attention_patch, with_other_prediction])
+def with_bypassed_lora(model: Any) -> Any:
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_k"
+    up, down = (torch.randn(*shape, generator=generator(3)) * 0.3 for shape in ((64, 4), (4, 64)))
+    return load_bypass_lora_for_models(
+        model, None, {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, 1, 0
+    )[0]
+
+
+@pytest.mark.parametrize("change", [with_lora, with_bypassed_lora, with_attention_patch, with_other_prediction])
 def test_a_changed_model_starts_afresh(change: Callable[[Any], Any], model: Any) -> None:
     calls: list[int] = []
     base = counted(model, calls)

@@ -119,7 +119,7 @@ def attend(heads: int) -> Callable[..., Tensor]:
 
 def begun(edit: DualBranchIntegration, like: Tensor) -> DualBranchIntegration:
     run = edit.begin()
-    run.start(Start(like, like, lambda noise: noise))
+    run.start(Start(like, lambda noise, sigma: noise))
     return run
 
 
@@ -260,7 +260,8 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
 def test_the_branch_of_the_authors_sampler_to_its_last_step(golden: Case) -> None:
     case, given, sigmas = golden.case, golden.tensors, schedule(golden)
     epsilon = stub(case)
-    branch = Denoising(as_the_host(given["img_ldm_T"], sigmas[0]))
+    first = as_the_host(given["img_ldm_T"], sigmas[0])
+    branch = Denoising(first, lambda sigma: first)
     x, times = given["x_T"], given["ddim_timesteps"].flip(0)
     for number in range(case["open_steps"]):
         sigma, t = float(sigmas[number]), times[number : number + 1]

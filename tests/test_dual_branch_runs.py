@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, crop
 from subject_patches.patches.edit import Edit
@@ -241,6 +242,38 @@ def test_other_guiders(kind: Any, guidance: str, model: Any) -> None:
     result = custom(kind(integrated(model, guidance=guidance)), *prompts, cfg=(3.0, 2.0))
     assert result.isfinite().all()
     assert difference(result, plain) > 0.01
+
+
+@pytest.mark.parametrize("guidance", ["shared", "own"])
+def test_perp_neg_without_a_negative_prompt_guides_the_branch_too(guidance: str, model: Any) -> None:
+    """By its empty prompt, as the host's plain guider does with that one for its negative."""
+    patched = integrated(model, guidance=guidance)
+    perp = custom(Guider_PerpNeg(patched), known_prompt(), prompt(3), prompt(2), cfg=(3.0, 0.0))
+    plain = custom(comfy.samplers.CFGGuider(patched), known_prompt(), prompt(2), cfg=(3.0,))
+    assert difference(perp, plain) < 1e-4
+
+
+def test_a_branch_that_is_asked_for_late_begins_there(model: Any) -> None:
+    """On a personalised model that takes over after some steps, its noise is that of the level."""
+    calls: list[tuple[float, Tensor, Tensor | None]] = []
+    patched = watched(integrated(model, end_percent=0.9, noise="the concept's"), calls)
+    sigmas = levels(model, 4)
+    guider = StepBlendedGuiderNode.execute(
+        model=model,
+        personalised_model=patched,
+        positive=prompt(4),
+        personalised_positive=known_prompt(),
+        negative=prompt(2),
+        first_steps=1,
+        cfg=1.0,
+        personalised_cfg=1.0,
+    ).args[0]
+    noise = latent_noise(1, SIZE, 5)
+    with torch.inference_mode():
+        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    sigma, state, _ = next(call for call in calls if call[2] is not None)
+    assert sigma == float(sigmas[1])
+    torch.testing.assert_close(state, noise * sigmas[1])
 
 
 # Bad input

@@ -13,7 +13,7 @@ from comfy.sdxl_clip import SDXLTokenizer
 from comfy.text_encoders.sd2_clip import SD2Tokenizer
 from comfy.text_encoders.sd3_clip import SD3Tokenizer
 from safetensors.torch import save_file
-from subject_patches.patches.prompt import find_spans, split_phrases
+from subject_patches.patches.prompt import check_embeddings, find_spans, split_phrases
 
 
 def clip_with(tokenizer: Any) -> comfy.sd.CLIP:
@@ -199,4 +199,6 @@ def test_an_encoder_that_is_not_clip_is_named() -> None:
     clip = clip_with(SD3Tokenizer())
     with pytest.raises(ValueError, match=r"has the text encoder t5xxl, .*l \(SD 1\.x and SDXL\), g \(SDXL\), h"):
         find_spans(clip, "a dog", ["dog"])
+    with pytest.raises(ValueError, match="has the text encoder t5xxl"):
+        check_embeddings(clip, "embedding:x dog")
     assert find_spans(clip, "a dog", [""]) == {}

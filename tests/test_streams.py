@@ -138,31 +138,31 @@ def euler(start: Tensor, sigmas: list[float]) -> list[Tensor]:
 
 def test_a_branch_takes_eulers_steps() -> None:
     sigmas, start = [10.0, 6.0, 2.0, 0.5, 0.0], randn(1, 4, 3, 3)
-    for state, right in zip(run(Denoising(start), sigmas), euler(start, sigmas), strict=True):
+    for state, right in zip(run(Denoising(start, lambda sigma: start), sigmas), euler(start, sigmas), strict=True):
         torch.testing.assert_close(state, right)
 
 
 def test_a_branch_asked_twice_at_one_level_stays_there() -> None:
     start = randn(1, 4, 3, 3)
-    states = run(Denoising(start), [10.0, 6.0, 6.0, 2.0])
+    states = run(Denoising(start, lambda sigma: start), [10.0, 6.0, 6.0, 2.0])
     assert torch.equal(states[1], states[2])
     torch.testing.assert_close(states[3], euler(start, [10.0, 6.0, 2.0])[2])
 
 
 def test_a_branch_goes_back_with_its_sampler() -> None:
     start = randn(1, 4, 3, 3)
-    states = run(Denoising(start), [10.0, 6.0, 2.0, 6.0, 1.0])
+    states = run(Denoising(start, lambda sigma: start), [10.0, 6.0, 2.0, 6.0, 1.0])
     assert torch.equal(states[3], states[1])
     torch.testing.assert_close(states[4], euler(start, [10.0, 6.0, 1.0])[2])
     # Between two levels it has visited, and above its first.
-    branch = Denoising(start)
+    branch = Denoising(start, lambda sigma: start)
     run(branch, [10.0, 2.0])
     torch.testing.assert_close(branch.latents(5.0, scaling), euler(start, [10.0, 5.0])[1])
     assert torch.equal(branch.latents(12.0, scaling), start)
 
 
 def test_a_branch_needs_its_prediction() -> None:
-    branch = Denoising(randn(1, 4, 3, 3))
+    branch = Denoising(randn(1, 4, 3, 3), lambda sigma: randn(1, 4, 3, 3))
     branch.latents(10.0, scaling)
     with pytest.raises(ValueError, match=r"no prediction at sigma 10 to step on to 6"):
         branch.latents(6.0, scaling)
