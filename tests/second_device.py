@@ -1,8 +1,9 @@
 """A second device for machines that have none: tensors "on" it lie on the CPU, and mixing the two is an error.
 
-While a `SecondDevice` is entered, `.to(DEVICE)` and `device=DEVICE` make tensors that say they are there. Every function
-of torch that Python calls is held to the rules of an accelerator: no tensor of the CPU beside one of the device, unless it
-has no dimensions, and none of the device is read as numpy. So a run of the host shows what a GPU would refuse.
+While a `SecondDevice` is entered, `.to(DEVICE)` and `device=DEVICE` make tensors that say they are there. Every
+function of torch that Python calls is held to the rules of an accelerator: no tensor of the CPU beside one of the
+device, unless it has no dimensions, and none of the device is read as numpy. So a run of the host shows what a GPU
+would refuse.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class SecondDevice(TorchFunctionMode):
         if name == "__get__":
             if owner is Tensor.device and args and isinstance(args[0], Tensor):
                 return DEVICE if self.holds(args[0]) else CPU
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if isinstance(result, Tensor) and self.holds(args[0]):
+                # A gradient was made where Python does not see it.
+                self.put(result)
+            return result
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
         target = self._target(name, args, kwargs)
         if name in _READS and any(map(self.holds, tensors)):

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.samplers
+import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_custom_sampler import BasicScheduler
+from hosting.random_models import generator
 from subject_patches.nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
+from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+from subject_patches.nodes.residual import ApplyResidualTokens
+from subject_patches.nodes.self_recurrence import SelfRecurrenceNode
+from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
+from subject_patches.nodes.subject import SubjectNode
+from subject_patches.nodes.train_concept import TrainConceptNode
+from subject_patches.nodes.train_residual import TrainResidualToken
+from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.tests.mechanisms import Mechanism, over_mechanisms
-from subject_patches.tests.models import difference, known_prompt, sample, small_model
+from subject_patches.tests.models import (
+    difference,
+    integrated,
+    known_prompt,
+    latent_noise,
+    recycled,
+    sample,
+    small_model,
+    swapped,
+)
 from subject_patches.tests.second_device import DEVICE, SecondDevice
+from subject_patches.toy.sampling import Toy
 
 RUN: dict[str, Any] = {"batch": 2, "steps": 2}
 
@@ -63,3 +87,73 @@ def test_a_run(mechanism: Mechanism, model: Any, there: Any) -> None:
 def test_an_area(mechanism: Mechanism, model: Any, there: Any) -> None:
     positive = known_prompt(area=(4, 6, 2, 1), strength=1.0)
     assert sample(mechanism.on(there), **RUN, positive=positive).isfinite().all()
+
+
+# What else computes
+
+
+@pytest.fixture
+def toy() -> Iterator[Toy]:
+    """The toy with all its parts there."""
+    with SecondDevice():
+        toy = Toy.load()
+        toy.model.load_device = toy.clip.patcher.load_device = toy.vae.patcher.load_device = toy.vae.device = DEVICE
+        yield toy
+        for patcher in (toy.model, toy.clip.patcher, toy.vae.patcher):
+            comfy.model_management.unload_model_and_clones(patcher)
+
+
+@pytest.mark.usefixtures("in_inference_mode")
+def test_subjects_prompts_and_guiders(toy: Toy) -> None:
+    """From a picture and a prompt to one that two models made, with nodes of this pack all the way."""
+    picture = torch.rand(1, 128, 128, 3, generator=generator(2))
+    (one,) = SubjectNode.execute(picture, toy.vae, "emblem", 128, 0.1, mask=torch.ones(1, 128, 128)).args
+    prompts = AuxiliaryPromptNode.execute(toy.clip, "an emblem on grass", "emblem", noun="star").args
+    latent = {"samples": toy.vae.encode(picture)}
+    sigmas = BasicScheduler.execute(toy.model, "normal", 2, 1.0).args[0]
+    path, last, _ = InvertToTrajectoryNode.execute(toy.model, latent, sigmas, toy.clip, fixed_point_rounds=1).args
+    model = recycled(toy.model, one, region_mask=torch.ones(1, 8, 8))
+    second = integrated(swapped(model, path, path), concept=prompts[0], auxiliary=prompts[1])
+    guider = StepBlendedGuiderNode.execute(
+        model=model,
+        personalised_model=second,
+        positive=prompts[1],
+        personalised_positive=prompts[0],
+        negative=toy.encode([""]),
+        first_steps=1,
+        cfg=3.0,
+        personalised_cfg=3.0,
+    ).args[0]
+    (sampler,) = SelfRecurrenceNode.execute(comfy.samplers.sampler_object("euler"), 2, 0.0, 1.0, 0).args
+    noise = latent_noise(1, (16, 16), 5, channels=8)
+    result = guider.sample(noise, last["samples"], sampler, sigmas, disable_pbar=True, seed=1)
+    assert toy.vae.decode(result).isfinite().all()
+
+
+@pytest.mark.usefixtures("in_inference_mode")
+@pytest.mark.parametrize("tunes", ["text encoder", "residual alone"])
+def test_a_residual_token(tunes: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    given = {
+        "images": torch.rand(2, 128, 128, 3, generator=generator(2)),
+        **{"model": toy.model, "clip": toy.clip, "vae": toy.vae, "noun": "emblem", "steps": 2, "learning_rate": 1e-3},
+        **{"batch_size": 2, "preservation": 0.1, "resolution": 128, "captions": "an {}", "seed": 0, "tunes": tunes},
+        **{"gradient_checkpointing": True, "precision": "fp32", "resume_name": "there"},
+    }
+    token, losses = TrainResidualToken.execute(**{name: [each] for name, each in given.items()}).args
+    assert len(losses["loss"]) == 2
+    (conditioning,) = EncodePromptWithSubjects.execute(toy.clip, "an emblem on grass", "emblem").args
+    (shifted,) = ApplyResidualTokens.execute(conditioning, token).args
+    assert not torch.equal(shifted[0][0], conditioning[0][0])
+
+
+@pytest.mark.usefixtures("in_inference_mode")
+def test_a_concept(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / name)])
+    pictures = torch.rand(2, 128, 128, 3, generator=generator(2))
+    given = {"noun": "emblem", "name": "there", "preset": "plain", "steps": 2, "size": 128}
+    given |= {"precision": "fp32", "resume_name": "there"}
+    model, _, _, losses = TrainConceptNode.execute(toy.model, toy.clip, toy.vae, pictures, **given).args
+    assert len(losses["loss"]) == 2
+    assert toy.sample(["an emblem"], [1], model, steps=1).isfinite().all()
