@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNPATCHED, ALONE = "unpatched", "layout bias alone"
+WAYS = (
+    "all references everywhere",
+    "routed by masks",
+    "routed by attention maps, running mean",
+    "routed by attention maps, preceding layer",
+)
 # Free placement: the model draws the emblems where it likes, unless masks are given.
-FREE = (UNPATCHED, "all references everywhere", "routed by masks", "routed by attention maps")
+FREE = (UNPATCHED, *WAYS)
 # With a layout bias in the same layers.
-PLACED = (ALONE, "and all references everywhere", "and routed by masks", "and routed by attention maps")
+PLACED = (ALONE, *(f"and {way}" for way in WAYS))
 # Each emblem's word with the one after it, by which a layout tells the emblems of one prompt apart.
 PHRASES_OF = {2: ("emblem and", "emblem on"), 3: ("emblem,", "emblem and", "emblem on")}
 
@@ -105,7 +111,7 @@ class Case:
             return model
         if "everywhere" in name:
             return RecycledSelfAttentionNode.execute(model, self.subjects).args[0]
-        router = MapRouter() if "maps" in name else MaskRouter(self.masks)
+        router = MapRouter(running_mean="running mean" in name) if "maps" in name else MaskRouter(self.masks)
         return RoutedReferenceAttentionNode.execute(model, self.subjects, router).args[0]
 
 
