@@ -10,12 +10,11 @@ from comfy_api.latest import io
 from ..patches.sites import family_of
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
-    BATCH_MAX,
-    PRECISIONS,
-    SIDE,
-    STEPS_MAX,
+    batch_input,
+    check_training,
     checked_noun,
     loss_output,
+    side_input,
     steps_input,
     training_inputs,
 )
@@ -64,17 +63,8 @@ class TrainConceptNode(io.ComfyNode):
                     "follows prompts less: 1, 1 and 3. 'fixed template': 'a photo of a', none of its own, 2.",
                 ),
                 steps_input(500, "Steps of training. More know the concept better and follow prompts less."),
-                io.Int.Input(
-                    "size",
-                    default=512,
-                    min=SIDE[0],
-                    max=SIDE[1],
-                    step=8,
-                    tooltip="The pictures' size in training: what the checkpoint was made for.",
-                ),
-                io.Int.Input(
-                    "batch_size", default=2, min=1, max=BATCH_MAX, tooltip="Pictures in each step.", advanced=True
-                ),
+                side_input("size", "The pictures' size in training: what the checkpoint was made for."),
+                batch_input(2, "Pictures in each step.", advanced=True),
                 io.Float.Input("learning_rate", default=1e-5, tooltip="Learning rate of the projections.", **rates),
                 io.Float.Input(
                     "word_learning_rate", default=5e-4, tooltip="Learning rate of the learnt words.", **rates
@@ -147,10 +137,7 @@ class TrainConceptNode(io.ComfyNode):
 
         check_loaded(clip, vae)
         check_choice("preset", preset, PRESETS)
-        check_choice("precision", precision, PRECISIONS)
-        check_number("steps", steps, 1, STEPS_MAX)
-        check_number("size", size, *SIDE)
-        check_number("batch size", batch_size, 1, BATCH_MAX)
+        check_training(steps, batch_size, precision, size=size)
         check_number("learning rate", learning_rate, 0.0, 1.0)
         check_number("word learning rate", word_learning_rate, 0.0, 1.0)
         check_number("smallest crop", smallest_crop, 0.0, 1.0)

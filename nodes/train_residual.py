@@ -11,12 +11,11 @@ from comfy_api.latest import io
 from ..patches.sites import attention_sites
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
-    BATCH_MAX,
-    PRECISIONS,
-    SIDE,
-    STEPS_MAX,
+    batch_input,
+    check_training,
     checked_noun,
     loss_output,
+    side_input,
     steps_input,
     training_inputs,
 )
@@ -63,9 +62,7 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take "
                     "more.",
                 ),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=BATCH_MAX, tooltip="Pictures a step. 1 is the paper's."
-                ),
+                batch_input(1, "Pictures a step. 1 is the paper's."),
                 io.Float.Input(
                     "preservation",
                     default=0.1,
@@ -75,14 +72,10 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
                     "More keeps residuals of several subjects apart better, less learns faster.",
                 ),
-                io.Int.Input(
+                side_input(
                     "resolution",
-                    default=512,
-                    min=SIDE[0],
-                    max=SIDE[1],
-                    step=8,
-                    tooltip="Side of the square that each picture becomes: what the checkpoint is made for, 512 for SD "
-                    "1.x, 768 for SD 2.x, 1024 for SDXL.",
+                    "Side of the square that each picture becomes: what the checkpoint is made for, 512 for SD 1.x, "
+                    "768 for SD 2.x, 1024 for SDXL.",
                 ),
                 io.String.Input(
                     "captions",
@@ -158,12 +151,9 @@ class TrainResidualToken(io.ComfyNode):
 
         name, chosen, learner = checked_noun(noun[0]), _first(precision, "auto"), _first(tunes, ENCODER)
         of = _first(loss, OWN)
-        check_number("steps", steps[0], 1, STEPS_MAX)
+        check_training(steps[0], batch_size[0], chosen, resolution=resolution[0])
         check_number("learning rate", learning_rate[0], 1e-8, 1.0)
-        check_number("batch size", batch_size[0], 1, BATCH_MAX)
-        check_number("resolution", resolution[0], *SIDE)
         check_number("preservation", preservation[0], 0.0, 1000.0)
-        check_choice("precision", chosen, PRECISIONS)
         check_choice("tunes", learner, (ENCODER, ALONE))
         check_choice("loss", of, (OWN, AS_V))
         check_loaded(clip[0], vae[0])

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .checks import check_choice, check_number
 from .types import seed_input
 
 # The host's own type: a dictionary with the list "loss", for its Plot Loss Graph.
@@ -21,6 +22,24 @@ NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 def steps_input(default: int, tooltip: str) -> io.Int.Input:
     return io.Int.Input("steps", default=default, min=1, max=STEPS_MAX, tooltip=tooltip)
+
+
+def side_input(name: str, tooltip: str) -> io.Int.Input:
+    return io.Int.Input(name, default=512, min=SIDE[0], max=SIDE[1], step=8, tooltip=tooltip)
+
+
+def batch_input(default: int, tooltip: str, advanced: bool = False) -> io.Int.Input:
+    return io.Int.Input("batch_size", default=default, min=1, max=BATCH_MAX, tooltip=tooltip, advanced=advanced)
+
+
+def check_training(steps: int, batch_size: int, precision: str, **side: int) -> None:
+    """Raises ValueError for a number or choice of these that the inputs would not take; `side` is that of the pictures,
+    by the name of its input."""
+    check_number("steps", steps, 1, STEPS_MAX)
+    check_number("batch size", batch_size, 1, BATCH_MAX)
+    check_choice("precision", precision, PRECISIONS)
+    for name, value in side.items():
+        check_number(name, value, *SIDE)
 
 
 def checked_noun(text: str) -> str:
