@@ -24,7 +24,7 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 # The client lives in an environment of its own so that its many dependencies cannot change the host's.
 CLIENT = ("comfy-cli==1.23.0",)
 # The same as the `dev` extra of pyproject.toml, less the client.
-DEVELOPMENT = ("jsonschema>=4.20", "pytest>=8.2,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12", "selenium>=4.25,<5")
+DEVELOPMENT = ("jsonschema>=4.20", "pytest>=8.2,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", "selenium>=4.25,<5")
 
 _TAG = f"py{sys.version_info[0]}.{sys.version_info[1]}"
 

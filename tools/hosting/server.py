@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -31,6 +32,8 @@ _STOP_SECONDS = 10.0
 _HTTP_SECONDS = 60.0
 _LOG_LINES = 15
 _SPARE_PORTS = 3
+# What a driver puts there: NVIDIA's own, its Jetson's, Windows' for a guest Linux, AMD's.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/nvgpu", "/dev/nvhost-ctrl-gpu", "/dev/dxg", "/dev/kfd")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONVERTER = Path(__file__).with_name("convert.py")
 
@@ -278,6 +281,9 @@ def _free_port() -> int:
 
 @functools.cache
 def _has_gpu(host: Host) -> bool:
+    if sys.platform == "linux" and not any(Path(node).exists() for node in _GPU_NODES):
+        # To ask torch takes two seconds.
+        return False
     question = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
     command = [str(host.python), "-c", question]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
