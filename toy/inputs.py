@@ -16,8 +16,9 @@ PLAQUE = Emblem("shield", "white", "red", tuple(c == "#" for c in ".##.#..##..#.
 SHIELD = Emblem("shield", "yellow", "blue", tuple(c == "#" for c in "#..##..#.##..##."))
 RING = Emblem("disc", "red", "white", tuple(c == "#" for c in ".##.#..##..#.##."))
 MIDDLE = SIZE / 2
-# What the views of the shield that a residual token is trained on stand on.
+# What the views of the shield stand on that a residual token is trained on, and those that an ICO concept is.
 GROUNDS = (Background("plain", ("gray",)), Background("grass"), Background("brick"), Background("plain", ("white",)))
+PLAIN_GROUNDS = tuple(Background("plain", (colour,)) for colour in ("white", "gray", "cyan", "pink"))
 
 
 def save(name: str, image: NDArray[np.uint8], opaque: NDArray[np.bool_]) -> None:
@@ -39,6 +40,9 @@ def main() -> None:
     rng = np.random.default_rng(4)
     for number, ground in enumerate(GROUNDS, 1):
         save(f"shield_{number}.png", draw(view(SHIELD, rng, ground)).image, np.ones((SIZE, SIZE), dtype=bool))
+    views = [Image.fromarray(draw(view(SHIELD, rng, ground)).image) for ground in PLAIN_GROUNDS]
+    frames = {"save_all": True, "append_images": views[1:], "duration": 700, "loop": 0}
+    views[0].save(FOLDER / "four_views_of_a_shield.png", **frames)
     other = Thing(EMBLEM, PLAQUE.plate_colour, "plain", 74, 66, 36, 0.25, PLAQUE)
     retouched = draw(Scene((other,), Background("grass"), seed=7))
     save("another_emblem.png", retouched.image, ~retouched.masks[0])
