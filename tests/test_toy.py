@@ -10,7 +10,7 @@ import torch
 from subject_patches.toy.data import LABELS, UNLABELLED, Words, labels_of
 from subject_patches.toy.drawing import draw
 from subject_patches.toy.family import ToyDiffusion, register
-from subject_patches.toy.judge import load_judge
+from subject_patches.toy.judge import caption_score, load_judge
 from subject_patches.toy.sampling import Toy
 from subject_patches.toy.scenes import Background, describe, sample_emblem, sample_scene, view
 from subject_patches.toy.shapes import PLATES, SHAPES
@@ -122,20 +122,20 @@ def test_autoencoder_keeps_pictures(toy: Toy) -> None:
 
 
 def test_prompts_are_obeyed(toy: Toy) -> None:
-    """The judge finds a prompt's ground and its colour far more often in its own picture than in another prompt's.
-    (Shapes are not asked for: docs/TOY.md says how far the toy is.)"""
+    """The judge finds a prompt's ground, its colour and its whole thing (shape, colour and texture) far more often in
+    its own picture than in another prompt's."""
     scenes = [sample_scene(np.random.default_rng((5, i)), 1, 0.0) for i in range(24)]
     readings = load_judge().findings(toy.sample([describe(s) for s in scenes], list(range(24)), steps=12))
 
-    def right(other: int) -> tuple[float, float]:
-        asked = scenes[other:] + scenes[:other]
-        grounds = [r.background == s.background.kind for r, s in zip(readings, asked, strict=True)]
-        colours = [s.things[0].colour in {f.colour for f in r.objects} for r, s in zip(readings, asked, strict=True)]
-        return float(np.mean(grounds)), float(np.mean(colours))
+    def right(other: int) -> tuple[float, float, float]:
+        pairs = list(zip(readings, scenes[other:] + scenes[:other], strict=True))
+        grounds = [reading.background == scene.background.kind for reading, scene in pairs]
+        colours = [scene.things[0].colour in {found.colour for found in reading.objects} for reading, scene in pairs]
+        things = [caption_score(reading, scene.things, scene.background).all_things for reading, scene in pairs]
+        return float(np.mean(grounds)), float(np.mean(colours)), float(np.mean(things))
 
-    (ground, colour), (other_ground, other_colour) = right(0), right(1)
-    assert ground > other_ground + 0.3
-    assert colour > other_colour + 0.3
+    for what, own, other in zip(("ground", "colour", "thing"), right(0), right(1), strict=True):
+        assert own > other + 0.3, what
 
 
 def test_labels_are_what_the_cells_show() -> None:
