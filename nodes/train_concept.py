@@ -39,7 +39,6 @@ class TrainConceptNode(io.ComfyNode):
             "embedding and a LoRA.",
             search_aliases=["ICO", "DCI", "textual inversion", "custom diffusion", "train", "concept", "DreamBooth"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 model_input(),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
@@ -177,7 +176,7 @@ class TrainConceptNode(io.ComfyNode):
             precision,
             gradient_checkpointing,
         )
-        concept = train_concept(model, clip, latents, settings, state, cls.hidden.unique_id if cls.hidden else None)
+        concept = train_concept(model, clip, latents, settings, state)
         files.save(concept, about)
         patched, _ = comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)
         return io.NodeOutput(patched, clip, f"embedding:{files.name} {noun}", concept.losses)

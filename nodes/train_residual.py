@@ -118,7 +118,6 @@ class TrainResidualToken(io.ComfyNode):
                 ),
                 loss_output(),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -208,10 +207,7 @@ class TrainResidualToken(io.ComfyNode):
             as_v=of == AS_V,
         )
         sentences = [filled(line, name) for line in templates]
-        node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        residual, loss_map = train_residual_token(
-            model[0], clip[0], latents, shown, sentences, name, plan, state, node_id
-        )
+        residual, loss_map = train_residual_token(model[0], clip[0], latents, shown, sentences, name, plan, state)
         return io.NodeOutput(residual, loss_map)
 
 

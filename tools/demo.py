@@ -22,6 +22,8 @@ from hosting.private import ensure_client
 
 OUTPUT = ROOT / "demo_output"
 HELP = ROOT / "web" / "docs"
+# As many nodes' results as a few workflows have.
+_RESULTS_KEPT = 100
 
 
 def main() -> int:
@@ -52,7 +54,9 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
         raise ToolError(f"There is no workflow in {ROOT / 'workflows'}; get a complete checkout of this pack.")
     OUTPUT.mkdir(exist_ok=True)
     print("Starting ComfyUI ...", file=sys.stderr, flush=True)
-    with Server(host, checkpoints=[checkpoint] if checkpoint else []) as server:
+    # By itself the host forgets one workflow's results in the next: here two train the same concept.
+    keeping = ("--cache-lru", str(_RESULTS_KEPT))
+    with Server(host, checkpoints=[checkpoint] if checkpoint else [], arguments=keeping) as server:
         workflows = [load_workflow(path) for path in files]
         blocks = []
         for path, workflow, prompt in zip(files, workflows, server.to_api_each(workflows), strict=True):

@@ -15,6 +15,6 @@ A training is:
         encoder, denoiser = TextEncoder(clip), Denoiser(model, dtype, checkpointing)
         with loaded(encoder.patcher, denoiser.patcher):
             groups = [Group(parameters, learning_rate)]
-            training = Training(groups, device=denoiser.device, dtype=dtype, seed=seed, state=state, node_id=node_id)
+            training = Training(groups, device=denoiser.device, dtype=dtype, seed=seed, state=state)
             loss_map = training.run(steps, loss)
 """

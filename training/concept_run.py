@@ -54,7 +54,6 @@ def train_concept(
     latents: Tensor,
     settings: Settings,
     state: StateFile | None = None,
-    node_id: str | None = None,
 ) -> Concept:
     """Trains a concept on `latents` (pictures, versions of each, channels, h, w), as the VAE gave them. The given model
     and CLIP stay as they are. Raises ValueError when the two are not of one family."""
@@ -75,7 +74,6 @@ def train_concept(
                 dtype=dtype,
                 seed=settings.seed,
                 state=state,
-                node_id=node_id,
             )
 
             def loss(generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -46,7 +47,7 @@ class Training:
     result is that of one that never stopped.
 
     `device` and `dtype` are those of the computation, `seed` starts the generator, which is on the CPU and the only
-    source of chance. `node_id` is the node whose progress is shown."""
+    source of chance."""
 
     def __init__(
         self,
@@ -56,14 +57,13 @@ class Training:
         dtype: torch.dtype,
         seed: int,
         state: StateFile | None = None,
-        node_id: str | None = None,
     ) -> None:
         self.parameters = {name: each for group in groups for name, each in group.parameters.items()}
         options = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
         # A step reaches few of a text encoder's millions of weights, and on a CPU Adam would take most of its time.
         self.optimizer = torch.optim.Adam(options, fused=device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.device, self.dtype, self.state, self.node_id = device, dtype, state, node_id
+        self.device, self.dtype, self.state = device, dtype, state
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
         if state is not None:
@@ -82,7 +82,7 @@ class Training:
         `loss` computes one step's loss with gradients, in autocast, and draws from the generator alone. An interrupt
         ends the training at once; with a state file it can go on from there. Raises ValueError when the loss is no
         number any more."""
-        bar = comfy.utils.ProgressBar(steps, node_id=self.node_id)
+        bar = comfy.utils.ProgressBar(steps)
         with tqdm(
             total=steps, initial=self.step, desc="Training", disable=not comfy.utils.PROGRESS_BAR_ENABLED
         ) as line:
@@ -122,12 +122,13 @@ class Training:
         bar.update_absolute(self.step, steps)
         line.set_postfix(loss=f"{self.losses[-1]:.4f}", refresh=False)
         shown = line.update()
-        server = getattr(PromptServer, "instance", None)
-        if not shown or server is None or self.node_id is None:
+        # Not a hidden input: with that the host would run the same training again for a copy of the node.
+        server, running = getattr(PromptServer, "instance", None), get_executing_context()
+        if not shown or server is None or running is None:
             return
         rate = line.format_dict["rate"]
         left = f", {line.format_interval((steps - self.step) / rate)} left" if rate else ""
-        server.send_progress_text(f"step {self.step} of {steps}, loss {self.losses[-1]:.4f}{left}", self.node_id)
+        server.send_progress_text(f"step {self.step} of {steps}, loss {self.losses[-1]:.4f}{left}", running.node_id)
 
     def _save(self, state: StateFile) -> None:
         tensors = {"generator": self.drawn, "losses": torch.tensor(self.losses, dtype=torch.float64)}

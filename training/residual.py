@@ -99,7 +99,6 @@ def train_residual_token(
     noun: str,
     plan: Plan,
     state: StateFile | None = None,
-    node_id: str | None = None,
 ) -> tuple[ResidualToken, LossMap]:
     """Learns a noun's residual from `latents` (n, channels, h, w) with a caption each. The pooled output, which a
     residual does not change when it is applied, is the given encoder's."""
@@ -112,7 +111,7 @@ def train_residual_token(
             learner = Alone(encoder, shots, count) if plan.alone else Tuned(encoder, shots, kept, plan.preservation)
             training = Training(
                 [Group(learner.parameters, plan.learning_rate)],
-                device=denoiser.device, dtype=plan.dtype, seed=plan.seed, state=state, node_id=node_id,
+                device=denoiser.device, dtype=plan.dtype, seed=plan.seed, state=state,
             )  # fmt: skip
             loss_map = training.run(plan.steps, lambda source: learner.loss(plan.batch, source))
             vectors = learner.residual().detach().cpu()
