@@ -81,6 +81,21 @@ def test_train_save_load_apply(server: Server) -> None:
     assert pictures[0] != pictures[1]
 
 
+def test_a_copy_of_the_node_does_not_train_again(server: Server) -> None:
+    """A training that the host still knows is taken from its cache, under whatever number the node goes."""
+    known = training(2, seed=11)
+    copy = {number: each for number, each in known.items() if number != "3"} | {"30": known["3"]}
+    copy["4"] = {**known["4"], "inputs": {**known["4"]["inputs"], "residual": ["30", 0]}}
+    copy["5"] = {**known["5"], "inputs": {**known["5"]["inputs"], "loss": ["30", 1], "filename_prefix": "copy"}}
+    trained: dict[str, list[Progress]] = {"3": [], "30": []}
+    for number, prompt in (("3", known), ("30", copy)):
+        outputs = server.queue(prompt, progress=trained[number].append)
+        assert outputs["5"]["images"]
+    steps = {number: [step for step in seen if step.node_id == number] for number, seen in trained.items()}
+    assert steps["3"]
+    assert not steps["30"]
+
+
 async def _texts_while(server: Server, prompt: dict[str, dict[str, Any]]) -> list[str]:
     """The lines that a run shows on its nodes: binary messages of the host's kind 3."""
     texts: list[str] = []
