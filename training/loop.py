@@ -122,7 +122,6 @@ class Training:
         bar.update_absolute(self.step, steps)
         line.set_postfix(loss=f"{self.losses[-1]:.4f}", refresh=False)
         shown = line.update()
-        # Not a hidden input: with that the host would run the same training again for a copy of the node.
         server, running = getattr(PromptServer, "instance", None), get_executing_context()
         if not shown or server is None or running is None:
             return
