@@ -22,8 +22,8 @@ from hosting.private import ensure_client
 
 OUTPUT = ROOT / "demo_output"
 HELP = ROOT / "web" / "docs"
-# As many nodes' results as a few workflows have.
-_RESULTS_KEPT = 100
+# GB that stay free while results of this workflow, and of earlier ones, are kept.
+_FREE_MEMORY = (2, 4)
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
     OUTPUT.mkdir(exist_ok=True)
     print("Starting ComfyUI ...", file=sys.stderr, flush=True)
     # By itself the host forgets one workflow's results in the next: here two train the same concept.
-    keeping = ("--cache-lru", str(_RESULTS_KEPT))
+    keeping = ("--cache-ram", *map(str, _FREE_MEMORY))
     with Server(host, checkpoints=[checkpoint] if checkpoint else [], arguments=keeping) as server:
         workflows = [load_workflow(path) for path in files]
         blocks = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
 import http.client
 import json
@@ -32,8 +33,6 @@ _STOP_SECONDS = 10.0
 _HTTP_SECONDS = 60.0
 _LOG_LINES = 15
 _SPARE_PORTS = 3
-# What a driver puts there: NVIDIA's own, its Jetson's, Windows' for a guest Linux, AMD's.
-_GPU_NODES = ("/dev/nvidiactl", "/dev/nvgpu", "/dev/nvhost-ctrl-gpu", "/dev/dxg", "/dev/kfd")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONVERTER = Path(__file__).with_name("convert.py")
 
@@ -281,10 +280,19 @@ def _free_port() -> int:
 
 @functools.cache
 def _has_gpu(host: Host) -> bool:
-    if sys.platform == "linux" and not any(Path(node).exists() for node in _GPU_NODES):
+    if sys.platform == "linux" and not _has_driver():
         # To ask torch takes two seconds.
         return False
     question = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
     command = [str(host.python), "-c", question]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
     return done.returncode == 0 and done.stdout.split()[-1:] == ["True"]
+
+
+def _has_driver() -> bool:
+    """Whether a Linux has what CUDA or ROCm begin with: NVIDIA's library, AMD's device."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
