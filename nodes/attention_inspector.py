@@ -11,8 +11,9 @@ from ..patches.attention_pictures import BY_LAYER, BY_STEP, Selection, by_shown,
 from ..patches.attention_pictures import sheets as sheets_of
 from ..patches.attention_record import CROSS_ATTENTION, AttentionRecord, RecordAttention, table
 from ..patches.engine import add_edit
+from ..patches.families import attention_sites
 from ..patches.prompt import split_phrases
-from ..patches.sites import attention_sites, sites_named
+from ..patches.sites import sites_named
 from ..patches.window import Window
 from .checks import check_choice, check_number
 from .types import CATEGORY, AttentionRecordType

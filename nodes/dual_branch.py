@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
 from ..patches.engine import add_edit
-from ..patches.sites import attention_sites, select_sites
+from ..patches.families import attention_sites
+from ..patches.sites import select_sites
 from .checks import check_choice, check_number
 from .types import CATEGORY, model_output, named_sites_input, seed_input, sites_input
 

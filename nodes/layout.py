@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.engine import add_edit
+from ..patches.families import attention_sites
 from ..patches.layout import LayoutBias
 from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_picture, painted_mask
 from ..patches.prompt import split_phrases
-from ..patches.sites import attention_sites, select_sites
+from ..patches.sites import select_sites
 from ..patches.window import Window
 from .checks import check_choice, check_number
 from .types import CATEGORY, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs

@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.engine import add_edit
+from ..patches.families import attention_sites
 from ..patches.recycled_attention import RecycledSelfAttention
-from ..patches.sites import attention_sites, select_sites
+from ..patches.sites import select_sites
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from ..patches.window import Window

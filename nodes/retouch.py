@@ -10,9 +10,10 @@ from comfy_api.latest import io
 
 from ..patches.blend_mask import AdaptiveMask
 from ..patches.engine import add_edit
+from ..patches.families import attention_sites, family_of
 from ..patches.inversion import Inversion
 from ..patches.retouch import MultiSourceSwap, path_of
-from ..patches.sites import attention_sites, family_of, select_sites
+from ..patches.sites import select_sites
 from ..patches.window import Window
 from .checks import check_choice, check_number
 from .trajectory import refuse_flow
@@ -166,7 +167,7 @@ class MultiSourceSwapNode(io.ComfyNode):
 
 
 def _check_trajectories(model: Any, layout: Inversion | None, reference: Inversion | None) -> None:
-    family = family_of(model)
+    family = family_of(model).name
     wanted = model.model.latent_format.latent_channels
     for name, each in (("layout", layout), ("reference", reference)):
         if each is None:

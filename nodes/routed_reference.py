@@ -9,9 +9,10 @@ from comfy_api.latest import io
 
 from ..patches.edit import Edit
 from ..patches.engine import add_edit
+from ..patches.families import attention_sites, family_of
 from ..patches.routed_reference import RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.router import MOST_SUBJECTS, Router
-from ..patches.sites import attention_sites, context_width, select_sites
+from ..patches.sites import select_sites
 from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
@@ -250,7 +251,7 @@ def _tokens(conditioning: Any, last: int = 0) -> Any:
 
 
 def _fitting(tokens: Any, model: Any, name: str) -> Any:
-    width = context_width(model)
+    width = family_of(model).context_width(model)
     if tokens.shape[-1] != width:
         raise ValueError(
             f"{name} has tokens of {tokens.shape[-1]} channels but this model's prompts have {width}; encode it with "

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.sites import family_of
+from ..patches.families import family_of
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
     batch_input,
@@ -142,7 +142,7 @@ class TrainConceptNode(io.ComfyNode):
         check_number("smallest crop", smallest_crop, 0.0, 1.0)
         check_number("image noise", image_noise, 0.0, 1.0)
         noun = checked_noun(noun)
-        family, files = family_of(model), ConceptFiles(name.strip())
+        family, files = family_of(model).name, ConceptFiles(name.strip())
         pictures = [square(picture, size) for picture in pictures_of([images])]
         digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
         about = {

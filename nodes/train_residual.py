@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.sites import attention_sites
+from ..patches.families import attention_sites
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
     batch_input,

@@ -16,8 +16,8 @@ from comfy.samplers import CFGGuider, Sampler
 from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
+from ..patches.families import family_of
 from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, from_file, inverted, replayed, to_file
-from ..patches.sites import family_of
 from ..patches.subject import MEGABYTE
 from .types import CATEGORY, TrajectoryType
 
@@ -109,7 +109,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         cache_megabytes: int = CACHE_MEGABYTES,
     ) -> io.NodeOutput:
         refuse_flow(model)
-        family = family_of(model)
+        family = family_of(model).name
         if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
             raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
         levels = falling(sigmas)

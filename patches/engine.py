@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .edit import Edit, Start
+from .families import family_of
 from .identity import STEP_CACHES
 from .recording import Recording
 from .session import UNCONDITIONED, Session
@@ -63,7 +64,7 @@ def _sample(
     begun = [edit.begin() for edit in edits]
     for edit in begun:
         edit.start(start)
-    session = Session([part for edit in begun for part in edit.parts()], KEY)
+    session = Session([part for edit in begun for part in edit.parts()], KEY, family_of(guider.model_patcher))
     options[SESSION] = session
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

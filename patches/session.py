@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .call import BRANCH, AttentionCall, Chunk
 from .edit import Edit, Request
+from .families import Family
 from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
-from .sites import Site, layer_at
+from .sites import Site
 from .streams import UNCONDITIONAL, Features, Stream
 
 UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
@@ -61,8 +62,9 @@ class Forward:
 class Session:
     """Opened with a sampling run and closed with it; `edits` are in the order of their nodes."""
 
-    def __init__(self, edits: Iterable[Edit], own_key: str) -> None:
+    def __init__(self, edits: Iterable[Edit], own_key: str, family: Family) -> None:
         self.edits = tuple(edits)
+        self.family = family
         self.own_key = own_key
         # Stands for this run in caches, which outlive it.
         self.run = object()
@@ -124,8 +126,7 @@ class Session:
 
     def project(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's own keys and values of other tokens (rows, n, channels of what it attends to)."""
-        layer = layer_at(self.guider.inner_model.diffusion_model, site)
-        return layer.to_k(tokens), layer.to_v(tokens)
+        return self.family.project(self.guider.inner_model.diffusion_model, site, tokens)
 
     # Chunks
 

@@ -1,11 +1,11 @@
-"""The attention sites of each model family: where they are, what they are called, how a user names them."""
+"""Attention sites: what they are called, and how a user names them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Stage = Literal["encoder", "middle", "decoder"]
 STAGE_OF_BLOCK: dict[str, Stage] = {"input": "encoder", "middle": "middle", "output": "decoder"}
@@ -42,59 +42,6 @@ _STAGES: dict[str, frozenset[Stage]] = {
     "encoder and decoder": frozenset({"encoder", "middle", "decoder"}),
 }
 _NAMED = re.compile(r"(input|middle|output)(?:\.(\d+))?(?:\.(\d+))?")
-
-
-def family_of(model: Any) -> str:
-    """The family of a MODEL: "SD 1.x", "SD 2.x" or "SDXL".
-
-    Raises ValueError for every other family, naming it and the ones that are known."""
-    import comfy.supported_models as known
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    config, network = model.model.model_config, model.model.diffusion_model
-    families = {"SD 1.x": known.SD15, "SD 2.x": known.SD20, "SDXL": known.SDXL, "SDXL refiner": known.SDXLRefiner}
-    if isinstance(network, UNetModel) and not config.unet_config.get("use_temporal_attention"):
-        for name, family in families.items():
-            if isinstance(config, family):
-                return name
-    raise ValueError(
-        f"This node cannot patch a model of the family {type(config).__name__}; it knows {', '.join(families)}."
-    )
-
-
-def attention_sites(model: Any) -> tuple[Site, ...]:
-    """Every attention layer of a MODEL of a known family, in the order in which they run."""
-    from comfy.ldm.modules.attention import SpatialTransformer
-
-    family_of(model)
-    network = model.model.diffusion_model
-    stages = (("input", network.input_blocks), ("middle", [network.middle_block]), ("output", network.output_blocks))
-    sites = []
-    for block, modules in stages:
-        for number, module in enumerate(modules):
-            for layer in module or ():
-                if isinstance(layer, SpatialTransformer):
-                    for index in range(len(layer.transformer_blocks)):
-                        sites += [Site("self", block, number, index), Site("cross", block, number, index)]
-    return tuple(sites)
-
-
-def context_width(model: Any) -> int:
-    """How many channels the tokens of a MODEL's prompts have."""
-    return model.model.model_config.unet_config["context_dim"]
-
-
-def layer_at(network: Any, site: Site) -> Any:
-    """The host's module of an attention layer in a U-Net of a known family."""
-    from comfy.ldm.modules.attention import SpatialTransformer
-
-    if site.block == "middle":
-        block = network.middle_block
-    else:
-        block = (network.input_blocks if site.block == "input" else network.output_blocks)[site.number]
-    transformer = next(layer for layer in block if isinstance(layer, SpatialTransformer))
-    blocks = transformer.transformer_blocks[site.index]
-    return blocks.attn1 if site.kind == "self" else blocks.attn2
 
 
 def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "") -> frozenset[Site]:

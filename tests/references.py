@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.families import attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.subject import Subject
 from subject_patches.tests import dense
 from subject_patches.tests.models import generator, prompt

@@ -23,9 +23,10 @@ from subject_patches.patches.attention_record import CROSS_ATTENTION, AttentionR
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout import at_grid
 from subject_patches.patches.layout_regions import Layout, Region
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.layouts import box

@@ -21,7 +21,8 @@ from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import RECORDING, add_edit
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.families import attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense

@@ -20,7 +20,7 @@ from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from hosting.random_models import fill
 from safetensors.torch import save_file
 from subject_patches.patches.engine import add_edit
-from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests.look import Look
 from subject_patches.tests.models import (

@@ -32,8 +32,9 @@ from subject_patches.patches.dual_branch import (
 from subject_patches.patches.edit import Start
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.prompt import positions_of
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense
 from subject_patches.tests.golden_cases import Golden, cases_of, folder_of

@@ -15,7 +15,7 @@ from subject_patches.patches.call import BRANCH, AttentionCall, Chunk
 from subject_patches.patches.dual_branch import auxiliary_noise
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
-from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense

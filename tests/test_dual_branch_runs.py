@@ -18,9 +18,10 @@ from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, crop
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.prompt import SPANS_KEY
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests.layouts import box

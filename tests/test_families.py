@@ -14,8 +14,8 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from hosting.random_models import SD, SDXL, SMALL, fill_shared, generator, model_of
+from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.layout_regions import Layout, Region
-from subject_patches.patches.sites import attention_sites, family_of
 from subject_patches.tests.mechanisms import Mechanism, left_half, over_mechanisms
 from subject_patches.tests.models import POOLED, difference, known_prompt, laid_out, prompt, recycled, sample
 
@@ -112,7 +112,7 @@ def _unloaded() -> Iterator[None]:
 def test_two_patched_steps_of_a_real_shape(family: Family) -> None:
     model = model_of(family.description, family.config, dtype=family.dtype, hints=family.hints, fill_with=fill_shared)
     assert model.model.model_type == family.prediction
-    assert family_of(model) == family.known_as
+    assert family_of(model).name == family.known_as
     sites = [site for site in attention_sites(model) if site.kind == "self"]
     assert {stage: sum(site.stage == stage for site in sites) for stage in family.stages} == family.stages
     extra = {"pooled_output": torch.randn(1, family.pooled, generator=generator(9))} if family.pooled else {}

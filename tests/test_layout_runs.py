@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.prompt import SPANS_KEY
-from subject_patches.patches.sites import attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.layouts import box, resampled

@@ -16,9 +16,9 @@ import comfy.model_management
 import pytest
 import torch
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.recording import Recording
 from subject_patches.patches.session import Forward, Session
-from subject_patches.patches.sites import attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests.look import Look
 from subject_patches.tests.mechanisms import IDLE, MECHANISMS, Mechanism, fingerprint, over_mechanisms

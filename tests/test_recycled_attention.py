@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.recycled_attention import extended_attention, flow_bias, is_recycled
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.look import Look, Seen

@@ -15,6 +15,7 @@ from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.retouch import (
     Attended,
     MultiSourceSwap,
@@ -25,7 +26,7 @@ from subject_patches.patches.retouch import (
     swapped_early,
     swapped_late,
 )
-from subject_patches.patches.sites import Site, attention_sites, select_sites
+from subject_patches.patches.sites import Site, select_sites
 from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
 from subject_patches.tests.golden_cases import Golden, cases_of

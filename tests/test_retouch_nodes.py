@@ -16,7 +16,7 @@ from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.blend_mask import AdaptiveMask
 from subject_patches.patches.engine import add_edit
-from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.subject import MEGABYTE
 from subject_patches.patches.window import Window
 from subject_patches.tests.layouts import box

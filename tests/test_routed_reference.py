@@ -14,9 +14,11 @@ from subject_patches.nodes.routed_reference import SubjectShareNode
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
+from subject_patches.patches.families import attention_sites
+from subject_patches.patches.families.unet import layer_at
 from subject_patches.patches.routed_reference import inject, routed_reference_attention
 from subject_patches.patches.router import one_hot
-from subject_patches.patches.sites import Site, attention_sites, layer_at
+from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.look import Look

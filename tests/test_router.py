@@ -10,11 +10,12 @@ import torch
 from subject_patches.nodes.router import RouterNode
 from subject_patches.patches.attention_maps import attention_maps, normalised, resized, smoothed
 from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.map_router import MapRouter, route_of_maps, tokens_in_turn
 from subject_patches.patches.mask_router import MaskRouter, route_of_cover
 from subject_patches.patches.router import Route, one_hot
-from subject_patches.patches.sites import Site, attention_sites
+from subject_patches.patches.sites import Site
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.layouts import box

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from subject_patches.patches.sites import CHOICES, Site, attention_sites, family_of, select_sites
+from subject_patches.patches.families import attention_sites, family_of
+from subject_patches.patches.sites import CHOICES, Site, select_sites
 from subject_patches.tests.models import small_model
 
 SITES = tuple(
@@ -28,7 +29,7 @@ def names(choice: str, named: str = "", kind: str = "self") -> list[str]:
 
 
 def test_every_attention_in_the_order_it_runs(model: Any) -> None:
-    assert family_of(model) == "SD 1.x"
+    assert family_of(model).name == "SD 1.x"
     assert attention_sites(model) == SITES
 
 

@@ -15,7 +15,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from subject_patches.nodes.self_recurrence import SelfRecurrenceNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.patches.engine import add_edit
-from subject_patches.patches.sites import attention_sites
+from subject_patches.patches.families import attention_sites
 from subject_patches.patches.step_plan import Call, StepPlan, Told, step_at, steps_of_calls
 from subject_patches.patches.window import Window
 from subject_patches.tests.look import Look

@@ -168,7 +168,7 @@ def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
     from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
     from subject_patches.patches.dual_branch import DualBranchIntegration
     from subject_patches.patches.engine import KEY, add_edit
-    from subject_patches.patches.sites import attention_sites
+    from subject_patches.patches.families import attention_sites
 
     given = {**DEFAULTS, **SETTINGS[name]}
     if given.get("sites") == "named":

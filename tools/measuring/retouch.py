@@ -242,8 +242,8 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     """The benchmark's rows: two fresh trajectories of random latents, kept at 20 noise levels."""
     import torch
     from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
+    from subject_patches.patches.families import family_of
     from subject_patches.patches.inversion import Inversion
-    from subject_patches.patches.sites import family_of
 
     from .given import PHRASES
 
@@ -254,7 +254,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     def path(model: Any) -> Inversion:
         sigmas = torch.linspace(20, 0, 20)
         clean, noise = (torch.randn(1, shape.channels, shape.size, shape.size, generator=generator) for _ in range(2))
-        return Inversion(sigmas, clean + sigmas.view(-1, 1, 1, 1, 1) * noise, family_of(model))
+        return Inversion(sigmas, clean + sigmas.view(-1, 1, 1, 1, 1) * noise, family_of(model).name)
 
     def swap(masked: bool, **settings: Any) -> Callable[[Any], Any]:
         def patch(model: Any) -> Any:

@@ -138,9 +138,10 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     import torch
     from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
     from subject_patches.patches.engine import add_edit
+    from subject_patches.patches.families import attention_sites
     from subject_patches.patches.map_router import MapRouter
     from subject_patches.patches.mask_router import MaskRouter
-    from subject_patches.patches.sites import attention_sites, select_sites
+    from subject_patches.patches.sites import select_sites
     from subject_patches.patches.subject import Reference, Subject
     from subject_patches.patches.window import Window
 

@@ -1,0 +1,68 @@
+"""Stable Diffusion's U-Nets. The host has a slot for each of their attentions: see `slots.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..sites import Site
+from .family import Family
+
+
+@dataclass(frozen=True)
+class UNet(Family):
+    """A U-Net whose blocks hold self- and cross-attention by turns."""
+
+    def has(self, model: Any) -> bool:
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        config = model.model.model_config
+        known = isinstance(model.model.diffusion_model, UNetModel) and super().has(model)
+        return known and not config.unet_config.get("use_temporal_attention")
+
+    def sites(self, network: Any) -> tuple[Site, ...]:
+        from comfy.ldm.modules.attention import SpatialTransformer
+
+        stages = (
+            ("input", network.input_blocks),
+            ("middle", [network.middle_block]),
+            ("output", network.output_blocks),
+        )
+        sites = []
+        for block, modules in stages:
+            for number, module in enumerate(modules):
+                for layer in module or ():
+                    if isinstance(layer, SpatialTransformer):
+                        for index in range(len(layer.transformer_blocks)):
+                            sites += [Site("self", block, number, index), Site("cross", block, number, index)]
+        return tuple(sites)
+
+    def context_width(self, model: Any) -> int:
+        return model.model.model_config.unet_config["context_dim"]
+
+    def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        layer = layer_at(network, site)
+        return layer.to_k(tokens), layer.to_v(tokens)
+
+
+def layer_at(network: Any, site: Site) -> Any:
+    """The host's module of an attention layer in a U-Net."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    if site.block == "middle":
+        block = network.middle_block
+    else:
+        block = (network.input_blocks if site.block == "input" else network.output_blocks)[site.number]
+    transformer = next(layer for layer in block if isinstance(layer, SpatialTransformer))
+    blocks = transformer.transformer_blocks[site.index]
+    return blocks.attn1 if site.kind == "self" else blocks.attn2
+
+
+UNETS = (
+    UNet("SD 1.x", "SD15"),
+    UNet("SD 2.x", "SD20"),
+    UNet("SDXL", "SDXL"),
+    UNet("SDXL refiner", "SDXLRefiner"),
+)
