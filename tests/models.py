@@ -24,8 +24,9 @@ from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.subject import MEGABYTE, Reference, Share, Subject
 from torch import Tensor
 
+from .dit_models import POOLED, second_context
+
 CONTEXT = SMALL_CONTEXT
-POOLED = 32
 Conditioning = list[list[Any]]
 CONCEPT = BranchTokens(((1, 6),), ((2, 4),))
 AUXILIARY = BranchTokens(((1, 5),), ((2, 3),))
@@ -71,9 +72,18 @@ def subject(
     return Subject(references or (reference(seed),), phrase, cache, Share(**share))
 
 
-def latent_noise(batch: int, size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
-    """Row r's noise depends on the seed plus r only, so that rows can be sampled alone."""
-    return torch.cat([torch.randn(1, channels, *size, generator=generator(seed + row)) for row in range(batch)])
+def latent_noise(
+    batch: int, size: tuple[int, int], seed: int, channels: int = 4, frames: tuple[int, ...] = ()
+) -> Tensor:
+    """Row r's noise depends on the seed plus r only, so that rows can be sampled alone. `frames` is (1,) for one frame
+    of a video model."""
+    shape = (1, channels, *frames, *size)
+    return torch.cat([torch.randn(shape, generator=generator(seed + row)) for row in range(batch)])
+
+
+def frames_of(model: Any) -> tuple[int, ...]:
+    """What lies between channels and height in the shape of a MODEL's latents for one picture: (1,) or ()."""
+    return (1,) * (model.model.latent_format.latent_dimensions - 2)
 
 
 def levels(model: Any, steps: int) -> Tensor:
@@ -98,7 +108,7 @@ def sample(
     callback: Callable[..., None] | None = None,
 ) -> Tensor:
     """What the host's KSampler node does, with noise of ours."""
-    noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels)
+    noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels, frames_of(model))
     # The host draws its noise from the global generator, so each run of a workflow begins with it seeded.
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -109,8 +119,8 @@ def sample(
             cfg,
             sampler,
             scheduler,
-            known_prompt() if positive is None else positive,
-            prompt(2) if negative is None else negative,
+            known_prompt(**second_context(model, 1)) if positive is None else positive,
+            prompt(2, **second_context(model, 2)) if negative is None else negative,
             torch.zeros_like(noise) if latent is None else latent,
             noise_mask=mask,
             callback=callback,

@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.ldm.modules.diffusionmodules.mmdit import RMSNorm
 from comfy.model_patcher import CoreModelPatcher
 from torch import Tensor
 
@@ -55,6 +56,8 @@ SDXL: dict[str, Any] = {
     "context_dim": 2048,
 }
 Fill = Callable[[torch.nn.Module, int], None]
+# A norm of the host that is none of these keeps its weight as the distance from 1.
+_NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -88,16 +91,14 @@ def fill_shared(network: torch.nn.Module, seed: int) -> None:
     for parameter in network.parameters():
         inputs = parameter[0].numel() if parameter.ndim > 1 else 0
         parameter.data = buffers[inputs][: parameter.numel()].view(parameter.shape)
-    for module in network.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.weight.data = module.weight.data.clone()
     _open_norms(network)
 
 
 def _open_norms(network: torch.nn.Module) -> None:
     for module in network.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and module.weight is not None:
-            module.weight.data.fill_(1)
+        if isinstance(module, _NORMS) and module.weight is not None:
+            # A tensor of its own: it may have been a view of what layers share.
+            module.weight.data = torch.ones_like(module.weight)
 
 
 def model_of(
