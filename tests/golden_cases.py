@@ -33,14 +33,23 @@ def folder_of(code: str) -> Path:
     return _GOLDEN / code if (_GOLDEN / code).is_dir() else _GOLDEN
 
 
+def file_of(code: str, name: str) -> Path:
+    """A file that the cases of some published code share: the one beside them, else the repository's."""
+    beside = folder_of(code) / name
+    return beside if beside.is_file() else Path(__file__).parent / "golden" / code / name
+
+
 def cases_of(code: str, kind: type[Kind], wanted: Callable[[Kind], bool]) -> list[Kind]:
-    """The cases of some published code, as `kind`, that are `wanted`; each file is one."""
+    """The cases of some published code, as `kind`, that are `wanted`; each file that says so is one."""
     found = []
     for path in sorted(folder_of(code).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            case = json.loads(file.metadata()["case"])
+            about = file.metadata() or {}
+            if "case" not in about:
+                continue
+            case = json.loads(about["case"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
-        found.append(kind(case["name"], case, tensors))
+        found.append(kind(case.get("name", path.stem), case, tensors))
     chosen = [each for each in found if wanted(each)]
     assert chosen or "GOLDEN_DIR" in os.environ, f"there are no such cases in {folder_of(code)}"
     return chosen

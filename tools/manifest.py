@@ -138,7 +138,7 @@ def _covers(pattern: Entry, name: str, shape: Shape) -> bool:
 def to_text(manifest: Entry) -> str:
     """The manifest as it is kept: indented JSON with one line for each pattern."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    pattern = r"\{\s+(\"name\": \"[^\"]*\"),\s+\"shapes\": (\[[\s0-9,\[\]]*\])\s+\}"
+    pattern = r"\{\s+(\"name\": \"[^\"]*\"),\s+\"shapes\": (\[[\s0-9A-Z\",\[\]]*\])\s+\}"
     return re.sub(pattern, lambda found: f'{{{found[1]}, "shapes": {json.dumps(json.loads(found[2]))}}}', text) + "\n"
 
 
