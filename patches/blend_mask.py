@@ -18,6 +18,7 @@ from .layout import tokens_of
 from .layout_regions import canonical
 from .prompt import SPANS_KEY
 from .region import region_at
+from .rows import in_turn
 from .streams import Features, Stream, resize_mask
 
 # The mask is made at this many places a latent pixel, each way: no attention layer is finer than the latents, and a
@@ -91,10 +92,6 @@ class Stages:
         call.note("blend mask, stage by stage", maps, tuple(stages))
 
 
-def _for_rows(maps: Tensor, rows: int) -> Tensor:
-    return maps[[min(row, len(maps) - 1) for row in range(rows)]]
-
-
 @dataclass(frozen=True, eq=False)
 class AdaptiveMask:
     """How to make the mask: `segmented` (1 or batch, height, width) of 0 to 1, any size, or None; the `phrase` of the
@@ -129,7 +126,7 @@ class AdaptiveMask:
         attention = attention.cpu()
         attended = torch.stack([thresholded(each, self.threshold) for each in attention])
         finer = functional.interpolate(attended[:, None].float(), size, mode="nearest")[:, 0] > 0
-        subject = finer if segmented is None else united(finer, _for_rows(segmented, len(finer)), self.both)
+        subject = finer if segmented is None else united(finer, in_turn(segmented, len(finer)), self.both)
         sure = torch.stack([without_small(each, self.smallest) for each in attended])
         sure = functional.interpolate(sure[:, None].float(), size, mode="nearest")[:, 0]
         blend = (torch.stack([distance_weight(each) for each in subject]) + sure).clamp(max=1)

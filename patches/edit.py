@@ -20,10 +20,14 @@ Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
 @dataclass(frozen=True)
 class Start:
     """What a run's sampler starts from: its noise (rows, channels, height, width) in the model's latent space. `noised`
-    gives what it would start from with another noise, at a noise level."""
+    gives what it would start from with another noise, at a noise level. `latents`, of the noise's shape, is the picture
+    that the noise is added to; `sigmas` the levels of the run's steps, falling; `percent_to_sigma` the model's."""
 
     noise: Tensor
     noised: Callable[[Tensor, float], Tensor]
+    latents: Tensor
+    sigmas: tuple[float, ...] = ()
+    percent_to_sigma: Callable[[float], float] = float
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class Edit:
         return (self,)
 
     def start(self, start: Start) -> None:
-        """Told what the run starts from, once, after `begin`."""
+        """Told what the run starts from, once, after `begin`. Raises ValueError when the edit cannot work with it."""
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when the edit cannot work in a run; asked once, before its first step. `prompts` are the

@@ -60,7 +60,9 @@ def _sample(
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
-    start = _start(guider.model_patcher, noise, latent_image)
+    # Some samplers write into the levels they are given (uni_pc), and the host keeps these for the next run.
+    sigmas = sigmas.clone()
+    start = _start(guider.model_patcher, noise, latent_image, sigmas)
     begun = [edit.begin() for edit in edits]
     for edit in begun:
         edit.start(start)
@@ -73,7 +75,7 @@ def _sample(
         session.close()
 
 
-def _start(patcher: Any, noise: Tensor, latents: Tensor) -> Start:
+def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Start:
     """As the host's samplers begin."""
     model_sampling = patcher.get_model_object("model_sampling")
     # The host does not shift an empty latent.
@@ -86,7 +88,8 @@ def _start(patcher: Any, noise: Tensor, latents: Tensor) -> Start:
         level = torch.tensor(sigma, device=other.device)
         return model_sampling.noise_scaling(level, other.float(), clean.to(other.device), whole)
 
-    return Start(noise, noised)
+    levels = tuple(sigmas.flatten().tolist())
+    return Start(noise, noised, clean, levels, model_sampling.percent_to_sigma)
 
 
 def _predict_noise(

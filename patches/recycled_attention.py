@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, Chunk
-from .edit import Edit, Request
+from .edit import Edit, Request, Start
 from .region import region_at
+from .rows import check_rows
 from .sites import Site
 from .streams import Features, NoisedReference, Stream
 
@@ -75,6 +76,10 @@ class RecycledSelfAttention(Edit):
 
     def begin(self) -> RecycledSelfAttention:
         return replace(self, _regions={})
+
+    def start(self, start: Start) -> None:
+        if self.region_mask is not None:
+            check_rows("region masks", len(self.region_mask), len(start.noise))
 
     def _region(self, call: AttentionCall) -> Tensor:
         # A layer's region is the same at every step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .call import AttentionCall, Chunk
+from .rows import in_turn
 from .streams import resize_mask
 
 
@@ -12,7 +13,7 @@ def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> T
     """A region (1 or batch, height, width) of 0 to 1, any size, as (1 or rows, queries) at a layer's grid.
 
     Where area conditioning crops the latent, the region is cropped the same way. A batch of regions goes with the
-    batch of latents in order, the last one repeated."""
+    batch of latents in order, from the first again after the last."""
     mask = resize_mask(mask, chunk.latent) if chunk.area is not None else mask
     if chunk.area is not None:
         height, width, y, x = chunk.area
@@ -20,7 +21,7 @@ def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> T
     mask = resize_mask(mask, grid).flatten(1)
     if len(mask) == 1:
         return mask
-    return mask[[min(row, len(mask) - 1) for row in range(rows)]]
+    return in_turn(mask, rows)
 
 
 def tokens_at(tokens: Tensor, call: AttentionCall) -> Tensor:

@@ -8,17 +8,18 @@ its steps down from T; its text and appendix mean the early ones by those up to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .blend_mask import AdaptiveMask, Gathering, MaskInRun
 from .call import AttentionCall, Chunk
-from .edit import Edit, Request
+from .edit import Edit, Request, Start
 from .region import region_at, tokens_at
+from .rows import check_rows, in_turn, matching_rows, rows_in_turn
 from .sites import Site
-from .streams import UNCONDITIONAL, Features, Stream, Trajectory
+from .streams import UNCONDITIONAL, Features, Stream, Trajectory, check_level
 from .window import Window
 
 # Equations
@@ -34,14 +35,14 @@ class Attended(NamedTuple):
 
 def swapped_early(target: Attended, layout: Attended) -> Attended:
     """Algorithm 1, line 10: in the first lambda2 steps all three are the layout's, in self- and cross-attention."""
-    return Attended(*(per_row(tensor, len(target.query)) for tensor in layout))
+    return Attended(*(in_turn(tensor, len(target.query)) for tensor in layout))
 
 
 def swapped_late(target: Attended, reference: Attended) -> Attended:
     """Algorithm 1, line 12: afterwards self-attention keeps the target's query and takes the reference's key and value
     (mutual self-attention)."""
     rows = len(target.query)
-    return Attended(target.query, per_row(reference.key, rows), per_row(reference.value, rows))
+    return Attended(target.query, in_turn(reference.key, rows), in_turn(reference.value, rows))
 
 
 def blended(target: Tensor, layout: Tensor, mask: Tensor) -> Tensor:
@@ -51,24 +52,27 @@ def blended(target: Tensor, layout: Tensor, mask: Tensor) -> Tensor:
     return mask * target + (1 - mask) * layout
 
 
-def per_row(lent: Tensor, rows: int) -> Tensor:
-    """Features of a path (1 or n, ...) for the rows of a batch: one path serves all, of several each its row, the last
-    one repeated."""
-    if len(lent) == 1:
-        return lent.expand(rows, *lent.shape[1:])
-    return lent[[min(row, len(lent) - 1) for row in range(rows)]]
-
-
 # The edits
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
     """A finished picture's path, run with the conditioned chunks' prompt and, where those swap too, with the
-    generation's negative one for the unconditioned chunks."""
+    generation's negative one for the unconditioned chunks. Of several pictures, `rows` says for each row of the run's
+    batch which one lends to it; without it they take turns."""
 
     conditioned: Trajectory
     unconditioned: Trajectory | None
+    rows: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many pictures it has."""
+        return self.conditioned.shape[0]
+
+    def of_rows(self, lent: Tensor) -> Tensor:
+        """What it lent (pictures, ...), for each row of the run's batch what its own picture did."""
+        return lent if len(lent) == 1 or not self.rows else lent[list(self.rows)]
 
     @property
     def streams(self) -> tuple[Trajectory, ...]:
@@ -122,7 +126,7 @@ class LayoutSwap(_Lent):
         lent = recorded(self.path.beside(call.chunk))
         query = None if lent is None else self.placed(lent["query"], call)
         if query is not None:
-            layout = Attended(query, lent["key"], lent["value"])
+            layout = Attended(*map(self.path.of_rows, (query, lent["key"], lent["value"])))
             call.replace(*swapped_early(Attended(call.query, call.key, call.value), layout))
 
 
@@ -136,7 +140,7 @@ class ReferenceSwap(_Lent):
         if lent is None or "query" in call.replaced:
             return
         own = Attended(call.query, call.key, call.value)
-        given = swapped_late(own, Attended(call.query, lent["key"], lent["value"]))
+        given = swapped_late(own, Attended(call.query, *map(self.path.of_rows, (lent["key"], lent["value"]))))
         if "key" in call.replaced:
             call.extend(given.key, given.value)
         else:
@@ -155,7 +159,7 @@ class LayoutBlend(_Lent):
         layout = None if lent is None else self.placed(lent["output"], call)
         if layout is None:
             return
-        rows = len(call.query)
+        rows, layout = len(call.query), self.path.of_rows(layout)
         mask = self.mask
         if isinstance(mask, MaskInRun):
             stages = mask.stages(sigma, call.chunk.latent)
@@ -166,7 +170,7 @@ class LayoutBlend(_Lent):
         here = region_at(mask, call.chunk, call.grid, rows)
         call.note("blend mask", lambda: here.unflatten(-1, call.grid))
         here = here.to(call.query.device)
-        call.blend(lambda output: blended(output, per_row(layout, rows), here))
+        call.blend(lambda output: blended(output, in_turn(layout, rows), here))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +189,41 @@ class MultiSourceSwap(Edit):
     mask: Tensor | AdaptiveMask | None = None
     crossing: frozenset[Site] = frozenset()
     watched: frozenset[Site] = frozenset()
+    _paths: dict[str, Path] = field(default_factory=dict, repr=False)
+
+    def begin(self) -> MultiSourceSwap:
+        return replace(self, _paths={})
+
+    def start(self, start: Start) -> None:
+        """Finds which picture of a trajectory of several goes with which row of the batch. Raises ValueError when there
+        are more pictures than rows, or a trajectory does not reach a noise level at which it must lend."""
+        mask = self.mask.segmented if isinstance(self.mask, AdaptiveMask) else self.mask
+        if mask is not None:
+            check_rows("blend masks", len(mask), len(start.latents))
+        matched: tuple[int, list[int]] | None = None
+        for name, path in (("layout", self.layout), ("reference", self.reference)):
+            if path is None:
+                continue
+            self._check_levels(name, path, start)
+            states = path.conditioned.states
+            rows = matching_rows((states[0], states[-1]), start.latents) if path.count > 1 else None
+            if rows is not None:
+                matched = (path.count, rows)
+            elif path.count > 1 and matched is not None and matched[0] == path.count:
+                # Inverted together, layout and reference belong together.
+                rows = matched[1]
+            else:
+                check_rows(f"pictures in the {name} trajectory", path.count, len(start.latents))
+                rows = rows_in_turn(path.count, len(start.latents))
+            self._paths[name] = replace(path, rows=tuple(rows))
+
+    def _check_levels(self, name: str, path: Path, start: Start) -> None:
+        windows = [part.window for part in self.parts() if isinstance(part, _Lent) and part.path is path]
+        kept = path.conditioned.sigmas
+        # The model is not asked at the last one, where the picture is.
+        for sigma in start.sigmas[:-1]:
+            if any(window.contains(sigma, start.percent_to_sigma) for window in windows):
+                check_level(f"The {name} trajectory", kept, sigma)
 
     def check(self, prompts: Sequence[Any]) -> None:
         """Raises ValueError when an adaptive mask's phrase is known to none of the run's prompts."""
@@ -194,17 +233,18 @@ class MultiSourceSwap(Edit):
     def parts(self) -> Iterable[Edit]:
         early = self._window(0.0, self.switch)
         late = self._window(self.switch, 1.0)
-        if self.layout is not None:
-            yield LayoutSwap(self.sites | self.crossing, early, self.layout, ("query", "key", "value"))
-        if self.reference is not None:
-            yield ReferenceSwap(self.sites, late, self.reference, ("key", "value"))
-        if self.layout is None or self.mask is None:
+        layout, reference = self._paths.get("layout", self.layout), self._paths.get("reference", self.reference)
+        if layout is not None:
+            yield LayoutSwap(self.sites | self.crossing, early, layout, ("query", "key", "value"))
+        if reference is not None:
+            yield ReferenceSwap(self.sites, late, reference, ("key", "value"))
+        if layout is None or self.mask is None:
             return
         mask = self.mask
         if isinstance(mask, AdaptiveMask):
             mask = MaskInRun(mask)
             yield Gathering(self.watched, late, mask)
-        yield LayoutBlend(self.sites, self._window(self.blend_from, 1.0), self.layout, ("output",), mask)
+        yield LayoutBlend(self.sites, self._window(self.blend_from, 1.0), layout, ("output",), mask)
 
     def _window(self, start: float, end: float) -> Window:
         """The part of this edit's own window from `start` to `end`."""

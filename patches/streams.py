@@ -134,11 +134,7 @@ class Trajectory:
         at = next((i for i, level in enumerate(kept) if math.isclose(level, sigma, rel_tol=1e-5)), None)
         if at is not None:
             return self.states[at]
-        if not kept[-1] <= sigma <= kept[0]:
-            raise ValueError(
-                f"The trajectory runs from sigma {kept[0]:.4g} to {kept[-1]:.4g}; {sigma:.4g} is outside. Invert the "
-                "picture with sigmas that begin as high as the sampler's."
-            )
+        check_level("The trajectory", self.sigmas, sigma)
         later = next(i for i, level in enumerate(kept) if level < sigma)
         share = (kept[later - 1] - sigma) / (kept[later - 1] - kept[later])
         return torch.lerp(self.states[later - 1], self.states[later], share)
@@ -232,6 +228,17 @@ class Denoising:
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         return features
+
+
+def check_level(what: str, sigmas: Tensor, sigma: float) -> None:
+    """Raises ValueError, calling the trajectory `what`, when a noise level lies outside of its falling `sigmas`."""
+    first, last = float(sigmas[0]), float(sigmas[-1])
+    inside = last <= sigma <= first or any(math.isclose(sigma, end, rel_tol=1e-5) for end in (first, last))
+    if not inside:
+        raise ValueError(
+            f"{what} runs from sigma {first:.4g} to {last:.4g} but is needed at {sigma:.4g}; invert the picture with "
+            "sigmas that begin as high as the sampler's and end as low."
+        )
 
 
 def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -120,7 +120,7 @@ def attend(heads: int) -> Callable[..., Tensor]:
 
 def begun(edit: DualBranchIntegration, like: Tensor) -> DualBranchIntegration:
     run = edit.begin()
-    run.start(Start(like, lambda noise, sigma: noise))
+    run.start(Start(like, lambda noise, sigma: noise, torch.zeros_like(like)))
     return run
 
 

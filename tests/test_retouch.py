@@ -22,10 +22,10 @@ from subject_patches.patches.retouch import (
     ReferenceSwap,
     blended,
     path_of,
-    per_row,
     swapped_early,
     swapped_late,
 )
+from subject_patches.patches.rows import in_turn
 from subject_patches.patches.sites import Site, select_sites
 from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
@@ -133,8 +133,8 @@ def test_blending() -> None:
 
 def test_rows_take_their_own_path() -> None:
     lent = randn(2, 3, 4)
-    assert torch.equal(per_row(lent, 3), lent[[0, 1, 1]])
-    assert torch.equal(per_row(lent[:1], 3), lent[[0, 0, 0]])
+    assert torch.equal(in_turn(lent, 3), lent[[0, 1, 0]])
+    assert torch.equal(in_turn(lent[:1], 3), lent[[0, 0, 0]])
 
 
 # Algorithm 1, step by step, by a plain implementation: the toy's U-Net with hooks on its attention layers.
@@ -343,7 +343,7 @@ def test_another_size_than_the_layouts_is_refused(model: Any) -> None:
 
 def test_a_path_that_begins_too_low_is_refused(model: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"runs from sigma 7 to 0; 14\.6\d is outside\. Invert the picture with sigmas"
+        ValueError, match=r"The layout trajectory runs from sigma 7 to 0 but is needed at 14\.6\d; invert the picture"
     ):
         sample(swap(model, small_path(1, top=7.0), None))
 

@@ -108,7 +108,7 @@ def test_a_trajectory_takes_rounded_noise_levels() -> None:
 
 @pytest.mark.parametrize("sigma", [9.0, 0.5])
 def test_a_trajectory_has_an_end(sigma: float) -> None:
-    with pytest.raises(ValueError, match=f"runs from sigma 8 to 1; {sigma:g} is outside"):
+    with pytest.raises(ValueError, match=f"runs from sigma 8 to 1 but is needed at {sigma:g}; invert"):
         Trajectory(torch.tensor([8.0, 1.0]), randn(2, 1, 4, 3, 3)).latents(sigma, scaling)
 
 
