@@ -9,12 +9,13 @@ class SubjectPatches(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Makes the host's checkpoint loader know the toy, and the host the folder of residual tokens."""
-        from .nodes.residual import register_folder
+        """Makes the host's checkpoint loader know the toy, and the host the folders of residual tokens and adapters."""
+        from .nodes import image_prompt, residual
         from .toy.family import register
 
         register()
-        register_folder()
+        residual.register_folder()
+        image_prompt.register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
@@ -22,6 +23,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.auxiliary_prompt import AuxiliaryPromptNode
         from .nodes.dual_branch import DualBranchIntegrationNode
         from .nodes.encode_prompt import EncodePromptWithSubjects
+        from .nodes.image_prompt import EncodeImagePromptNode, LoadImagePromptAdapterNode
         from .nodes.layout import LayoutBiasNode, LayoutNode
         from .nodes.recycled_attention import RecycledSelfAttentionNode
         from .nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
@@ -49,6 +51,8 @@ class SubjectPatches(ComfyExtension):
             SaveResidualToken,
             LoadResidualToken,
             SubjectShareNode,
+            LoadImagePromptAdapterNode,
+            EncodeImagePromptNode,
             RouterNode,
             RoutedReferenceAttentionNode,
             StepBlendedGuiderNode,

@@ -9,14 +9,15 @@ from comfy_api.latest import io
 
 from ..patches.edit import Edit
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites, family_of
-from ..patches.routed_reference import RoutedReference, RoutedReferenceAttention, RoutedTokens
+from ..patches.families import attention_sites
+from ..patches.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.router import MOST_SUBJECTS, Router
 from ..patches.sites import select_sites
 from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number
+from .image_prompt import at_model, empty_prompt, token_prompt
 from .recycled_attention import STRENGTH_MAX, reference_streams
 from .types import (
     CATEGORY,
@@ -102,8 +103,10 @@ class SubjectShareNode(io.ComfyNode):
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("last_tokens", last_tokens, 0, TOKENS_MAX)
         check_number("eta", eta, 0.0, ETA_MAX)
-        share = Share(strength, Window(start_percent, end_percent), _tokens(image_prompt, last_tokens), eta)
-        return io.NodeOutput(tuple(replace(each, share=share) for each in subject))
+        share = Share(strength, Window(start_percent, end_percent), token_prompt(image_prompt, last_tokens), eta)
+        # An adapter's prompt stays where no other is given.
+        given = [share if share.prompt is not None else replace(share, prompt=each.share.prompt) for each in subject]
+        return io.NodeOutput(tuple(replace(each, share=own) for each, own in zip(subject, given, strict=True)))
 
 
 class RoutedReferenceAttentionNode(io.ComfyNode):
@@ -216,10 +219,15 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             raise ValueError(f"There are {len(subjects)} subjects; one node takes 1 to {MOST_SUBJECTS}.")
         if not subjects:
             return io.NodeOutput(model.clone())
-        background = _tokens(background_prompt)
-        prompted = background is not None or any(subject.share.tokens is not None for subject in subjects)
-        acting = chosen["self"] | (chosen["cross"] if prompted else frozenset())
-        routing = router.routing([subject.phrase for subject in subjects], order, acting, window)
+        named = [(subject.share.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
+        prompts = [at_model(prompt, model, name) for prompt, name in named]
+        background = at_model(token_prompt(background_prompt), model, "The background prompt")
+        empty = empty_prompt([subject.share.prompt for subject in subjects], model)
+        # A trained adapter acts in every layer that it was trained for.
+        prompted = frozenset(site for site in order if site.kind == "cross") if empty else chosen["cross"]
+        if background is None and empty is None and not any(prompts):
+            prompted = frozenset()
+        routing = router.routing([subject.phrase for subject in subjects], order, chosen["self"] | prompted, window)
         how = Pass(noise_level == NEARLY_CLEAN, cross_attention == SKIPPED)
         shares: list[Edit] = []
         for number, subject in enumerate(subjects):
@@ -227,34 +235,15 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             streams = reference_streams(model, subject, seed, reference_conditioning, how)
             if strength * share.strength and not own.empty:
                 shares.append(RoutedReference(chosen["self"], own, routing, number, streams, strength * share.strength))
-            if share.tokens is not None and eta * share.eta and not own.empty:
-                tokens = _fitting(share.tokens, model, f"The image prompt of subject {number + 1}")
-                shares.append(RoutedTokens(chosen["cross"], own, routing, number, tokens, eta * share.eta))
-        if background is not None and eta and not window.empty:
-            tokens = _fitting(background, model, "The background prompt")
-            shares.append(RoutedTokens(chosen["cross"], window, routing, len(subjects), tokens, eta))
+            prompt = prompts[number]
+            if prompt is not None and eta * share.eta and not own.empty:
+                shares.append(RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta))
+        behind = background or empty
+        if behind is not None and eta and not window.empty:
+            shares.append(RoutedTokens(prompted, window, routing, len(subjects), behind, eta))
+        if empty is not None and eta and not window.empty:
+            shares.append(EmptyTokens(prompted, window, empty, eta))
         if not shares:
             return io.NodeOutput(model.clone())
-        return io.NodeOutput(add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares))))
-
-
-def _tokens(conditioning: Any, last: int = 0) -> Any:
-    """The tokens (1, n, channels) of a CONDITIONING's first entry; `last` of them, or all where it is 0."""
-    if conditioning is None:
-        return None
-    if not conditioning:
-        raise ValueError("The image prompt is an empty conditioning; connect one with tokens.")
-    tokens = conditioning[0][0][:1]
-    if last > tokens.shape[1]:
-        raise ValueError(f"last_tokens is {last} but the image prompt has {tokens.shape[1]}; 0 takes all of them.")
-    return tokens[:, -last:]
-
-
-def _fitting(tokens: Any, model: Any, name: str) -> Any:
-    width = family_of(model).context_width(model)
-    if tokens.shape[-1] != width:
-        raise ValueError(
-            f"{name} has tokens of {tokens.shape[-1]} channels but this model's prompts have {width}; encode it with "
-            "the encoder or adapter that is made for this model."
-        )
-    return tokens
+        edit = RoutedReferenceAttention(chosen["self"] | prompted, window, routing, tuple(shares))
+        return io.NodeOutput(add_edit(model, edit))

@@ -111,4 +111,4 @@ def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float) -> Ref
         image, mask = image[:, y0:y1, x0:x1], mask[None, y0:y1, x0:x1]
     image, mask = fit(image, mask, size, vae.spacial_compression_encode())
     latents = vae.encode(image)
-    return Reference(image, latents, None if mask is None else resize_mask(mask, tuple(latents.shape[-2:])))
+    return Reference(image, latents, None if mask is None else resize_mask(mask, tuple(latents.shape[-2:])), mask)

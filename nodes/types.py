@@ -10,6 +10,8 @@ CATEGORY = "Subject Patches"
 SubjectType = io.Custom("SUBJECT")
 # One patches.attention_record.AttentionRecord.
 AttentionRecordType = io.Custom("ATTENTION_RECORD")
+# One encoders.ip_adapter.ImagePromptAdapter.
+AdapterType = io.Custom("IMAGE_PROMPT_ADAPTER")
 # One patches.router.Router.
 RouterType = io.Custom("ROUTER")
 # One patches.layout_regions.Layout.

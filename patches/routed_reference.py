@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import AttentionCall
+from .call import AttentionCall, Chunk
 from .edit import Edit, Request
+from .image_prompt import ImagePrompt
 from .recycled_attention import flow_bias
 from .router import Routing
 from .streams import Features, NoisedReference, Stream
@@ -101,18 +102,18 @@ class RoutedReference(Edit):
 
 @dataclass(frozen=True, eq=False)
 class RoutedTokens(Edit):
-    """The image prompt `tokens` (1, n, channels) of one subject of a routing, or of the background (`number` N), added
-    at its own places with the weight `eta`. The layer's own projections make its keys and values."""
+    """The image prompt of one subject of a routing, or of the background (`number` N), added at its own places with the
+    weight `eta`."""
 
     routing: Routing
     number: int
-    tokens: Tensor
+    prompt: ImagePrompt
     eta: float = 1.0
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.grid is None:
             return
-        key, value = call.project(self.tokens.to(call.query))
+        key, value = self.prompt.keys_and_values(call)
         query, heads = call.query, call.heads
 
         def add(output: Tensor) -> Tensor:
@@ -125,15 +126,40 @@ class RoutedTokens(Edit):
 
 
 @dataclass(frozen=True, eq=False)
+class EmptyTokens(Edit):
+    """The image prompt of an empty picture at every place of the unconditional pass, with the weight `eta`: as the
+    authors of AnyStory and of IP-Adapter do, whose projections were trained with it there."""
+
+    prompt: ImagePrompt
+    eta: float = 1.0
+
+    def wants(self, chunk: Chunk) -> bool:
+        return chunk.generated and not chunk.conditioned
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        key, value = self.prompt.keys_and_values(call)
+        query, heads = call.query, call.heads
+
+        def add(output: Tensor) -> Tensor:
+            rows = len(query)
+            term = token_attention(query, key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
+            return output + self.eta * term
+
+        call.blend(add)
+
+
+@dataclass(frozen=True, eq=False)
 class RoutedReferenceAttention(Edit):
-    """All subjects of one node. In a run it falls into `routing` and an edit for each of `shares`, which ask it."""
+    """All subjects of one node. In a run it falls into `routing` and an edit for each of `shares`, most of which ask
+    it."""
 
     routing: Routing
-    shares: tuple[RoutedReference | RoutedTokens, ...]
+    shares: tuple[RoutedReference | RoutedTokens | EmptyTokens, ...]
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         self.routing.check(prompts)
 
     def parts(self) -> Iterable[Edit]:
         routing = self.routing.begin()
-        return (routing, *(replace(share, routing=routing) for share in self.shares))
+        routed = (share if isinstance(share, EmptyTokens) else replace(share, routing=routing) for share in self.shares)
+        return (routing, *routed)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cache import FeatureCache
+from .image_prompt import AdaptedPrompt, TokenPrompt
 from .window import Window
 
 MEGABYTE = 2**20
@@ -17,22 +18,24 @@ MEGABYTE = 2**20
 @dataclass(frozen=True, eq=False)
 class Reference:
     """One picture of a subject: `image` (1, height, width, 3) of 0 to 1 as it was encoded, `latents` as the VAE gave
-    them (1, channels, height / 8, width / 8), `mask` (1, height, width) of 0 to 1 or None for all of it."""
+    them (1, channels, height / 8, width / 8), `mask` (1, height / 8, width / 8) of 0 to 1 or None for all of it, and
+    the same `pixel_mask` (1, height, width)."""
 
     image: Tensor
     latents: Tensor
     mask: Tensor | None
+    pixel_mask: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
     """One subject's share in a routed injection: `strength` multiplies the attention weights of its references (0 is
-    none; its logarithm is Eq. 7's gamma of AnyStory), inside `window`; `tokens` (1, n, channels of a prompt) is an
-    image prompt of it, with `eta` of Eq. 5, or None."""
+    none; its logarithm is Eq. 7's gamma of AnyStory), inside `window`; `prompt` is an image prompt of it, with `eta` of
+    Eq. 5, or None."""
 
     strength: float = 1.0
     window: Window = field(default_factory=Window)
-    tokens: Tensor | None = None
+    prompt: TokenPrompt | AdaptedPrompt | None = None
     eta: float = 1.0
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from subject_patches.nodes.image_prompt import cross_channels
 from subject_patches.patches.blend_mask import AdaptiveMask
+from subject_patches.patches.image_prompt import AdaptedPrompt, KeysAndValues, TokenPrompt, in_file_order
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.subject import Share, Subject
 from torch import Tensor
@@ -108,7 +110,20 @@ def _routed(
 
 def _prompted(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
     tokens = torch.randn(1, 3, CONTEXT, generator=generator(60))
-    given = tuple(replace(each, share=Share(0.0, tokens=tokens)) for each in subjects)
+    given = tuple(replace(each, share=Share(0.0, prompt=TokenPrompt(tokens))) for each in subjects)
+    start, end = window
+    return routed(model, given, mask_router(1), eta=strength, start_percent=start, end_percent=end)
+
+
+def _adapted(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
+    channels, source = cross_channels(model), generator(61)
+
+    def pairs() -> tuple[KeysAndValues, ...]:
+        shapes = [(1, 3, channels[site]) for site in in_file_order(channels)]
+        return tuple((torch.randn(shape, generator=source), torch.randn(shape, generator=source)) for shape in shapes)
+
+    own, empty = pairs(), pairs()
+    given = tuple(replace(each, share=Share(0.0, prompt=AdaptedPrompt("adapter", own, empty))) for each in subjects)
     start, end = window
     return routed(model, given, mask_router(1), eta=strength, start_percent=start, end_percent=end)
 
@@ -167,6 +182,7 @@ MECHANISMS = (
     Mechanism("two references routed by maps", partial(_routed, count=2, router=map_router())),
     Mechanism("a reference routed by the layer before", partial(_routed, router=map_router(maps="preceding layer"))),
     Mechanism("a routed image prompt", _prompted),
+    Mechanism("an adapter's image prompt", _adapted),
     Mechanism("a swapped reference", _retouched),
     # Of two steps the layout lends the first, and the reference the second.
     Mechanism(

@@ -16,6 +16,7 @@ from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.families.unet import layer_at
+from subject_patches.patches.image_prompt import TokenPrompt
 from subject_patches.patches.routed_reference import inject, routed_reference_attention
 from subject_patches.patches.router import one_hot
 from subject_patches.patches.sites import Site
@@ -274,8 +275,8 @@ def test_maps_route_each_picture_of_a_batch_by_itself(model: Any) -> None:
 def test_equation_5(model: Any) -> None:
     tokens = [torch.randn(1, count, CONTEXT, generator=generator(40 + count)) for count in (3, 5, 2)]
     who = (
-        subject(phrase="one", strength=0.0, tokens=tokens[0], eta=0.5),
-        subject(seed=1, phrase="two", strength=0.0, tokens=tokens[1]),
+        subject(phrase="one", strength=0.0, prompt=TokenPrompt(tokens[0]), eta=0.5),
+        subject(seed=1, phrase="two", strength=0.0, prompt=TokenPrompt(tokens[1])),
     )
     background = [[tokens[2], {}]]
     look = looked_at(routed(model, who, eta=0.8, background_prompt=background, sites="encoder and decoder"), "cross")
@@ -297,7 +298,7 @@ def test_equation_5(model: Any) -> None:
 
 def test_image_prompts_follow_the_map_of_their_own_layer(model: Any) -> None:
     tokens = torch.randn(1, 3, CONTEXT, generator=generator(43))
-    who = subject(strength=0.0, tokens=tokens)
+    who = subject(strength=0.0, prompt=TokenPrompt(tokens))
     look = looked_at(
         routed(model, (who,), map_router(maps="preceding layer"), sites="encoder and decoder"), "cross", batch=1
     )
@@ -320,8 +321,8 @@ def test_a_share_belongs_to_its_subjects() -> None:
     for before, after in zip((one, other), shared, strict=True):
         assert after.cache is before.cache
         assert (after.share.strength, after.share.window, after.share.eta) == (2.0, Window(0.1, 0.6), 0.5)
-        assert after.share.tokens.shape == (1, 3, CONTEXT)
-        assert before.share.tokens is None
+        assert after.share.prompt.tokens.shape == (1, 3, CONTEXT)
+        assert before.share.prompt is None
 
 
 def test_bad_numbers_of_subjects(model: Any) -> None:
@@ -352,7 +353,7 @@ def test_bad_settings(values: dict[str, Any], message: str, model: Any) -> None:
 
 def test_an_image_prompt_of_another_model(model: Any) -> None:
     with pytest.raises(ValueError, match="The image prompt of subject 2 has tokens of 8 channels but this model's"):
-        routed(model, (subject(), subject(tokens=torch.ones(1, 2, 8))))
+        routed(model, (subject(), subject(prompt=TokenPrompt(torch.ones(1, 2, 8)))))
 
 
 @pytest.mark.parametrize("values", [{"strength": math.nan}, {"eta": -1.0}, {"start_percent": 2.0}])
