@@ -211,8 +211,8 @@ def cross_channels(model: Any) -> dict[Any, int]:
     family = family_of(model)
     if not isinstance(family, UNet):
         raise ValueError(
-            f"An adapter's image prompt is for the cross-attention of SD 1.x and SDXL; this model is {family.name}. Take "
-            "Encode Image Prompt out of the subject's way."
+            f"An adapter's image prompt is for the layers of SD 1.x and SDXL, but this model is {family.name}. "
+            "Take Encode Image Prompt out of the subject's way."
         )
     network = model.model.diffusion_model
     layers = {site: layer_at(network, site) for site in attention_sites(model) if site.kind == "cross"}
