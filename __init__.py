@@ -29,7 +29,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
         from .nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
-        from .nodes.router import RouterNode
+        from .nodes.router import RouteByAttentionNode, RouteByMasksNode
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.step_blended_guider import StepBlendedGuiderNode
         from .nodes.subject import SubjectNode
@@ -53,7 +53,8 @@ class SubjectPatches(ComfyExtension):
             SubjectShareNode,
             LoadImagePromptAdapterNode,
             EncodeImagePromptNode,
-            RouterNode,
+            RouteByMasksNode,
+            RouteByAttentionNode,
             RoutedReferenceAttentionNode,
             StepBlendedGuiderNode,
             InvertToTrajectoryNode,

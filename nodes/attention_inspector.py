@@ -16,7 +16,7 @@ from ..patches.prompt import split_phrases
 from ..patches.sites import sites_named
 from ..patches.window import Window
 from .checks import check_choice, check_number
-from .types import CATEGORY, AttentionRecordType
+from .types import INSPECT, AttentionRecordType
 
 ALL = "all"
 KINDS = (
@@ -39,10 +39,10 @@ class RecordAttentionNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesRecordAttention",
             display_name="Record Attention",
-            category=CATEGORY,
+            category=INSPECT,
             description="Records, while the model samples, what its attention layers look at, for Attention Inspector. "
             "Slows sampling; leave it out when nothing is to be inspected. Changes nothing in the picture.",
-            search_aliases=["attention maps", "debug", "inspect"],
+            search_aliases=["attention maps", "daam", "heatmap", "debug", "inspect"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that goes to the sampler; other nodes before or after."),
                 io.String.Input(
@@ -58,6 +58,8 @@ class RecordAttentionNode(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
+                    optional=True,
+                    advanced=True,
                     tooltip="Which picture of the batch to record, 1 is the first.",
                 ),
             ],
@@ -84,10 +86,10 @@ class AttentionInspectorNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesAttentionInspector",
             display_name="Attention Inspector",
-            category=CATEGORY,
+            category=INSPECT,
             description="For the last run of a recorded model: the attention maps of phrases and tokens, the routes, "
             "masks and regions that the nodes of this pack used, and how much the layers looked at references.",
-            search_aliases=["attention maps", "heatmap", "debug", "ASA", "SLD", "report"],
+            search_aliases=["attention maps", "daam", "heatmap", "debug", "ASA", "SLD", "report"],
             inputs=[
                 AttentionRecordType.Input("record", tooltip="From Record Attention."),
                 io.Image.Input(
@@ -113,17 +115,37 @@ class AttentionInspectorNode(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="",
+                    optional=True,
+                    advanced=True,
                     tooltip="Only these layers: blocks in the host's words, for example: middle, output.3, output.4.0. "
                     "Empty: all.",
                 ),
-                io.Int.Input("first_step", default=1, min=1, max=MOST_STEPS, tooltip="The first step to show, from 1."),
-                io.Int.Input("last_step", default=MOST_STEPS, min=1, max=MOST_STEPS, tooltip="The last step to show."),
+                io.Int.Input(
+                    "first_step",
+                    default=1,
+                    min=1,
+                    max=MOST_STEPS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The first step to show, from 1.",
+                ),
+                io.Int.Input(
+                    "last_step",
+                    default=MOST_STEPS,
+                    min=1,
+                    max=MOST_STEPS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The last step to show.",
+                ),
                 io.Float.Input(
                     "opacity",
                     default=0.7,
                     min=0.0,
                     max=1.0,
                     step=0.05,
+                    optional=True,
+                    advanced=True,
                     tooltip="How much a map covers the picture. 1 shows the map alone.",
                 ),
                 io.String.Input(
@@ -136,6 +158,8 @@ class AttentionInspectorNode(io.ComfyNode):
                 io.Boolean.Input(
                     "tokens",
                     default=False,
+                    optional=True,
+                    advanced=True,
                     tooltip="Also show each token of a phrase by itself.",
                 ),
             ],

@@ -1,4 +1,4 @@
-"""The Auxiliary Prompt node: both prompts of Dual-Branch Integration (DCI)."""
+"""The Dual-Branch Prompts node: both prompts of Dual-Branch Integration (DCI)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, pre
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens
 from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, prompt_spans, split_phrases
 from .checks import check_choice, check_loaded
-from .types import CATEGORY
+from .types import CONCEPT
 
 AUTOMATIC = "automatic"
 
@@ -24,11 +24,18 @@ class AuxiliaryPromptNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesAuxiliaryPrompt",
-            display_name="Auxiliary Prompt",
-            category=CATEGORY,
+            display_name="Dual-Branch Prompts",
+            category=CONCEPT,
             description="Encodes a prompt with a trained concept in it, and the same prompt with a common noun in the "
             "concept's place, for Dual-Branch Integration (DCI).",
-            search_aliases=["DCI", "dual branch", "auxiliary noun", "concept prompt", "clip text encode"],
+            search_aliases=[
+                "DCI",
+                "dual branch",
+                "auxiliary prompt",
+                "auxiliary noun",
+                "concept prompt",
+                "clip text encode",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP that encodes both prompts: of SD 1.x, SD 2.x or SDXL."),
                 io.String.Input(

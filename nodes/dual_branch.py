@@ -12,7 +12,7 @@ from ..patches.engine import add_edit
 from ..patches.families import attention_sites
 from ..patches.sites import select_sites
 from .checks import check_choice, check_number
-from .types import CATEGORY, model_output, named_sites_input, seed_input, sites_input
+from .types import CONCEPT, model_output, named_sites_input, seed_input, sites_input
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
 INJECTION_MAX = 1000000.0
@@ -31,7 +31,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesDualBranchIntegration",
             display_name="Dual-Branch Integration",
-            category=CATEGORY,
+            category=CONCEPT,
             description="Makes a model that was tuned on a concept follow the rest of the prompt again: in the first "
             "steps a second branch, with a common noun for the concept, gives everything else (DCI). No training.",
             search_aliases=["DCI", "dual branch", "concept", "overfitting", "editability", "prompt following"],
@@ -40,9 +40,9 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "model", tooltip="SD 1.x, SD 2.x or SDXL, tuned on the concept. The given model stays as it is."
                 ),
                 io.Conditioning.Input(
-                    "concept", tooltip="From Auxiliary Prompt; the sampler's positive conditioning is the same."
+                    "concept", tooltip="From Dual-Branch Prompts; the sampler's positive conditioning is the same."
                 ),
-                io.Conditioning.Input("auxiliary", tooltip="From Auxiliary Prompt."),
+                io.Conditioning.Input("auxiliary", tooltip="From Dual-Branch Prompts."),
                 io.Float.Input(
                     "injection_strength",
                     default=1.0,
@@ -73,6 +73,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "gain_mode",
                     options=[FIXED, BY_RESOLUTION],
                     default=FIXED,
+                    optional=True,
+                    advanced=True,
                     tooltip="'fixed' is the authors': layers with few places switch between the branches hard, those "
                     "with many mix about half and half, so the mix depends on the picture's size. 'by resolution' "
                     "mixes at every size as the authors' does at 512 x 512.",
@@ -81,6 +83,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "noise",
                     options=[OWN_NOISE, SAME_NOISE],
                     default=OWN_NOISE,
+                    optional=True,
+                    advanced=True,
                     tooltip="What the auxiliary branch starts from: a noise of its own, as in the authors' code, or "
                     "the concept's, which lays both pictures out alike.",
                 ),
@@ -89,6 +93,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "guidance",
                     options=[SHARED, OWN],
                     default=SHARED,
+                    optional=True,
+                    advanced=True,
                     tooltip="Whether the auxiliary branch is guided by the generation's negative prediction, or by one "
                     "of its own, which costs another pass in each of these steps.",
                 ),
@@ -98,6 +104,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     min=0.0,
                     max=GAIN_MAX,
                     step=10.0,
+                    optional=True,
                     advanced=True,
                     tooltip="How hard places switch between the branches. The authors' is 500.",
                 ),
@@ -107,6 +114,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     min=0.0,
                     max=SHARPNESS_MAX,
                     step=0.5,
+                    optional=True,
                     advanced=True,
                     tooltip="How much the attention to words is sharpened, first over the words and then over the "
                     "places. The authors' is 10.",
@@ -114,7 +122,6 @@ class DualBranchIntegrationNode(io.ComfyNode):
                 sites_input(
                     "encoder and decoder",
                     "Which cross-attention layers mix the branches. The paper's is all.",
-                    advanced=True,
                 ),
                 named_sites_input(),
             ],
@@ -172,7 +179,7 @@ def _tokens(conditioning: Any, name: str) -> BranchTokens:
     if found is None:
         raise ValueError(
             f"The {name} conditioning does not say which of its words are the concept's; connect the {name} output of "
-            "Auxiliary Prompt."
+            "Dual-Branch Prompts."
         )
     return found
 

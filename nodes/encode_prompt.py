@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY, find_spans, split_phrases
 from .checks import check_loaded
-from .types import CATEGORY, SubjectType
+from .types import SUBJECT, SubjectType
 
 
 class EncodePromptWithSubjects(io.ComfyNode):
@@ -19,12 +19,12 @@ class EncodePromptWithSubjects(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesEncodePrompt",
             display_name="Encode Prompt with Subjects",
-            category=CATEGORY,
+            category=SUBJECT,
             description=(
                 "Encodes a prompt as CLIP Text Encode does, and remembers which of its tokens are which phrase, so "
                 "that other Subject Patches nodes know where in the prompt a subject is."
             ),
-            search_aliases=["subject prompt", "token spans", "clip text encode", "phrase", "prompt"],
+            search_aliases=["subject prompt", "token spans", "clip text encode", "phrase", "prompt", "regional"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of SD 1.x, SD 2.x or SDXL."),
                 io.String.Input(

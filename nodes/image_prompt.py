@@ -16,7 +16,7 @@ from ..patches.families.unet import UNet, layer_at
 from ..patches.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
 from ..patches.subject import Reference, Subject
 from .checks import check_choice
-from .types import CATEGORY, AdapterType, SubjectType
+from .types import SEVERAL, AdapterType, SubjectType
 
 FOLDER = "ipadapter"
 KEPT, REMOVED = "kept", "removed"
@@ -42,7 +42,7 @@ class LoadImagePromptAdapterNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesLoadImagePromptAdapter",
             display_name="Load Image Prompt Adapter",
-            category=CATEGORY,
+            category=SEVERAL,
             description="Loads an IP-Adapter file (plain, plus or full; SD 1.x or SDXL) for Encode Image Prompt.",
             search_aliases=["IP-Adapter", "ipadapter", "image prompt", "AnyStory", "load adapter"],
             inputs=[
@@ -89,7 +89,7 @@ class EncodeImagePromptNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesEncodeImagePrompt",
             display_name="Encode Image Prompt",
-            category=CATEGORY,
+            category=SEVERAL,
             description="Reads a subject's pictures with a CLIP vision model and a trained adapter, for Routed "
             "Reference Attention to show in the subject's places (AnyStory's Eq. 5 with IP-Adapter's weights).",
             search_aliases=["IP-Adapter", "ipadapter", "image prompt", "AnyStory", "regional ip adapter"],
@@ -112,6 +112,7 @@ class EncodeImagePromptNode(io.ComfyNode):
                     "crop",
                     options=list(CROPS),
                     default="center",
+                    optional=True,
                     advanced=True,
                     tooltip="How a picture becomes the vision model's square: its middle, or all of it squeezed.",
                 ),

@@ -1,4 +1,4 @@
-"""Layout and Layout Bias: which phrase belongs where in the picture (Cones 2)."""
+"""Subject Layout and Layout Bias: which phrase belongs where in the picture (Cones 2)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from ..patches.prompt import split_phrases
 from ..patches.sites import select_sites
 from ..patches.window import Window
 from .checks import check_choice, check_number
-from .types import CATEGORY, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
+from .types import LAYOUT, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
 
 POSITIVE_MAX = 100.0
-NEGATIVE_MIN = -1e8
+NEGATIVE_MIN = -1000.0
+# The authors' weight, which hides at every step.
+HARD = -1e8
 GUIDANCE_MAX = 10.0
 OUTSIDE, OTHER_REGIONS = "everywhere outside", "other regions"
 FADING, CONSTANT = "fading", "constant"
@@ -31,10 +33,10 @@ class LayoutNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesLayout",
-            display_name="Layout",
-            category=CATEGORY,
+            display_name="Subject Layout",
+            category=LAYOUT,
             description="Says which phrases of the prompt belong where in the picture, by boxes, by masks, or both.",
-            search_aliases=["regional prompt", "boxes", "bounding boxes", "composition", "Cones 2"],
+            search_aliases=["regional prompt", "regional", "boxes", "bounding boxes", "composition", "Cones 2"],
             inputs=[
                 io.Int.Input(
                     "width",
@@ -132,16 +134,25 @@ class LayoutBiasNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesLayoutBias",
             display_name="Layout Bias",
-            category=CATEGORY,
+            category=LAYOUT,
             description="Places what the prompt names where the layout says, each thing by itself: its words are "
             "strengthened in its regions and weakened elsewhere (Cones 2). No training.",
-            search_aliases=["Cones 2", "layout guidance", "regional prompt", "attention bias", "boxes"],
+            search_aliases=[
+                "Cones 2",
+                "layout guidance",
+                "regional prompt",
+                "regional",
+                "attention bias",
+                "attention couple",
+                "boxes",
+                "gligen",
+            ],
             inputs=[
                 model_input(),
                 LayoutType.Input(
                     "layout",
-                    tooltip="From Layout. The prompt must come from Encode Prompt with Subjects, with the layout's "
-                    "phrases among its own.",
+                    tooltip="From Subject Layout. The prompt must come from Encode Prompt with Subjects, with the "
+                    "layout's phrases among its own.",
                 ),
                 io.Float.Input(
                     "guidance_weight",
@@ -160,14 +171,11 @@ class LayoutBiasNode(io.ComfyNode):
                     tooltip="How much a phrase is strengthened in its regions. 2.5 is the paper's, 0 strengthens "
                     "nothing.",
                 ),
-                io.Float.Input(
-                    "negative_weight",
-                    default=NEGATIVE_MIN,
-                    min=NEGATIVE_MIN,
-                    max=0.0,
-                    step=0.1,
-                    tooltip="How much a phrase is weakened outside its regions. The authors' -100000000 is a hard mask "
-                    "at every step; about -1 to -10 is soft, 0 weakens nothing. The guidance weight multiplies it too.",
+                io.Boolean.Input(
+                    "hard_mask",
+                    default=True,
+                    tooltip="Hides a phrase completely where it is weakened, as the authors do. Off, negative_weight "
+                    "says how much it is weakened there.",
                 ),
                 io.Combo.Input(
                     "weaken",
@@ -181,10 +189,22 @@ class LayoutBiasNode(io.ComfyNode):
                     "Which cross-attention layers are biased. The authors bias all.",
                 ),
                 *window_inputs("the layout begins to act"),
+                io.Float.Input(
+                    "negative_weight",
+                    default=-5.0,
+                    min=NEGATIVE_MIN,
+                    max=0.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With hard_mask off, how much a phrase is weakened: about -1 to -10 is soft, 0 weakens "
+                    "nothing. The guidance weight multiplies it too.",
+                ),
                 io.Combo.Input(
                     "eta",
                     options=[FADING, CONSTANT],
                     default=FADING,
+                    optional=True,
                     advanced=True,
                     tooltip="How the push changes over the schedule. 'fading' is the authors': strong at first, "
                     "ln(1 + sigma^2). 'constant' is 1 at every step, what 'fading' is at sigma 1.31.",
@@ -193,6 +213,7 @@ class LayoutBiasNode(io.ComfyNode):
                     "statistics",
                     options=[PER_PICTURE, WHOLE_BATCH],
                     default=PER_PICTURE,
+                    optional=True,
                     advanced=True,
                     tooltip="The push is scaled by how much the attention scores vary: in each picture, or over the "
                     "whole batch as in the authors' code, where a picture then depends on the others beside it.",
@@ -209,11 +230,12 @@ class LayoutBiasNode(io.ComfyNode):
         layout: Layout,
         guidance_weight: float,
         positive_weight: float,
-        negative_weight: float,
+        hard_mask: bool,
         weaken: str,
-        sites: str,
         start_percent: float,
         end_percent: float,
+        negative_weight: float = -5.0,
+        sites: str = "encoder and decoder",
         eta: str = FADING,
         statistics: str = PER_PICTURE,
         named_sites: str = "",
@@ -221,12 +243,13 @@ class LayoutBiasNode(io.ComfyNode):
         check_number("guidance weight", guidance_weight, 0.0, GUIDANCE_MAX)
         check_number("positive weight", positive_weight, 0.0, POSITIVE_MAX)
         check_number("negative weight", negative_weight, NEGATIVE_MIN, 0.0)
+        negative = HARD if hard_mask else negative_weight
         check_choice("weaken", weaken, (OUTSIDE, OTHER_REGIONS))
         check_choice("eta", eta, (FADING, CONSTANT))
         check_choice("statistics", statistics, (PER_PICTURE, WHOLE_BATCH))
         window = Window(start_percent, end_percent)
         chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
-        weightless = guidance_weight == 0 or positive_weight == negative_weight == 0
+        weightless = guidance_weight == 0 or positive_weight == negative == 0
         if weightless or window.empty or not layout.regions:
             return io.NodeOutput(model.clone())
         edit = LayoutBias(
@@ -234,7 +257,7 @@ class LayoutBiasNode(io.ComfyNode):
             window,
             layout,
             positive=positive_weight,
-            negative=negative_weight,
+            negative=negative,
             guidance=guidance_weight,
             everywhere=weaken == OUTSIDE,
             constant=eta == CONSTANT,

@@ -15,7 +15,7 @@ from ..patches.subject import Subject
 from ..patches.window import Window
 from .checks import check_number
 from .types import (
-    CATEGORY,
+    SUBJECT,
     SubjectType,
     model_input,
     model_output,
@@ -36,10 +36,20 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesRecycledSelfAttention",
             display_name="Recycled Self-Attention",
-            category=CATEGORY,
+            category=SUBJECT,
             description="Carries a subject's look into the picture, details included: the model runs on the reference "
             "too and the picture attends to it (AnyLogo). No training.",
-            search_aliases=["AnyLogo", "reference only", "reference attention", "subject"],
+            search_aliases=[
+                "AnyLogo",
+                "reference only",
+                "reference attention",
+                "ip adapter",
+                "ipadapter",
+                "face",
+                "character",
+                "consistent",
+                "style transfer",
+            ],
             inputs=[
                 model_input(),
                 SubjectType.Input("subject", tooltip="One or more subjects; the picture attends to all of them."),
@@ -58,6 +68,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
+                    optional=True,
+                    advanced=True,
                     tooltip="The share of layers and steps that see the reference, chosen by the seed (the paper's "
                     "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
                 ),
@@ -86,6 +98,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     "apply_to",
                     options=["cond only", "both"],
                     default="cond only",
+                    optional=True,
                     advanced=True,
                     tooltip="'cond only' is the paper's: guidance then pushes towards the subject. 'both' also shows "
                     "the reference to the negative prompt's pass, which weakens that push.",
@@ -140,7 +153,7 @@ def reference_streams(
         if channels != wanted:
             raise ValueError(
                 f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "
-                "connect the VAE of this checkpoint to the Subject node."
+                "connect the VAE of this checkpoint to the Subject Reference node."
             )
         clean = model.model.process_latent_in(reference.latents)
         name = ("noised reference", number)

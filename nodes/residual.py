@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..patches.prompt import SPANS_KEY
 from ..patches.residual import ResidualToken, add_residual, family_of, subject_positions
 from .checks import check_number
-from .types import CATEGORY, ResidualTokenType
+from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
 FOLDER = "residual_tokens"
@@ -34,9 +34,9 @@ class ApplyResidualTokens(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesApplyResidualTokens",
             display_name="Apply Residual Tokens",
-            category=CATEGORY,
+            category=CONCEPT,
             description="Turns a noun of the prompt into a learned subject (Cones 2). Chain one node for each subject.",
-            search_aliases=["Cones 2", "personalization", "custom subject", "concept"],
+            search_aliases=["Cones 2", "personalization", "custom subject", "concept", "textual inversion"],
             inputs=[
                 io.Conditioning.Input(
                     "conditioning",
@@ -91,7 +91,7 @@ class SaveResidualToken(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesSaveResidualToken",
             display_name="Save Residual Token",
-            category=CATEGORY,
+            category=CONCEPT,
             description=f"Saves a residual token, a few kilobytes, into the models folder {FOLDER}.",
             search_aliases=["Cones 2", "export residual"],
             is_output_node=True,
@@ -137,7 +137,7 @@ class LoadResidualToken(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesLoadResidualToken",
             display_name="Load Residual Token",
-            category=CATEGORY,
+            category=CONCEPT,
             description=f"Loads a residual token from the models folder {FOLDER}.",
             search_aliases=["Cones 2", "import residual"],
             inputs=[

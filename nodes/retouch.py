@@ -1,4 +1,4 @@
-"""Multi-Source Attention Swap and Adaptive Blend Mask (Layout-and-Retouch)."""
+"""Multi-Source Attention Swap and Adaptive Swap Mask (Layout-and-Retouch)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..patches.window import Window
 from .checks import check_choice, check_number
 from .trajectory import refuse_flow
 from .types import (
-    CATEGORY,
+    RETOUCH,
     BlendMaskType,
     TrajectoryType,
     model_input,
@@ -41,7 +41,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesMultiSourceSwap",
             display_name="Multi-Source Attention Swap",
-            category=CATEGORY,
+            category=RETOUCH,
             description="Retouches a picture: its structure comes from the layout trajectory, the subject's details "
             "from the reference trajectory, both by their attention (Layout-and-Retouch). No training.",
             search_aliases=["Layout-and-Retouch", "MasaCtrl", "mutual self-attention", "retouch", "attention swap"],
@@ -87,7 +87,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "blend_mask",
                     [BlendMaskType, io.Mask],
                     optional=True,
-                    tooltip="Where the picture is retouched: from Adaptive Blend Mask, or any mask. White is "
+                    tooltip="Where the picture is retouched: from Adaptive Swap Mask, or any mask. White is "
                     "retouched, black stays the layout's. Without one, all of it is.",
                 ),
                 sites_input(
@@ -97,6 +97,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 io.Boolean.Input(
                     "swap_cross_attention",
                     default=True,
+                    optional=True,
                     advanced=True,
                     tooltip="Whether the layout's query, key and value also replace those of the cross-attention in "
                     "the same blocks, as in the paper's Algorithm 1.",
@@ -106,6 +107,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "apply_to",
                     options=[BOTH, COND_ONLY],
                     default=BOTH,
+                    optional=True,
                     advanced=True,
                     tooltip="'both': the negative prompt's pass takes from passes with the negative prompt, as in the "
                     "swap that the paper follows. 'cond only' leaves it alone, which costs half as much.",
@@ -192,8 +194,8 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesAdaptiveBlendMask",
-            display_name="Adaptive Blend Mask",
-            category=CATEGORY,
+            display_name="Adaptive Swap Mask",
+            category=RETOUCH,
             description="Where a picture is retouched: a segmenter's mask of the layout picture, joined with where the "
             "prompt's words for the subject act, which is found while sampling (Layout-and-Retouch).",
             search_aliases=["Layout-and-Retouch", "foreground mask", "cross-attention mask", "blend mask"],
@@ -225,6 +227,8 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
+                    optional=True,
+                    advanced=True,
                     tooltip="Connected parts of the attention's mask smaller than this share of the picture are noise.",
                 ),
                 io.Combo.Input(

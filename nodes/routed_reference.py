@@ -20,7 +20,7 @@ from .checks import check_choice, check_number
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .recycled_attention import STRENGTH_MAX, reference_streams
 from .types import (
-    CATEGORY,
+    SEVERAL,
     RouterType,
     SubjectType,
     model_input,
@@ -45,7 +45,7 @@ class SubjectShareNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesSubjectShare",
             display_name="Subject Share",
-            category=CATEGORY,
+            category=SEVERAL,
             description="For Routed Reference Attention: how strongly one subject is shown, in which part of the "
             "schedule, and with which image prompt.",
             search_aliases=["AnyStory", "subject strength", "image prompt", "gamma"],
@@ -73,6 +73,7 @@ class SubjectShareNode(io.ComfyNode):
                     min=0.0,
                     max=ETA_MAX,
                     step=0.05,
+                    optional=True,
                     advanced=True,
                     tooltip="How strongly the image prompt is added, times the node's own eta.",
                 ),
@@ -81,6 +82,7 @@ class SubjectShareNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=TOKENS_MAX,
+                    optional=True,
                     advanced=True,
                     tooltip="How many of the image prompt's tokens count, from its end; 0 is all. Apply Style Model "
                     "puts its tokens (SD 1.x: 8) behind those of a text.",
@@ -117,18 +119,30 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesRoutedReferenceAttention",
             display_name="Routed Reference Attention",
-            category=CATEGORY,
+            category=SEVERAL,
             description="Shows one to eight subjects in one picture without blending them: each place attends to the "
             "references of its own subject only (AnyStory, without its trained weights).",
-            search_aliases=["AnyStory", "multi subject", "several subjects", "reference attention", "regional"],
+            search_aliases=[
+                "AnyStory",
+                "multi subject",
+                "several subjects",
+                "several characters",
+                "ip adapter",
+                "reference attention",
+                "regional",
+                "consistent",
+            ],
             inputs=[
                 model_input(),
                 SubjectType.Input(
                     "subjects",
-                    tooltip="One to eight subjects: chain Subject nodes by their 'others'. Subject Share sets one's "
-                    "strength, window and image prompt.",
+                    tooltip="One to eight subjects: chain Subject Reference nodes by their 'others'. Subject Share "
+                    "sets one's strength, window and image prompt.",
                 ),
-                RouterType.Input("router", tooltip="From Router: which place belongs to which subject."),
+                RouterType.Input(
+                    "router",
+                    tooltip="From Route Subjects by Masks or by Attention: which place belongs to which subject.",
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -148,6 +162,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "noise_level",
                     options=[CURRENT, NEARLY_CLEAN],
                     default=CURRENT,
+                    optional=True,
+                    advanced=True,
                     tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one "
                     "pass a step. 'nearly clean': that of the schedule's end, one pass in all while the "
                     "subject's cache holds it, as the paper's ReferenceNet.",
@@ -156,6 +172,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "cross_attention",
                     options=[KEPT, SKIPPED],
                     default=KEPT,
+                    optional=True,
+                    advanced=True,
                     tooltip="Whether the pass over a reference has its cross-attention. 'kept': it reads the prompt. "
                     "'skipped' is the paper's, whose ReferenceNet is trained for it.",
                 ),
@@ -182,6 +200,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     min=0.0,
                     max=ETA_MAX,
                     step=0.05,
+                    optional=True,
                     advanced=True,
                     tooltip="How strongly image prompts are added (Eq. 5); 0 adds none.",
                 ),

@@ -1,4 +1,4 @@
-"""The Self-Recurrence node: a SAMPLER that does each step more than once (Cones 2)."""
+"""The Self-Recurrence Sampler node: a SAMPLER that does each step more than once (Cones 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..patches.self_recurrence import recur, row_noise
 from ..patches.window import Window
-from .types import CATEGORY, seed_input, window_inputs
+from .types import LAYOUT, seed_input, window_inputs
 
 TURNS_MAX = 10
 # Those of the host's samplers that remember nothing from one step to the next.
@@ -35,11 +35,11 @@ class SelfRecurrenceNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesSelfRecurrence",
-            display_name="Self-Recurrence",
-            category=CATEGORY,
+            display_name="Self-Recurrence Sampler",
+            category=LAYOUT,
             description="Does each step of a sampler more than once, noising back in between, so that a layout takes "
             "hold better (Cones 2's code). Sampling takes as many times as long. For SamplerCustom nodes.",
-            search_aliases=["Cones 2", "time travel", "resampling", "recurrence"],
+            search_aliases=["Cones 2", "time travel", "resampling", "recurrence", "restart sampler"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip=f"From KSamplerSelect, one of: {', '.join(SAMPLERS)}."),
                 io.Int.Input(
@@ -56,7 +56,9 @@ class SelfRecurrenceNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, sampler: Any, turns: int, start_percent: float, end_percent: float, seed: int) -> io.NodeOutput:
+    def execute(
+        cls, sampler: Any, turns: int, start_percent: float, end_percent: float, seed: int = 0
+    ) -> io.NodeOutput:
         if not 1 <= turns <= TURNS_MAX:
             raise ValueError(f"The turns are {turns}; give a number from 1 to {TURNS_MAX}.")
         window = Window(start_percent, end_percent)
@@ -89,7 +91,7 @@ def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: i
     ) -> Any:
         model_sampling = model.inner_model.inner_model.model_sampling
         if isinstance(model_sampling, CONST):
-            raise ValueError("Self-Recurrence knows no flow models; use it with SD 1.x, SD 2.x or SDXL.")
+            raise ValueError("Self-Recurrence Sampler knows no flow models; use it with SD 1.x, SD 2.x or SDXL.")
         bar = tqdm(total=len(sigmas) - 1, disable=disable)
 
         def step(x: Any, levels: Any, number: int, turn: int) -> Any:

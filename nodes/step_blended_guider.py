@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..patches.step_plan import Call, StepPlan, Told, steps_of_calls
 from .checks import check_number
-from .types import CATEGORY
+from .types import CONCEPT
 
 CFG_MAX = 100.0
 STEPS_MAX = 10000
@@ -32,7 +32,7 @@ class StepBlendedGuiderNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesStepBlendedGuider",
             display_name="Step-Blended Guider",
-            category=CATEGORY,
+            category=CONCEPT,
             description="Lets the vanilla model lay a picture out and a personalised model draw the rest: the first "
             "steps are the one's, the others the other's (Layout-and-Retouch). For SamplerCustomAdvanced.",
             search_aliases=["Layout-and-Retouch", "step-blended denoising", "two models", "refiner", "model switch"],

@@ -1,4 +1,4 @@
-"""The Subject node: reference pictures of a subject, encoded once, for any mechanism."""
+"""The Subject Reference node: reference pictures of a subject, encoded once, for any mechanism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..patches.cache import FeatureCache
 from ..patches.streams import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, fit, mask_bounds
 from .checks import check_loaded, check_number
-from .types import CATEGORY, SubjectType
+from .types import SUBJECT, SubjectType
 
 
 class SubjectNode(io.ComfyNode):
@@ -20,10 +20,20 @@ class SubjectNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesSubject",
-            display_name="Subject",
-            category=CATEGORY,
+            display_name="Subject Reference",
+            category=SUBJECT,
             description="Reference pictures of one subject, cropped to it and encoded, for the nodes that show it.",
-            search_aliases=["reference image", "ip", "logo", "identity"],
+            search_aliases=[
+                "reference image",
+                "ip adapter",
+                "ipadapter",
+                "face",
+                "character",
+                "consistent",
+                "identity",
+                "logo",
+                "product",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",
@@ -52,6 +62,8 @@ class SubjectNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    optional=True,
+                    advanced=True,
                     tooltip="Space kept around the mask when cropping, as a share of the subject's longer side.",
                 ),
                 io.Mask.Input(
@@ -66,6 +78,7 @@ class SubjectNode(io.ComfyNode):
                     default=2048,
                     min=0,
                     max=65536,
+                    optional=True,
                     advanced=True,
                     tooltip="How much of the subject's features to keep for the next picture, which then costs little "
                     "more than without the subject. 0 keeps none.",
@@ -79,9 +92,9 @@ class SubjectNode(io.ComfyNode):
         cls,
         image: Any,
         vae: Any,
-        phrase: str,
-        size: int,
-        margin: float,
+        phrase: str = "",
+        size: int = 512,
+        margin: float = 0.1,
         mask: Any = None,
         others: tuple[Subject, ...] = (),
         cache_megabytes: int = 2048,

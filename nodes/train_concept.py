@@ -18,7 +18,7 @@ from .training_inputs import (
     steps_input,
     training_inputs,
 )
-from .types import CATEGORY, model_input
+from .types import CONCEPT, model_input
 
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
@@ -29,15 +29,25 @@ class TrainConceptNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        rates = {"min": 0.0, "max": 1.0, "step": 1e-6, "advanced": True}
+        rates = {"min": 0.0, "max": 1.0, "step": 1e-6}
         return io.Schema(
             node_id="SubjectPatchesTrainConcept",
             display_name="Train ICO Concept",
-            category=CATEGORY,
+            category=CONCEPT,
             description="Teaches a model a concept from a few pictures of it: words for the concept, and the key and "
             "value projections of cross-attention (ICO). The result works in any ComfyUI: one file that is an "
             "embedding and a LoRA.",
-            search_aliases=["ICO", "DCI", "textual inversion", "custom diffusion", "train", "concept", "DreamBooth"],
+            search_aliases=[
+                "ICO",
+                "DCI",
+                "textual inversion",
+                "custom diffusion",
+                "lora training",
+                "train lora",
+                "train character",
+                "concept",
+                "DreamBooth",
+            ],
             is_output_node=True,
             inputs=[
                 model_input(),
@@ -63,7 +73,7 @@ class TrainConceptNode(io.ComfyNode):
                 ),
                 steps_input(500, "Steps of training. More know the concept better and follow prompts less."),
                 side_input("size", "The pictures' size in training: what the checkpoint was made for."),
-                batch_input(2, "Pictures in each step.", advanced=True),
+                batch_input(2, "Pictures in each step."),
                 io.Float.Input("learning_rate", default=1e-5, tooltip="Learning rate of the projections.", **rates),
                 io.Float.Input(
                     "word_learning_rate", default=5e-4, tooltip="Learning rate of the learnt words.", **rates
@@ -74,6 +84,7 @@ class TrainConceptNode(io.ComfyNode):
                     min=0.1,
                     max=1.0,
                     step=0.05,
+                    optional=True,
                     advanced=True,
                     tooltip="Random parts of the pictures are trained on too, from this share of their side up. 1 is "
                     "the whole picture only.",
@@ -84,6 +95,7 @@ class TrainConceptNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    optional=True,
                     advanced=True,
                     tooltip="Noise on those parts (standard deviation, white is 1), so that a picture's grain is not "
                     "learnt.",

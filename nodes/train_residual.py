@@ -19,7 +19,7 @@ from .training_inputs import (
     steps_input,
     training_inputs,
 )
-from .types import CATEGORY, ResidualTokenType
+from .types import CONCEPT, ResidualTokenType
 
 ENCODER, ALONE = "text encoder", "residual alone"
 OWN, AS_V = "what the model predicts", "v"
@@ -33,10 +33,18 @@ class TrainResidualToken(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesTrainResidualToken",
             display_name="Train Residual Token",
-            category=CATEGORY,
+            category=CONCEPT,
             description="Learns a subject from 3 to 5 pictures of it, as one vector that turns its noun into it (Cones "
             "2). The MODEL and CLIP stay as they are. Needs about as much memory as training their text encoder.",
-            search_aliases=["Cones 2", "personalization", "DreamBooth", "textual inversion", "concept"],
+            search_aliases=[
+                "Cones 2",
+                "personalization",
+                "DreamBooth",
+                "textual inversion",
+                "lora training",
+                "train character",
+                "concept",
+            ],
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL, with its LoRA if any."),
@@ -69,6 +77,8 @@ class TrainResidualToken(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.01,
+                    optional=True,
+                    advanced=True,
                     tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
                     "More keeps residuals of several subjects apart better, less learns faster.",
                 ),
@@ -89,6 +99,7 @@ class TrainResidualToken(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="a {} on a skateboard",
+                    optional=True,
                     advanced=True,
                     tooltip="Further sentences, one a line, with {} for the noun. They join those that come with the "
                     "pack: over them other words are kept, and the residual is their mean.",
@@ -97,6 +108,7 @@ class TrainResidualToken(io.ComfyNode):
                     "tunes",
                     options=[ENCODER, ALONE],
                     default=ENCODER,
+                    optional=True,
                     advanced=True,
                     tooltip="What learns. 'text encoder' is the paper's: the residual is its mean shift. 'residual "
                     "alone' needs little memory, no sentences, and a learning rate of about 0.05; the paper "
@@ -106,6 +118,7 @@ class TrainResidualToken(io.ComfyNode):
                     "loss",
                     options=[OWN, AS_V],
                     default=OWN,
+                    optional=True,
                     advanced=True,
                     tooltip="What the loss is of. 'what the model predicts' is the paper's, the noise for most models. "
                     "'v' counts strong noise more, where shapes and colours are decided.",
@@ -130,11 +143,11 @@ class TrainResidualToken(io.ComfyNode):
         noun: list[str],
         steps: list[int],
         learning_rate: list[float],
-        batch_size: list[int],
-        preservation: list[float],
         resolution: list[int],
         captions: list[str],
-        seed: list[int],
+        batch_size: list[int] | None = None,
+        preservation: list[float] | None = None,
+        seed: list[int] | None = None,
         more_templates: list[str] | None = None,
         tunes: list[str] | None = None,
         loss: list[str] | None = None,
@@ -150,9 +163,10 @@ class TrainResidualToken(io.ComfyNode):
 
         name, chosen, learner = checked_noun(noun[0]), _first(precision, "auto"), _first(tunes, ENCODER)
         of = _first(loss, OWN)
-        check_training(steps[0], batch_size[0], chosen, resolution=resolution[0])
+        batch, kept, number = _first(batch_size, 1), _first(preservation, 0.1), _first(seed, 0)
+        check_training(steps[0], batch, chosen, resolution=resolution[0])
         check_number("learning rate", learning_rate[0], 1e-8, 1.0)
-        check_number("preservation", preservation[0], 0.0, 1000.0)
+        check_number("preservation", kept, 0.0, 1000.0)
         check_choice("tunes", learner, (ENCODER, ALONE))
         check_choice("loss", of, (OWN, AS_V))
         check_loaded(clip[0], vae[0])
@@ -185,10 +199,10 @@ class TrainResidualToken(io.ComfyNode):
             "captions": "; ".join(shown),
             "sentences": f"{len(templates)}, {hashlib.sha256(chr(10).join(templates).encode()).hexdigest()[:16]}",
             "learning rate": str(learning_rate[0]),
-            "batch size": str(batch_size[0]),
-            "preservation": str(preservation[0]),
+            "batch size": str(batch),
+            "preservation": str(kept),
             "precision": str(dtype),
-            "seed": str(seed[0]),
+            "seed": str(number),
         }
         state = None
         if resumed:
@@ -198,9 +212,9 @@ class TrainResidualToken(io.ComfyNode):
         plan = Plan(
             steps[0],
             learning_rate[0],
-            batch_size[0],
-            preservation[0],
-            seed[0],
+            batch,
+            kept,
+            number,
             dtype,
             _first(gradient_checkpointing, True),
             alone=learner == ALONE,

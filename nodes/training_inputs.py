@@ -28,8 +28,9 @@ def side_input(name: str, tooltip: str) -> io.Int.Input:
     return io.Int.Input(name, default=512, min=SIDE[0], max=SIDE[1], step=8, tooltip=tooltip)
 
 
-def batch_input(default: int, tooltip: str, advanced: bool = False) -> io.Int.Input:
-    return io.Int.Input("batch_size", default=default, min=1, max=BATCH_MAX, tooltip=tooltip, advanced=advanced)
+def batch_input(default: int, tooltip: str) -> io.Int.Input:
+    bounds = {"default": default, "min": 1, "max": BATCH_MAX}
+    return io.Int.Input("batch_size", **bounds, tooltip=tooltip, optional=True, advanced=True)
 
 
 def check_training(steps: int, batch_size: int, precision: str, **side: int) -> None:
@@ -60,6 +61,7 @@ def training_inputs() -> list[Any]:
             "precision",
             options=list(PRECISIONS),
             default="auto",
+            optional=True,
             advanced=True,
             tooltip="What the model computes in; what is trained is kept in fp32. 'auto' is bf16 or fp16 where the GPU "
             "has it, fp32 on a CPU.",
@@ -67,12 +69,14 @@ def training_inputs() -> list[Any]:
         io.Boolean.Input(
             "gradient_checkpointing",
             default=True,
+            optional=True,
             advanced=True,
             tooltip="Needs much less memory, and about a third more time. Changes nothing in the result.",
         ),
         io.String.Input(
             "resume_name",
             default="",
+            optional=True,
             advanced=True,
             tooltip="With a name, a training that was cancelled or whose steps were raised goes on where it stopped. "
             "Its state is kept in the output folder under training/, a few times the size of what is trained.",

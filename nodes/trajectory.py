@@ -19,7 +19,7 @@ from ..patches.cache import FeatureCache
 from ..patches.families import family_of
 from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, from_file, inverted, replayed, to_file
 from ..patches.subject import MEGABYTE
-from .types import CATEGORY, TrajectoryType
+from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
 FOLDER = "trajectories"
@@ -40,6 +40,7 @@ def cache_input() -> io.Int.Input:
         default=CACHE_MEGABYTES,
         min=0,
         max=65536,
+        optional=True,
         advanced=True,
         tooltip="How much of what the trajectory lends to keep for the next picture, which then costs little more than "
         "without it. 0 keeps none.",
@@ -54,7 +55,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         return io.Schema(
             node_id="SubjectPatchesInvertToTrajectory",
             display_name="Invert to Trajectory",
-            category=CATEGORY,
+            category=RETOUCH,
             description="Walks a picture's latents back to noise by DDIM inversion and keeps all of them, for "
             "Multi-Source Attention Swap (Layout-and-Retouch).",
             search_aliases=["DDIM inversion", "inversion", "unsampler", "Layout-and-Retouch"],
@@ -75,12 +76,16 @@ class InvertToTrajectoryNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=ROUNDS_MAX,
+                    optional=True,
+                    advanced=True,
                     tooltip="For inversions that drift: more turns of each step until it leads back to where it came "
                     "from. Each costs another pass a step; 0 is plain DDIM inversion, 3 is often enough.",
                 ),
                 io.Boolean.Input(
                     "measure_replay",
                     default=False,
+                    optional=True,
+                    advanced=True,
                     tooltip="Also replays the inversion and reports how far it drifts, which takes another pass a "
                     "step. The kept latents do not drift.",
                 ),
@@ -206,15 +211,17 @@ class SaveTrajectoryNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesSaveTrajectory",
-            display_name="Save Trajectory",
-            category=CATEGORY,
+            display_name="Save Inversion Trajectory",
+            category=RETOUCH,
+            search_aliases=["DDIM inversion", "export trajectory"],
             description="Saves a trajectory as a safetensors file, so that a picture need not be inverted again.",
             inputs=[
                 TrajectoryType.Input("trajectory", tooltip="From Invert to Trajectory."),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FOLDER}/trajectory",
-                    tooltip=f"Where in the output folder; Load Trajectory lists what is in its folder {FOLDER}.",
+                    tooltip="Where in the output folder; Load Inversion Trajectory lists what is in its folder "
+                    f"{FOLDER}.",
                 ),
             ],
             outputs=[],
@@ -247,9 +254,10 @@ class LoadTrajectoryNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectPatchesLoadTrajectory",
-            display_name="Load Trajectory",
-            category=CATEGORY,
-            description="Loads what Save Trajectory wrote.",
+            display_name="Load Inversion Trajectory",
+            category=RETOUCH,
+            search_aliases=["DDIM inversion", "import trajectory"],
+            description="Loads what Save Inversion Trajectory wrote.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -262,7 +270,7 @@ class LoadTrajectoryNode(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, cache_megabytes: int) -> Any:
+    def fingerprint_inputs(cls, file: str, cache_megabytes: int = CACHE_MEGABYTES) -> Any:
         found = os.stat(folder_paths.get_annotated_filepath(file))
         return (file, found.st_mtime_ns, found.st_size, cache_megabytes)
 

@@ -1,27 +1,34 @@
-"""The pack's own link types."""
+"""The pack's own link types, menu folders, and the inputs that several nodes have."""
 
 from comfy_api.latest import io
 
 from ..patches.sites import CHOICES
 
 CATEGORY = "Subject Patches"
+# The menu's folders, by what somebody wants to do.
+SUBJECT = f"{CATEGORY}/subject"
+LAYOUT = f"{CATEGORY}/layout"
+SEVERAL = f"{CATEGORY}/several subjects"
+CONCEPT = f"{CATEGORY}/concept"
+RETOUCH = f"{CATEGORY}/retouch"
+INSPECT = f"{CATEGORY}/inspect"
 
 # A tuple of patches.subject.Subject.
-SubjectType = io.Custom("SUBJECT")
+SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
 # One patches.attention_record.AttentionRecord.
-AttentionRecordType = io.Custom("ATTENTION_RECORD")
+AttentionRecordType = io.Custom("SUBJECT_PATCHES_ATTENTION_RECORD")
 # One encoders.ip_adapter.ImagePromptAdapter.
-AdapterType = io.Custom("IMAGE_PROMPT_ADAPTER")
+AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")
 # One patches.router.Router.
-RouterType = io.Custom("ROUTER")
+RouterType = io.Custom("SUBJECT_PATCHES_ROUTER")
 # One patches.layout_regions.Layout.
-LayoutType = io.Custom("LAYOUT")
+LayoutType = io.Custom("SUBJECT_PATCHES_LAYOUT")
 # One patches.residual.ResidualToken.
-ResidualTokenType = io.Custom("RESIDUAL_TOKEN")
+ResidualTokenType = io.Custom("SUBJECT_PATCHES_RESIDUAL_TOKEN")
 # One patches.inversion.Inversion.
-TrajectoryType = io.Custom("TRAJECTORY")
+TrajectoryType = io.Custom("SUBJECT_PATCHES_TRAJECTORY")
 # One patches.blend_mask.AdaptiveMask.
-BlendMaskType = io.Custom("BLEND_MASK")
+BlendMaskType = io.Custom("SUBJECT_PATCHES_BLEND_MASK")
 
 
 def model_input() -> io.Model.Input:
@@ -36,12 +43,15 @@ def model_output() -> io.Model.Output:
 
 def seed_input(tooltip: str) -> io.Int.Input:
     """A seed that stays the same from run to run."""
-    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip=tooltip)
+    bounds = {"default": 0, "min": 0, "max": 2**63 - 1}
+    return io.Int.Input("seed", **bounds, control_after_generate=False, tooltip=tooltip, optional=True, advanced=True)
 
 
-def sites_input(default: str, tooltip: str, advanced: bool = False) -> io.Combo.Input:
+def sites_input(default: str, tooltip: str) -> io.Combo.Input:
     """Which attention layers a node acts in."""
-    return io.Combo.Input("sites", options=list(CHOICES), default=default, tooltip=tooltip, advanced=advanced)
+    return io.Combo.Input(
+        "sites", options=list(CHOICES), default=default, tooltip=tooltip, optional=True, advanced=True
+    )
 
 
 def window_inputs(acts: str) -> list[io.Float.Input]:
@@ -59,6 +69,7 @@ def named_sites_input() -> io.String.Input:
     return io.String.Input(
         "named_sites",
         default="",
+        optional=True,
         advanced=True,
         tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, output.4.0",
     )

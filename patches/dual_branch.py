@@ -166,7 +166,7 @@ class DualBranchIntegration(Edit):
         if not any(prompt.get(BRANCH_KEY) == self.concept for prompt in prompts):
             raise ValueError(
                 "The sampler's positive prompt is not the concept conditioning of Dual-Branch Integration; connect the "
-                "concept output of Auxiliary Prompt to both."
+                "concept output of Dual-Branch Prompts to both."
             )
 
     def requests(self, sigma: float) -> Iterable[Request]:

@@ -129,7 +129,7 @@ def to_file(inversion: Inversion) -> tuple[dict[str, Tensor], dict[str, str]]:
 def from_file(tensors: dict[str, Tensor], metadata: dict[str, Any] | None, name: str, megabytes: int) -> Inversion:
     """The trajectory of a safetensors file. Raises ValueError for any other file, with its name."""
     if (metadata or {}).get("format") != FORMAT or not {"sigmas", "states"} <= tensors.keys():
-        raise ValueError(f"The file {name} is no trajectory; choose one that Save Trajectory wrote.")
+        raise ValueError(f"The file {name} is no trajectory; choose one that Save Inversion Trajectory wrote.")
     sigmas, states = tensors["sigmas"].float(), tensors["states"].float()
     check_path(sigmas, states, f"The trajectory file {name}")
     return Inversion(sigmas, states, metadata["family"], FeatureCache(megabytes * MEGABYTE))

@@ -44,7 +44,8 @@ class MapRouter:
         for number, phrase in enumerate(phrases, 1):
             if not phrase:
                 raise ValueError(
-                    f"Subject {number} has no phrase, so its attention map cannot be found; give its Subject node one."
+                    f"Subject {number} has no phrase, so its attention map cannot be found; give its Subject Reference "
+                    "node one."
                 )
         before: dict[Site, Site] = {}
         last = None

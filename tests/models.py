@@ -15,7 +15,7 @@ from subject_patches.nodes.layout import LayoutBiasNode
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
-from subject_patches.nodes.router import RouterNode
+from subject_patches.nodes.router import RouteByAttentionNode, RouteByMasksNode
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
 from subject_patches.patches.inversion import Inversion
@@ -50,13 +50,13 @@ def prompt(seed: int, length: int = 7, width: int = CONTEXT, **values: Any) -> C
 
 def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values: Any) -> Conditioning:
     """An encoded prompt that knows where its phrases "subject" and "scene" are, as Encode Prompt with Subjects says,
-    and that "subject" is its concept, as Auxiliary Prompt does."""
+    and that "subject" is its concept, as Dual-Branch Prompts does."""
     spans = {"subject": ((2, 4),), "scene": ((5, 6),)}
     return prompt(seed, length, width, **{SPANS_KEY: spans, BRANCH_KEY: CONCEPT, **values})
 
 
 def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
-    """A picture of a subject as the Subject node makes it: random latents, the left two thirds its own."""
+    """A picture of a subject as Subject Reference makes it: random latents, the left two thirds its own."""
     source = generator(1000 + seed)
     mask = torch.zeros(1, *size)
     mask[:, :, : -(-2 * size[1] // 3)] = 1
@@ -137,9 +137,9 @@ def recycled(model: Any, subjects: tuple[Subject, ...] | None = None, **values: 
 
 
 def laid_out(model: Any, layout: Layout, **values: Any) -> Any:
-    """The Layout Bias node with its defaults; `values` are its inputs."""
-    given = {"guidance_weight": 0.08, "positive_weight": 2.5, "negative_weight": -1e8, "weaken": "everywhere outside"}
-    rest = {"sites": "encoder and decoder", "start_percent": 0.0, "end_percent": 1.0}
+    """The Layout Bias node with its defaults; `values` are its inputs. A negative weight is no hard mask."""
+    given = {"guidance_weight": 0.08, "positive_weight": 2.5, "hard_mask": "negative_weight" not in values}
+    rest = {"weaken": "everywhere outside", "start_percent": 0.0, "end_percent": 1.0}
     return LayoutBiasNode.execute(model, layout, **{**given, **rest, **values}).args[0]
 
 
@@ -153,13 +153,13 @@ def masks(count: int, size: tuple[int, int] = (20, 30)) -> Tensor:
 
 
 def mask_router(count: int) -> Any:
-    """The Router node by `masks`."""
-    return RouterNode.execute("masks or layout", masks=masks(count)).args[0]
+    """Route Subjects by Masks, of `masks`."""
+    return RouteByMasksNode.execute(masks=masks(count)).args[0]
 
 
 def map_router(**values: Any) -> Any:
-    """The Router node by attention maps with its defaults; `values` are its inputs."""
-    return RouterNode.execute(**{"by": "attention maps", **values}).args[0]
+    """Route Subjects by Attention with its defaults; `values` are its inputs."""
+    return RouteByAttentionNode.execute(**values).args[0]
 
 
 def routed(model: Any, subjects: tuple[Subject, ...], router: Any = None, **values: Any) -> Any:
@@ -182,7 +182,7 @@ def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | 
 
 
 def auxiliary_prompt(seed: int = 9, length: int = 7) -> Conditioning:
-    """An auxiliary prompt, as Auxiliary Prompt makes it."""
+    """An auxiliary prompt, as Dual-Branch Prompts makes it."""
     return prompt(seed, length, **{BRANCH_KEY: AUXILIARY})
 
 

@@ -1,4 +1,4 @@
-"""Adaptive Blend Mask: its equations, its preview, and bad input."""
+"""Adaptive Swap Mask: its equations, its preview, and bad input."""
 
 from __future__ import annotations
 

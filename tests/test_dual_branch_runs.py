@@ -292,7 +292,7 @@ def test_a_branch_that_is_asked_for_late_begins_there(model: Any) -> None:
         ({"noise": "none"}, "The noise is 'none'; choose one of own, the concept's"),
         ({"guidance": "none"}, "The guidance is 'none'; choose one of shared, own"),
         ({"sites": "named", "named_sites": "output.99"}, "'output.99' names no cross-attention"),
-        ({"concept": prompt(1)}, "The concept conditioning does not say .* the concept output of Auxiliary Prompt"),
+        ({"concept": prompt(1)}, "The concept conditioning does not say .* the concept output of Dual-Branch Prompts"),
         ({"auxiliary": prompt(1)}, "The auxiliary conditioning does not say .* the auxiliary output of"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from subject_patches.nodes.image_prompt import EncodeImagePromptNode, LoadImagePromptAdapterNode
 from subject_patches.nodes.routed_reference import SubjectShareNode
-from subject_patches.nodes.router import RouterNode
+from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.families.unet import layer_at
 from subject_patches.patches.subject import Share, Subject
@@ -163,7 +163,7 @@ def load(tmp_path: Any) -> Callable[[Tensors], Any]:
 
 
 def everywhere() -> Any:
-    return RouterNode.execute("masks or layout", masks=torch.ones(1, 8, 8)).args[0]
+    return RouteByMasksNode.execute(masks=torch.ones(1, 8, 8)).args[0]
 
 
 def encoded(adapter: Any, vision: Any, subjects: tuple[Subject, ...], **values: Any) -> tuple[Subject, ...]:

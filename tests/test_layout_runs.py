@@ -122,7 +122,7 @@ def test_the_statistic_of_a_batch(model: Any) -> None:
 
 
 def test_a_hard_weight_hides_a_phrase_from_everything_outside(model: Any) -> None:
-    for seen in looked_at(model, negative_weight=-1e8).of("positive"):
+    for seen in looked_at(model, hard_mask=True).of("positive"):
         outside = resampled((~LEFT).float(), seen.call.grid) > 0
         shares = seen.call.probabilities()[:, :, outside, 2:4]
         assert len(shares.flatten())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from subject_patches.nodes.router import RouterNode
+from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.patches.attention_maps import attention_maps, normalised, resized, smoothed
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.families import attention_sites
@@ -222,13 +222,13 @@ LAYOUT = Layout(40, 20, (Region("cat", box(40, 20, 0, 0, 15, 20)), Region("dog",
 
 
 def by_masks(**values: Any) -> Any:
-    return RouterNode.execute("masks or layout", **values).args[0]
+    return RouteByMasksNode.execute(**values).args[0]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "takes masks or a layout, and neither is connected; connect one of them"),
+        ({}, "are made of masks or a layout, and neither is connected; connect one of them"),
         ({"masks": masks(2), "layout": LAYOUT}, "masks or a layout, and both are connected"),
         ({"masks": torch.zeros(2, 8, 8)}, "Mask 1 covers nothing: no place of its 8 x 8 is above one half; paint"),
         ({"masks": torch.ones(2, 4, 8)}, "Mask 1 and mask 2 overlap in 32 pixels; every place belongs to one subject"),
@@ -252,7 +252,6 @@ def test_masks_that_are_no_routes(values: dict[str, Any], message: str) -> None:
         ({"threshold": math.nan}, "The threshold is nan"),
         ({"smoothing": -0.1}, r"The smoothing is -0\.1; give a number from 0 to 0\.5"),
         ({"maps": "all"}, "maps is 'all'; choose one of preceding layer, running mean"),
-        ({"by": "feeling"}, "The router goes by 'feeling'; choose one of masks or layout, attention maps"),
     ],
 )
 def test_settings_of_a_router(values: dict[str, Any], message: str) -> None:

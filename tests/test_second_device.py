@@ -18,7 +18,7 @@ from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.nodes.layout import LayoutNode
 from subject_patches.nodes.residual import ApplyResidualTokens
-from subject_patches.nodes.router import RouterNode
+from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.nodes.self_recurrence import SelfRecurrenceNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.nodes.subject import SubjectNode
@@ -119,7 +119,7 @@ def picture_by_all(toy: Toy, device: torch.device) -> Tensor:
     sigmas = BasicScheduler.execute(toy.model, "normal", 2, 1.0).args[0]
     path, last, _ = InvertToTrajectoryNode.execute(toy.model, latent, sigmas, toy.clip, fixed_point_rounds=1).args
     layout = LayoutNode.execute(128, 128, "emblem", mask=mask).args[0]
-    router = RouterNode.execute("masks or layout", masks=mask).args[0]
+    router = RouteByMasksNode.execute(masks=mask).args[0]
     model = routed(recycled(laid_out(toy.model, layout), one, region_mask=mask), one, router, strength=0.7)
     swap = swapped(model, path, path, blend_mask=mask)
     second = integrated(swap, concept=prompts[0], auxiliary=prompts[1])

@@ -1,4 +1,4 @@
-"""The Subject node: what becomes of pictures and masks before they are encoded."""
+"""Subject Reference: what becomes of pictures and masks before they are encoded."""
 
 from __future__ import annotations
 

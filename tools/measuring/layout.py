@@ -12,7 +12,7 @@ from .given import PHRASES, Given, Shape, centred, paired, share
 # Strengthening alone and weakening alone are the paper's Figure 6.
 SETTINGS: dict[str, dict[str, Any]] = {
     "layout bias": {},
-    "strengthening alone": {"negative_weight": 0.0},
+    "strengthening alone": {"hard_mask": False, "negative_weight": 0.0},
     "weakening alone": {"positive_weight": 0.0},
     "layout bias and self-recurrence": {},
 }
@@ -87,9 +87,8 @@ class Case:
 DEFAULTS = {
     "guidance_weight": 0.08,
     "positive_weight": 2.5,
-    "negative_weight": -1e8,
+    "hard_mask": True,
     "weaken": "everywhere outside",
-    "sites": "encoder and decoder",
     "start_percent": 0.0,
     "end_percent": 1.0,
 }
