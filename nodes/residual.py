@@ -9,13 +9,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY
-from ..patches.residual import ResidualToken, add_residual, family_of, subject_positions
+from ..patches.residual import FORMAT, ResidualToken, add_residual, family_of, file_contents, subject_positions
 from .checks import check_number
 from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
 FOLDER = "residual_tokens"
-FORMAT = "subject_patches.residual_token"
 
 
 def register_folder() -> None:
@@ -115,14 +114,8 @@ class SaveResidualToken(io.ComfyNode):
         top.mkdir(parents=True, exist_ok=True)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(top))
         file = f"{name}_{counter:05}_.safetensors"
-        about = {
-            "format": FORMAT,
-            "noun": residual.noun,
-            "family": family_of(residual.width),
-            "width": str(residual.width),
-            "steps": str(residual.steps),
-        }
-        save_file({"residual": residual.vectors.float().cpu().contiguous()}, Path(folder) / file, about)
+        tensors, about = file_contents(residual)
+        save_file(tensors, Path(folder) / file, about)
         shown = (Path(subfolder) / file).as_posix()
         return io.NodeOutput(shown, ui={"text": (shown,)})
 

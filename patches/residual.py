@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .prompt import Spans, positions_of
 
+FORMAT = "subject_patches.residual_token"
 # The families that share a text encoding, by the width of their context.
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 64: "the toy"}
 
@@ -22,7 +23,7 @@ def family_of(width: int) -> str:
 @dataclass(frozen=True, eq=False)
 class ResidualToken:
     """A learned subject: `vectors` (k, width) float32, one for each token of the `noun` that it was trained for, and
-    the `steps` of its training."""
+    the `steps` of its training, 0 where they are not known."""
 
     vectors: Tensor
     noun: str
@@ -31,6 +32,18 @@ class ResidualToken:
     @property
     def width(self) -> int:
         return self.vectors.shape[1]
+
+
+def file_contents(residual: ResidualToken) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a residual token's safetensors file."""
+    about = {
+        "format": FORMAT,
+        "noun": residual.noun,
+        "family": family_of(residual.width),
+        "width": str(residual.width),
+        "steps": str(residual.steps),
+    }
+    return {"residual": residual.vectors.float().cpu().contiguous()}, about
 
 
 def preservation_loss(tuned: Tensor, original: Tensor, subject: Tensor) -> Tensor:

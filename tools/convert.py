@@ -1,7 +1,10 @@
-"""Turn AnyStory's published weights into one safetensors file that Load AnyStory reads: `python tools/convert.py FILE`.
+"""Turn weights that papers' authors published as pickles into safetensors files that the nodes read.
 
-FILE is the authors' anystory_flux.bin, a pickle: nothing in it is executed. Every name and shape is checked; the ranks
-are read from the file. The result is put beside it, or where --to says; it belongs into models/subject_encoders.
+    python tools/convert.py FILE                AnyStory's anystory_flux.bin, for Load AnyStory
+    python tools/convert.py FILE --noun NOUN    a residual token of Cones 2, for Load Residual Token
+
+Nothing in FILE is executed. Every name and shape is checked; what a file decides (ranks, how many tokens a noun has) is
+read from it. The result is put beside it, or where --to says; the command says into which models folder it belongs.
 """
 
 from __future__ import annotations
@@ -22,18 +25,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "models/subject_encoders"
+RESIDUALS = "models/residual_tokens"
+# Cones 2 was published for SD 2.1.
+_WIDTH = 1024
 
 
 def main() -> int:
     """The command line; see the module's text."""
-    parser = Parser(prog="convert.py", description="Turn AnyStory's published weights into a safetensors file.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="the authors' anystory_flux.bin")
+    parser = Parser(prog="convert.py", description="Turn published pickles into safetensors files.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="anystory_flux.bin, or a residual token of Cones 2")
+    parser.add_argument("--noun", help="FILE is a residual token of Cones 2 that stands in for this noun")
     parser.add_argument("--to", type=Path, metavar="PATH", help="the file to write (default: beside FILE)")
     options = parser.parse_args()
     source = options.file
     target = options.to or source.with_suffix(".safetensors")
     if not source.is_file():
-        raise ToolError(f"There is no file {source}; give the path of anystory_flux.bin.")
+        raise ToolError(f"There is no file {source}; give the path of a published file.")
     if target.suffix != ".safetensors":
         raise ToolError(f"{target} does not end in .safetensors; the host would not list it: give another name.")
     if target.exists():
@@ -42,7 +49,7 @@ def main() -> int:
     enter(host, Path(__file__), sys.argv[1:])
     import_host(host.tree)
     load_pack(ROOT)
-    print(convert(source, target))
+    print(convert(source, target) if options.noun is None else convert_residual(source, target, options.noun))
     return 0
 
 
@@ -50,7 +57,6 @@ def convert(source: Path, target: Path) -> str:
     """Writes the weights in `source` to `target` and says in a few words what they are.
 
     Raises ToolError with one sentence where the file is another, is damaged, or wants something executed."""
-    from safetensors.torch import save_file
     from subject_patches.encoders.anystory_file import FLUX_DEV, form_of, metadata
 
     parts = _parts(source)
@@ -60,15 +66,7 @@ def convert(source: Path, target: Path) -> str:
         _check_values(tensors, source.stat().st_size)
     except ValueError as error:
         raise ToolError(f"{source} does not hold AnyStory's weights: {error}; download it again.") from error
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contents, temporary, metadata(form, sha256_of(source)))
-        temporary.replace(target)
-    except OSError as error:
-        raise ToolError(f"{target} cannot be written ({error}); give another path with --to.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write(target, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata(form, sha256_of(source)))
     said = f"{target}: {len(tensors)} tensors, LoRAs of rank {form.reference_rank} and {form.router_rank}"
     if form.model() != FLUX_DEV.model():
         said += (
@@ -78,17 +76,69 @@ def convert(source: Path, target: Path) -> str:
     return f"{said}. Put it into {FOLDER}."
 
 
-def _parts(source: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each part, with nothing executed."""
+def convert_residual(source: Path, target: Path, noun: str) -> str:
+    """Writes the residual token in `source`, a tensor (k, 1024) of one vector for each of the k tokens of `noun`, to
+    `target`, and says in a few words what it is.
+
+    Raises ToolError with one sentence where the file is another, is damaged, or wants something executed."""
+    import torch
+    from subject_patches.patches.residual import ResidualToken, file_contents
+
+    read, noun = _read(source), noun.strip()
+    if not noun:
+        raise ToolError("The noun is empty; give the word that the residual stands in for, as in --noun dog.")
+    if not isinstance(read, torch.Tensor):
+        found = type(read).__name__
+        raise ToolError(f"{source} holds no tensor but {found}; leave --noun away for AnyStory's weights.")
+    vectors = read.detach()
+    vectors = vectors.reshape(-1, vectors.shape[-1]) if vectors.ndim else vectors.reshape(1, 1)
+    try:
+        _check_values({"the residual": vectors}, source.stat().st_size)
+    except ValueError as error:
+        raise ToolError(f"{source} is no residual token: {error}; download it again.") from error
+    if vectors.shape[1] != _WIDTH or len(vectors) == 0:
+        raise ToolError(
+            f"{source} holds a tensor of shape {tuple(read.shape)}; a residual token of Cones 2 is one vector of "
+            f"{_WIDTH} numbers for each token of its noun."
+        )
+    # How long its authors trained it, the file does not say.
+    _write(target, *file_contents(ResidualToken(vectors.float(), noun, 0)))
+    return f"{target}: {len(vectors)} vectors of {_WIDTH}, for '{noun}' with SD 2.x. Put it into {RESIDUALS}."
+
+
+def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata)
+        temporary.replace(target)
+    except OSError as error:
+        raise ToolError(f"{target} cannot be written ({error}); give another path with --to.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(source: Path) -> Any:
+    """What the pickle holds, with nothing executed."""
     import torch
 
     try:
-        read: Any = torch.load(source, map_location="cpu", weights_only=True, mmap=_is_archive(source))
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_archive(source))
     except Exception as error:
         raise ToolError(
             f"{source} cannot be read as weights ({_first_line(error)}); nothing in it was executed. Download it again "
-            "from where AnyStory's authors publish it."
+            "from where its authors publish it."
         ) from error
+
+
+def _parts(source: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each part."""
+    import torch
+
+    read = _read(source)
+    if isinstance(read, torch.Tensor):
+        raise ToolError(f"{source} holds one tensor; if it is a residual token of Cones 2, say its noun: --noun dog.")
     if not isinstance(read, Mapping):
         raise ToolError(f"{source} holds no dictionary but {type(read).__name__}; give the authors' anystory_flux.bin.")
     for part, named in read.items():
