@@ -15,7 +15,7 @@ from ..patches.families import attention_sites
 from ..patches.prompt import split_phrases
 from ..patches.sites import sites_named
 from ..patches.window import Window
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, pictures_in
 from .types import INSPECT, AttentionRecordType
 
 ALL = "all"
@@ -194,6 +194,7 @@ class AttentionInspectorNode(io.ComfyNode):
         subjects: str = "",
         tokens: bool = False,
     ) -> io.NodeOutput:
+        pictures = pictures_in("image", image)
         check_choice("show", show, KINDS)
         check_choice("arrange", arrange, (BY_STEP, BY_LAYER))
         check_number("opacity", opacity, 0.0, 1.0)
@@ -211,7 +212,7 @@ class AttentionInspectorNode(io.ComfyNode):
         found = [maps for maps in picked.values() if maps]
         if not found and (show != ALL or record.maps):
             raise ValueError(_nothing_of(record, show))
-        picture = image[min(record.picture, len(image) - 1), ..., :3].float().cpu()
+        picture = pictures[min(record.picture, len(pictures) - 1), ..., :3].float().cpu()
         made = [sheet for maps in found for sheet in sheets_of(maps, record.sigmas, arrange)]
         means = [mean_map(each) for maps in found for each in by_shown(maps).values()]
         # A run that no prompt or node said anything of has its plot alone.

@@ -11,7 +11,7 @@ from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBr
 from ..patches.engine import add_edit
 from ..patches.families import attention_sites
 from ..patches.sites import select_sites
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, prompt_in
 from .types import CONCEPT, model_output, named_sites_input, seed_input, sites_input
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
@@ -153,6 +153,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
         check_choice("gain mode", gain_mode, (FIXED, BY_RESOLUTION))
         check_choice("noise", noise, (OWN_NOISE, SAME_NOISE))
         check_choice("guidance", guidance, (SHARED, OWN))
+        prompt_in("concept", concept)
+        prompt_in("auxiliary", auxiliary or None)
         window = BranchWindow(0.0, end_percent)
         chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
         if strength == 0 or window.empty or not auxiliary:

@@ -15,7 +15,7 @@ from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet, layer_at
 from ..patches.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
 from ..patches.subject import Reference, Subject
-from .checks import check_choice
+from .checks import check_choice, prompt_in
 from .types import SEVERAL, AdapterType, SubjectType
 
 FOLDER = "ipadapter"
@@ -171,15 +171,19 @@ def _empty(adapter: ImagePromptAdapter, clip_vision: Any) -> Any:
 # What an image prompt is to a model
 
 
-def token_prompt(conditioning: Any, last: int = 0) -> TokenPrompt | None:
-    """The tokens of a CONDITIONING's first entry; `last` of them, or all where it is 0. None without a conditioning."""
-    if conditioning is None:
+def token_prompt(name: str, conditioning: Any, last: int = 0) -> TokenPrompt | None:
+    """The tokens of a CONDITIONING; `last` of them, or all where it is 0. None without a conditioning. Raises
+    ValueError, calling it `name`, when it is several, of which only one could act."""
+    if prompt_in(name, conditioning) is None:
         return None
-    if not conditioning:
-        raise ValueError("The image prompt is an empty conditioning; connect one with tokens.")
-    tokens = conditioning[0][0][:1]
+    tokens = conditioning[0][0]
+    if len(conditioning) > 1 or len(tokens) > 1:
+        raise ValueError(
+            f"The {name} has {len(conditioning)} prompts of {len(tokens)} rows, of which only one can act; connect one "
+            "alone, without combining or batching."
+        )
     if last > tokens.shape[1]:
-        raise ValueError(f"last_tokens is {last} but the image prompt has {tokens.shape[1]}; 0 takes all of them.")
+        raise ValueError(f"last_tokens is {last} but the {name} has {tokens.shape[1]}; 0 takes all of them.")
     return TokenPrompt(tokens[:, -last:])
 
 

@@ -13,7 +13,7 @@ from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_
 from ..patches.prompt import split_phrases
 from ..patches.sites import select_sites
 from ..patches.window import Window
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, masks_in
 from .types import LAYOUT, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
 
 POSITIVE_MAX = 100.0
@@ -97,7 +97,7 @@ class LayoutNode(io.ComfyNode):
                 f"{others.height}; give both the same size."
             )
         drawn = [] if boxes is None else boxes_of(boxes, width, height)
-        painted = [] if mask is None else list(mask.reshape(-1, *mask.shape[-2:]))
+        painted = [] if mask is None else list(masks_in("mask", mask))
         names = _named([*(box.phrase for box in drawn), *("" for _ in painted)], split_phrases(phrases), len(drawn))
         parts = [
             box_mask(box, width, height, f"Box {number} ('{names[number - 1]}')") for number, box in enumerate(drawn, 1)

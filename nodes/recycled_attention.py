@@ -13,7 +13,7 @@ from ..patches.sites import select_sites
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
-from .checks import check_number
+from .checks import check_number, masks_in, prompt_in
 from .types import (
     SUBJECT,
     SubjectType,
@@ -129,7 +129,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         window = Window(start_percent, end_percent)
         chosen = select_sites(attention_sites(model), "self", sites, named_sites)
         if region_mask is not None:
-            region_mask = region_mask.reshape(-1, *region_mask.shape[-2:]).cpu()
+            region_mask = masks_in("region_mask", region_mask).cpu()
+        prompt_in("reference_conditioning", reference_conditioning)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning)]
         idle = strength == 0 or keep_probability == 0 or window.empty or not references
         if idle or (region_mask is not None and not bool(region_mask.any())):

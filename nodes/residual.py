@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY
 from ..patches.residual import FORMAT, ResidualToken, add_residual, family_of, file_contents, subject_positions
-from .checks import check_number
+from .checks import check_number, prompt_in
 from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
@@ -68,6 +68,7 @@ class ApplyResidualTokens(io.ComfyNode):
         cls, conditioning: list[Any], residual: ResidualToken, strength: float = 1.0, phrase: str = ""
     ) -> io.NodeOutput:
         check_number("strength", strength, -STRENGTH_MAX, STRENGTH_MAX)
+        prompt_in("conditioning", conditioning)
         shifted = []
         for context, values in conditioning:
             if context.shape[-1] != residual.width:

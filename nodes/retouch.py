@@ -15,7 +15,7 @@ from ..patches.inversion import Inversion
 from ..patches.retouch import MultiSourceSwap, path_of
 from ..patches.sites import select_sites
 from ..patches.window import Window
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
 from .trajectory import refuse_flow
 from .types import (
     RETOUCH,
@@ -144,11 +144,13 @@ class MultiSourceSwapNode(io.ComfyNode):
         every = attention_sites(model)
         chosen = select_sites(every, "self", sites, named_sites)
         _check_trajectories(model, layout, reference)
+        prompt_in("layout_conditioning", layout_conditioning)
+        prompt_in("reference_conditioning", reference_conditioning)
         if blend_mask is not None and layout is None:
             raise ValueError("The blend mask needs a picture to blend with; connect a layout trajectory, or no mask.")
         mask = blend_mask
         if isinstance(mask, torch.Tensor):
-            mask = mask.reshape(-1, *mask.shape[-2:]).float()
+            mask = masks_in("blend_mask", mask)
         blends = mask is not None and mask_blend_start < 1
         if window.empty or (reference is None and not blends and (layout is None or lambda2 == 0)):
             return io.NodeOutput(model.clone())
@@ -265,13 +267,15 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
         check_number("smallest_component", smallest_component, 0.0, 1.0)
         check_choice("join", join, (OR, AND))
         if mask is not None:
-            mask = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+            mask = masks_in("mask", mask).cpu()
             for number, each in enumerate(mask, 1):
                 if not bool((each > 0.5).any()):
                     raise ValueError(
                         f"Mask {number} of {len(mask)} is empty: no place of its {each.shape[1]} x {each.shape[0]} is "
                         "above one half. Segment the subject in the layout picture, or invert the mask."
                     )
+                if doubt := upside_down(f"mask {number} of {len(mask)}", each):
+                    tell(doubt)
         made = AdaptiveMask(mask, phrase, threshold, smallest_component, join == AND)
         return io.NodeOutput(made, _preview(made))
 

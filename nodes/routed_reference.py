@@ -16,7 +16,7 @@ from ..patches.sites import select_sites
 from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .recycled_attention import STRENGTH_MAX, reference_streams
 from .types import (
@@ -105,7 +105,9 @@ class SubjectShareNode(io.ComfyNode):
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("last_tokens", last_tokens, 0, TOKENS_MAX)
         check_number("eta", eta, 0.0, ETA_MAX)
-        share = Share(strength, Window(start_percent, end_percent), token_prompt(image_prompt, last_tokens), eta)
+        share = Share(
+            strength, Window(start_percent, end_percent), token_prompt("image prompt", image_prompt, last_tokens), eta
+        )
         # An adapter's prompt stays where no other is given.
         given = [share if share.prompt is not None else replace(share, prompt=each.share.prompt) for each in subject]
         return io.NodeOutput(tuple(replace(each, share=own) for each, own in zip(subject, given, strict=True)))
@@ -238,9 +240,10 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             raise ValueError(f"There are {len(subjects)} subjects; one node takes 1 to {MOST_SUBJECTS}.")
         if not subjects:
             return io.NodeOutput(model.clone())
+        prompt_in("reference_conditioning", reference_conditioning)
         named = [(subject.share.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
         prompts = [at_model(prompt, model, name) for prompt, name in named]
-        background = at_model(token_prompt(background_prompt), model, "The background prompt")
+        background = at_model(token_prompt("background prompt", background_prompt), model, "The background prompt")
         empty = empty_prompt([subject.share.prompt for subject in subjects], model)
         # A trained adapter acts in every layer that it was trained for.
         prompted = frozenset(site for site in order if site.kind == "cross") if empty else chosen["cross"]

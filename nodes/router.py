@@ -11,7 +11,7 @@ from ..patches.layout_regions import Layout
 from ..patches.map_router import MapRouter
 from ..patches.mask_router import MaskRouter
 from ..patches.router import MOST_SUBJECTS
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, masks_in
 from .types import SEVERAL, LayoutType, RouterType
 
 PRECEDING, MEAN = "preceding layer", "running mean"
@@ -56,7 +56,7 @@ class RouteByMasksNode(io.ComfyNode):
             painted = torch.stack(list(shown.values())) if shown else torch.zeros(0, 1, 1, dtype=torch.bool)
             called = [f"The layout's region of '{phrase}'" for phrase in shown]
         else:
-            painted = masks.reshape(-1, *masks.shape[-2:]).cpu() > 0.5
+            painted = masks_in("masks", masks).cpu() > 0.5
             called = [f"Mask {number}" for number in range(1, len(painted) + 1)]
         _check_regions(painted, called)
         return io.NodeOutput(MaskRouter(painted, tuple(layout.shown()) if layout is not None else ()))

@@ -12,7 +12,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from comfy_api.latest import io
 
 from ..patches.step_plan import Call, StepPlan, Told, steps_of_calls
-from .checks import check_number
+from .checks import check_number, prompt_in
 from .types import CONCEPT
 
 CFG_MAX = 100.0
@@ -77,6 +77,12 @@ class StepBlendedGuiderNode(io.ComfyNode):
         if not 0 <= first_steps <= STEPS_MAX:
             raise ValueError(f"The first_steps are {first_steps}; give a number from 0 to {STEPS_MAX}.")
         _check_pair(model, personalised_model)
+        for name, prompt in (
+            ("positive", positive),
+            ("personalised_positive", personalised_positive),
+            ("negative", negative),
+        ):
+            prompt_in(name, prompt)
         guider = StepBlendedGuider(model, personalised_model, first_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
@@ -263,9 +269,10 @@ def _rehearsed(guider: CFGGuider, sampler: Any, sigmas: Any, seed: Any) -> tuple
     devices = [sigmas.device] if sigmas.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
+            # A sampler may write into its levels, as uni_pc does.
             sampler.sample(
-                rehearsal, sigmas, {"model_options": options, "seed": seed}, rehearsal.told, nothing, nothing.clone(),
-                disable_pbar=True,
+                rehearsal, sigmas.clone(), {"model_options": options, "seed": seed}, rehearsal.told, nothing,
+                nothing.clone(), disable_pbar=True,
             )  # fmt: skip
         except _Enough:
             return None

@@ -9,12 +9,16 @@ from comfy_api.latest import io
 from ..patches.cache import FeatureCache
 from ..patches.streams import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, fit, mask_bounds
-from .checks import check_loaded, check_number
+from .checks import check_loaded, check_number, encoded_by, masks_in, pictures_in, single, tell, upside_down
 from .types import SUBJECT, SubjectType
+
+# The least and the greatest longer side in pixels.
+SIZES = (64, 2048)
+MEGABYTES_MAX = 65536
 
 
 class SubjectNode(io.ComfyNode):
-    """Makes a SUBJECT of pictures and masks."""
+    """Makes a SUBJECT of pictures and masks. Its inputs come as lists, so that a list of pictures is one subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -34,11 +38,12 @@ class SubjectNode(io.ComfyNode):
                 "logo",
                 "product",
             ],
+            is_input_list=True,
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="One or more pictures of the same subject. Transparent pictures are put on white, and "
-                    "without a mask their opacity is the mask.",
+                    tooltip="One or more pictures of the same subject, as a batch or a list. Transparent pictures are "
+                    "put on white, and without a mask their opacity is the mask.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the checkpoint that will generate."),
                 io.String.Input(
@@ -50,8 +55,8 @@ class SubjectNode(io.ComfyNode):
                 io.Int.Input(
                     "size",
                     default=512,
-                    min=64,
-                    max=2048,
+                    min=SIZES[0],
+                    max=SIZES[1],
                     step=8,
                     tooltip="Pixels on the longer side after cropping; the aspect ratio is kept. About the size the "
                     "subject should have in the result works best.",
@@ -77,7 +82,7 @@ class SubjectNode(io.ComfyNode):
                     "cache_megabytes",
                     default=2048,
                     min=0,
-                    max=65536,
+                    max=MEGABYTES_MAX,
                     optional=True,
                     advanced=True,
                     tooltip="How much of the subject's features to keep for the next picture, which then costs little "
@@ -90,38 +95,47 @@ class SubjectNode(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        image: Any,
-        vae: Any,
-        phrase: str = "",
-        size: int = 512,
-        margin: float = 0.1,
-        mask: Any = None,
-        others: tuple[Subject, ...] = (),
-        cache_megabytes: int = 2048,
+        image: list[Any],
+        vae: list[Any],
+        phrase: list[str] | None = None,
+        size: list[int] | None = None,
+        margin: list[float] | None = None,
+        mask: list[Any] | None = None,
+        others: list[tuple[Subject, ...]] | None = None,
+        cache_megabytes: list[int] | None = None,
     ) -> io.NodeOutput:
-        check_loaded(vae=vae)
-        check_number("margin", margin, 0.0, 1.0)
-        image, mask = composite(image, mask)
-        if mask is not None:
-            mask = mask if mask.ndim == 3 else mask.reshape(-1, *mask.shape[-2:])
-            if len(mask) not in (1, len(image)):
-                raise ValueError(
-                    f"There are {len(mask)} masks for {len(image)} pictures; give one mask, or one for each picture."
-                )
-            if mask.shape[1:] != image.shape[1:3]:
-                mask = resize_mask(mask, tuple(image.shape[1:3]))
+        encoder = single("vae", vae)
+        check_loaded(vae=encoder)
+        longer, space = single("size", size, 512), single("margin", margin, 0.1)
+        megabytes = single("cache_megabytes", cache_megabytes, 2048)
+        check_number("size", longer, 8, SIZES[1])
+        check_number("margin", space, 0.0, 1.0)
+        check_number("cache_megabytes", megabytes, 0, MEGABYTES_MAX)
+        pictures = [each[None] for batch in image for each in pictures_in("image", batch)]
+        masks = [each for batch in mask or () if batch is not None for each in masks_in("mask", batch)]
+        if masks and len(masks) not in (1, len(pictures)):
+            raise ValueError(
+                f"There are {len(masks)} masks for {len(pictures)} pictures; give one mask, or one for each picture."
+            )
         references = []
-        for number in range(len(image)):
-            own_mask = None if mask is None else mask[min(number, len(mask) - 1)]
-            references.append(_reference(image[number : number + 1], own_mask, vae, size, margin))
-        cache = FeatureCache(cache_megabytes * MEGABYTE)
-        return io.NodeOutput((*others, Subject(tuple(references), phrase.strip(), cache)))
+        for number, picture in enumerate(pictures):
+            own_mask = masks[min(number, len(masks) - 1)] if masks else None
+            what = "picture" if len(pictures) == 1 else f"picture {number + 1}"
+            references.append(_reference(picture, own_mask, encoder, longer, space, what))
+        cache = FeatureCache(megabytes * MEGABYTE)
+        made = Subject(tuple(references), single("phrase", phrase, "").strip(), cache)
+        return io.NodeOutput((*(single("others", others) or ()), made))
 
 
-def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float) -> Reference:
-    if mask is not None:
-        x0, y0, x1, y1 = mask_bounds(mask, margin)
-        image, mask = image[:, y0:y1, x0:x1], mask[None, y0:y1, x0:x1]
-    image, mask = fit(image, mask, size, vae.spacial_compression_encode())
-    latents = vae.encode(image)
-    return Reference(image, latents, None if mask is None else resize_mask(mask, tuple(latents.shape[-2:])), mask)
+def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str) -> Reference:
+    image, masks = composite(image, None if mask is None else mask[None])
+    if masks is not None:
+        if masks.shape[1:] != image.shape[1:3]:
+            masks = resize_mask(masks, tuple(image.shape[1:3]))
+        if doubt := upside_down("subject's mask", masks[0]):
+            tell(doubt)
+        x0, y0, x1, y1 = mask_bounds(masks[0], margin)
+        image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
+    image, masks = fit(image, masks, size, vae.spacial_compression_encode())
+    latents = encoded_by(vae, image, f"the subject's {what}")
+    return Reference(image, latents, None if masks is None else resize_mask(masks, tuple(latents.shape[-2:])), masks)

@@ -17,11 +17,13 @@ from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
 from ..patches.families import family_of
-from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, from_file, inverted, replayed, to_file
+from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, read_trajectory, replayed, to_file
 from ..patches.subject import MEGABYTE
+from .checks import check_number, latents_in, prompt_in
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
+MEGABYTES_MAX = 65536
 FOLDER = "trajectories"
 
 
@@ -39,7 +41,7 @@ def cache_input() -> io.Int.Input:
         "cache_megabytes",
         default=CACHE_MEGABYTES,
         min=0,
-        max=65536,
+        max=MEGABYTES_MAX,
         optional=True,
         advanced=True,
         tooltip="How much of what the trajectory lends to keep for the next picture, which then costs little more than "
@@ -117,15 +119,9 @@ class InvertToTrajectoryNode(io.ComfyNode):
         family = family_of(model).name
         if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
             raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
-        levels = falling(sigmas)
-        clean = latent["samples"]
-        wanted = model.model.latent_format.latent_channels
-        if clean.ndim != 4 or clean.shape[1] != wanted:
-            raise ValueError(
-                f"The latent has the shape {tuple(clean.shape)} but this model takes {wanted} channels; encode the "
-                "picture with the VAE of this checkpoint."
-            )
-        if conditioning is None:
+        levels = falling(sigmas, float(model.get_model_object("model_sampling").sigma_min))
+        clean = latents_in("latent", latent, model.model.latent_format.latent_channels)
+        if prompt_in("conditioning", conditioning) is None:
             if clip is None:
                 raise ValueError(
                     "There is no prompt to invert with; connect a CLIP, whose empty prompt is used, or one."
@@ -144,19 +140,28 @@ class InvertToTrajectoryNode(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=0,
         )
+        if not bool(sampler.states.isfinite().all()):
+            raise ValueError(
+                "The inversion led to latents that are no numbers; take fewer fixed_point_rounds, or a model or VAE in "
+                "fp32."
+            )
         inversion = Inversion(levels.cpu(), sampler.states, family, FeatureCache(cache_megabytes * MEGABYTE))
         last = model.model.process_latent_out(inversion.states[0])
         last = last.to(comfy.model_management.intermediate_device())
         return io.NodeOutput(inversion, {"samples": last}, drift_report(inversion, sampler.replay))
 
 
-def falling(sigmas: Any) -> Any:
-    """SIGMAS as a path needs them: falling, whichever way they were given, and down to 0, where the picture is.
+def falling(sigmas: Any, least: float = 0.0) -> Any:
+    """SIGMAS as a path needs them, in memory of their own: falling, whichever way they were given, and down to 0, where
+    the picture is. A last level that is below `least`, the model's lowest, is 0: the host's uni_pc writes one into the
+    SIGMAS it was given.
 
     Raises ValueError for fewer than two, or when they go up and down."""
-    levels = sigmas.float().flatten()
+    levels = sigmas.float().flatten().clone()
     if len(levels) > 1 and levels[0] < levels[-1]:
         levels = levels.flip(0)
+    if len(levels) and 0 < levels[-1] < least * (1 - 1e-4):
+        levels[-1] = 0
     if len(levels) and levels[-1] > 0:
         levels = torch.cat([levels, levels.new_zeros(1)])
     if len(levels) < 2 or not bool((levels.diff() < 0).all()) or not bool(levels.isfinite().all()):
@@ -220,8 +225,8 @@ class SaveTrajectoryNode(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FOLDER}/trajectory",
-                    tooltip="Where in the output folder; Load Inversion Trajectory lists what is in its folder "
-                    f"{FOLDER}.",
+                    tooltip=f"The file's name in the output folder's {FOLDER}, where Load Inversion Trajectory looks; "
+                    "a number is added, as for pictures. May name a subfolder.",
                 ),
             ],
             outputs=[],
@@ -230,20 +235,25 @@ class SaveTrajectoryNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory: Inversion, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
+        prefix = Path(filename_prefix.replace("\\", "/"))
+        # Elsewhere it could be saved but never be chosen.
+        inside = prefix if prefix.parts[:1] == (FOLDER,) else FOLDER / prefix
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            inside.as_posix(), folder_paths.get_output_directory()
         )
         tensors, metadata = to_file(trajectory)
-        comfy.utils.save_torch_file(tensors, str(Path(folder) / f"{name}_{counter:05}_.safetensors"), metadata=metadata)
-        return io.NodeOutput()
+        file = f"{name}_{counter:05}_.safetensors"
+        comfy.utils.save_torch_file(tensors, str(Path(folder) / file), metadata=metadata)
+        return io.NodeOutput(ui={"text": ((Path(subfolder) / file).as_posix(),)})
 
 
 def _saved() -> list[str]:
-    """The trajectory files of the input and output folders, as the host annotates names."""
+    """The trajectory files of the input and output folders and their subfolders, as the host annotates names."""
     found = []
     for base, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
-        files = sorted((Path(base) / FOLDER).glob("*.safetensors"))
-        found += [f"{FOLDER}/{path.name}{mark}" for path in files]
+        top = Path(base)
+        files = sorted(path.relative_to(top).as_posix() for path in (top / FOLDER).rglob("*.safetensors"))
+        found += [f"{file}{mark}" for file in files]
     return found
 
 
@@ -262,7 +272,7 @@ class LoadTrajectoryNode(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_saved(),
-                    tooltip=f"A file of the folder {FOLDER} in the input folder, or in the output folder.",
+                    tooltip=f"A file of the folder {FOLDER} or below it, in the input folder or in the output folder.",
                 ),
                 cache_input(),
             ],
@@ -276,6 +286,5 @@ class LoadTrajectoryNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, cache_megabytes: int = CACHE_MEGABYTES) -> io.NodeOutput:
-        path = folder_paths.get_annotated_filepath(file)
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return io.NodeOutput(from_file(tensors, metadata, file, cache_megabytes))
+        check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
+        return io.NodeOutput(read_trajectory(folder_paths.get_annotated_filepath(file), file, cache_megabytes))

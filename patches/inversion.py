@@ -132,16 +132,37 @@ def from_file(tensors: dict[str, Tensor], metadata: dict[str, Any] | None, name:
         raise ValueError(f"The file {name} is no trajectory; choose one that Save Inversion Trajectory wrote.")
     sigmas, states = tensors["sigmas"].float(), tensors["states"].float()
     check_path(sigmas, states, f"The trajectory file {name}")
+    if not metadata.get("family"):
+        raise ValueError(f"The trajectory file {name} does not say its model's family; invert the picture again.")
     return Inversion(sigmas, states, metadata["family"], FeatureCache(megabytes * MEGABYTE))
+
+
+def read_trajectory(path: str, name: str, megabytes: int) -> Inversion:
+    """The trajectory of a file. Raises ValueError, with its `name`, when there is none or it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {name} any more; choose another, or save the trajectory again.") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"The file {name} cannot be read ({error}): it is no safetensors file, or cut off; choose another, or save "
+            "the trajectory again."
+        ) from error
+    return from_file(tensors, metadata, name, megabytes)
 
 
 def check_path(sigmas: Tensor, states: Tensor, what: str) -> None:
     """Raises ValueError when sigmas and states are no path."""
-    if states.ndim != 5 or len(sigmas) != len(states) or len(sigmas) < 2:
+    if sigmas.ndim != 1 or states.ndim != 5 or len(sigmas) != len(states) or len(sigmas) < 2 or 0 in states.shape:
         raise ValueError(
-            f"{what} has {len(sigmas)} sigmas for states of shape {tuple(states.shape)}; invert the picture again."
+            f"{what} has {sigmas.numel()} sigmas for states of shape {tuple(states.shape)}; invert the picture again."
         )
-    if not bool((sigmas.diff() < 0).all()) or not bool(states.isfinite().all()):
+    finite = bool(sigmas.isfinite().all()) and bool(states.isfinite().all())
+    if not bool((sigmas.diff() < 0).all()) or not finite:
         raise ValueError(
             f"{what} has sigmas that do not fall or latents that are not finite; invert the picture again."
         )

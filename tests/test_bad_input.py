@@ -25,7 +25,7 @@ def model() -> Any:
 def make_subject(**values: Any) -> Any:
     # Nothing that encodes: all of this must be noticed before it is asked to.
     given = {"image": PICTURES, "vae": object(), "phrase": "", "size": 64, "margin": 0.1, **values}
-    return SubjectNode.execute(**given)
+    return SubjectNode.execute(**{name: [value] for name, value in given.items()})
 
 
 # Subject

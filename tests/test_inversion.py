@@ -276,13 +276,15 @@ def test_rounds_out_of_range(rounds: int, model: Any) -> None:
 # The file
 
 
-def test_saved_and_loaded(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", ["trajectories/pets/a picture", "pets/a picture"])
+def test_saved_and_loaded(prefix: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     inversion, _, _ = invert(model, randn(2, 4, 7, 10))
-    SaveTrajectoryNode.execute(inversion, "trajectories/a picture")
+    # Wherever it is saved, it is offered.
+    SaveTrajectoryNode.execute(inversion, prefix)
     (path,) = tmp_path.rglob("*.safetensors")
     assert path.stat().st_size < inversion.states.numel() * 4 + 2000
-    name = f"trajectories/{path.name} [output]"
+    name = f"trajectories/pets/{path.name} [output]"
     assert name in LoadTrajectoryNode.define_schema().inputs[0].options
     loaded = LoadTrajectoryNode.execute(name).args[0]
     assert torch.equal(loaded.states, inversion.states)
@@ -294,6 +296,32 @@ def test_saved_and_loaded(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert LoadTrajectoryNode.fingerprint_inputs(name, 1) != first
     with pytest.raises(ValueError, match=r"a picture_00001_\.safetensors \[output\] is no trajectory; choose one that"):
         LoadTrajectoryNode.execute(name)
+
+
+@pytest.mark.parametrize("end", [0, 6, 60, -100])
+def test_a_file_that_is_cut_off_is_named(end: int, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    file = tmp_path / "trajectories" / "cut.safetensors"
+    file.parent.mkdir()
+    tensors, metadata = to_file(invert(model, randn(1, 4, 8, 8))[0])
+    save_file(tensors, file, metadata)
+    file.write_bytes(file.read_bytes()[:end])
+    name = "trajectories/cut.safetensors"
+    with pytest.raises(ValueError, match=rf"The file {name} cannot be read .*; choose another, or save the"):
+        LoadTrajectoryNode.execute(name)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"There is no file {name} any more; choose another"):
+        LoadTrajectoryNode.execute(name)
+
+
+def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
+    """The host's uni_pc writes into the SIGMAS that it is given."""
+    sigmas = schedule(model)
+    right = sigmas.clone()
+    inversion, *_ = invert(model, randn(1, 4, 8, 8), sigmas)
+    sigmas[-1] = 0.001
+    assert torch.equal(inversion.sigmas, right)
+    assert torch.equal(invert(model, randn(1, 4, 8, 8), sigmas)[0].states, inversion.states)
 
 
 def test_a_file_whose_parts_do_not_fit(model: Any) -> None:

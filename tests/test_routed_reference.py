@@ -316,13 +316,20 @@ def test_image_prompts_follow_the_map_of_their_own_layer(model: Any) -> None:
 
 def test_a_share_belongs_to_its_subjects() -> None:
     one, other = subject(seed=1), subject(seed=2)
-    prompted = [[torch.ones(2, 3, CONTEXT), {}]]
+    prompted = [[torch.ones(1, 3, CONTEXT), {}]]
     shared = SubjectShareNode.execute((one, other), 2.0, 0.1, 0.6, prompted, 0.5).args[0]
     for before, after in zip((one, other), shared, strict=True):
         assert after.cache is before.cache
         assert (after.share.strength, after.share.window, after.share.eta) == (2.0, Window(0.1, 0.6), 0.5)
         assert after.share.prompt.tokens.shape == (1, 3, CONTEXT)
         assert before.share.prompt is None
+
+
+@pytest.mark.parametrize("several", [prompt(1) + prompt(2), [[torch.ones(2, 3, CONTEXT), {}]]])
+def test_an_image_prompt_of_several_is_refused(several: Any) -> None:
+    """Only the first would act."""
+    with pytest.raises(ValueError, match=r"The image prompt has \d prompts of \d rows, of which only one can act; con"):
+        SubjectShareNode.execute((subject(),), image_prompt=several)
 
 
 def test_bad_numbers_of_subjects(model: Any) -> None:
@@ -339,7 +346,7 @@ def test_bad_numbers_of_subjects(model: Any) -> None:
         ({"noise_level": "low"}, "noise_level is 'low'; choose one of current, nearly clean"),
         ({"cross_attention": "none"}, "cross_attention is 'none'; choose one of kept, skipped"),
         ({"start_percent": 0.7, "end_percent": 0.3}, "The window starts at 0.7, after its end at 0.3"),
-        ({"background_prompt": []}, "The image prompt is an empty conditioning; connect one with tokens"),
+        ({"background_prompt": []}, "The background prompt is an empty conditioning; connect one with tokens"),
         (
             {"background_prompt": [[torch.ones(1, 2, CONTEXT + 1), {}]]},
             f"The background prompt has tokens of {CONTEXT + 1} channels but this model's prompts have {CONTEXT}; enc",

@@ -29,7 +29,8 @@ class Vae:
 
 def made(image: Tensor, vae: Vae | None = None, **values: Any) -> tuple[Subject, ...]:
     given = {"phrase": "", "size": 64, "margin": 0.0, **values}
-    return SubjectNode.execute(image, vae or Vae(), **given).args[0]
+    # The host gives lists to this node.
+    return SubjectNode.execute([image], [vae or Vae()], **{name: [value] for name, value in given.items()}).args[0]
 
 
 def references(image: Tensor, **values: Any) -> tuple[Reference, ...]:
