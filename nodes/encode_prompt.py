@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.prompt import SPANS_KEY, find_spans, split_phrases
+from ..patches.prompt import SPANS_KEY, check_context, find_spans, split_phrases
 from .checks import check_loaded
 from .types import SUBJECT, SubjectType
 
@@ -26,7 +26,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
             ),
             search_aliases=["subject prompt", "token spans", "clip text encode", "phrase", "prompt", "regional"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of SD 1.x, SD 2.x or SDXL."),
+                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of any family this pack knows."),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -61,4 +61,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
         check_loaded(clip=clip)
         wanted = (*split_phrases(phrases), *(subject.phrase for subject in subjects or ()))
         spans = find_spans(clip, text, wanted)
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans}))
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans})
+        if spans:
+            check_context(clip, text, conditioning[0][0])
+        return io.NodeOutput(conditioning)

@@ -1,14 +1,16 @@
-"""Which tokens of a prompt are a phrase: their positions in the cross-attention context."""
+"""Which tokens of a prompt are a phrase: their positions in the context that a model attends to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .tokens import TokenText, read_tokens
 
 # The key of a conditioning's dictionary under which its phrases' spans lie.
 SPANS_KEY = "subject_patches_spans"
@@ -16,23 +18,40 @@ SPANS_KEY = "subject_patches_spans"
 # Half-open ranges of positions along the context's token axis, ascending and disjoint.
 Spans = tuple[tuple[int, int], ...]
 
-# The host's names of the CLIP text encoders whose tokens line up with the context.
-ENCODERS = {"l": "SD 1.x and SDXL", "g": "SDXL", "h": "SD 2.x"}
-
-_WORD_END = "</w>"
 _EMBEDDING = "embedding:"
+# A word that is in no template, to see where a template puts the prompt.
+_PROBE = "zebra"
+# The host's names of its CLIP text encoders, whose tokens line up.
+_CLIPS = frozenset({"l", "g", "h"})
+# Text encoders of one kind of tokens, and whether the host cuts off what their template puts before the prompt.
+_SINGLE = {
+    "t5xxl": False,
+    "umt5xxl": False,
+    "gemma2_2b": False,
+    "qwen3_4b": False,
+    "qwen3_8b": False,
+    "mistral3_24b": False,
+    "qwen25_7b": True,
+    "qwen3vl_4b": True,
+}
+KNOWN = (
+    "those of SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, HiDream, Krea 2, "
+    "Cosmos-Predict2, Anima and Wan"
+)
+# What Qwen begins a message with.
+_MESSAGE, _USER, _NEW_LINE = 151644, 872, 198
+Tokenized = Mapping[str, list[list[tuple[Any, float, int]]]]
 
 
 @dataclass(frozen=True)
-class _Token:
-    """A vocabulary number or a textual embedding's vector, at its position in the context.
+class _Part:
+    """A stretch of the context: the text encoders that have a prompt's tokens there, all at the same positions, and
+    those whose tokens are as many as the stretch is long. `cut` says that the host leaves out what a template puts
+    before the prompt."""
 
-    `group` is the host's word id; `starts_word` is False for what continues a word or an embedding."""
-
-    value: int | Tensor
-    position: int
-    group: int
-    starts_word: bool
+    names: tuple[str, ...]
+    counted: tuple[str, ...]
+    cut: bool = False
 
 
 def split_phrases(text: str) -> tuple[str, ...]:
@@ -48,27 +67,44 @@ def positions_of(spans: Spans) -> list[int]:
 def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]:
     """Where each phrase lies in the context that `clip`, a host CLIP, makes of `text`.
 
-    The phrases are written as in a prompt; their weights do not count, nor does letter case. Empty phrases are left
-    out. A phrase maps to all its occurrences, left to right and not overlapping. The start token counts, so a prompt's
-    first word is at 1; an occurrence that runs on into the next chunk of 77 gives one range in each.
+    The phrases are written as in a prompt; letter case does not count, nor do weights where the text encoder reads any.
+    Empty phrases are left out. A phrase maps to all its occurrences, left to right and not overlapping; one that runs
+    on into the next chunk of 77 gives a range in each. CLIP's start token counts, so a prompt's first word is at 1;
+    what a template puts before the prompt counts where the host keeps it.
 
-    Raises ValueError when the prompt lacks a phrase, a phrase has no tokens, two encoders of the CLIP have it at
-    different positions, or the CLIP has an encoder other than those in ENCODERS."""
+    Positions are those of the conditioning's context. SD 3.5's is CLIP's tokens and then T5's: a phrase has its
+    occurrences in both. HiDream's Llama tokens, a tensor of their own, count on after T5's. In Anima's, an adapter puts
+    the T5 tokens in the place of the text encoder's: those count.
+
+    Raises ValueError when the prompt lacks a phrase, a phrase has no tokens or ends inside of one, two encoders have it
+    at different positions of one stretch, or the CLIP has text encoders that are not known."""
     wanted = tuple(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
     if not wanted:
         return {}
-    prompt = _tokens(clip, text)
-    return {phrase: _find(clip, prompt, phrase) for phrase in wanted}
+    prompt = _Prompt(clip, text)
+    return {phrase: _find(prompt, phrase) for phrase in wanted}
+
+
+def check_context(clip: Any, text: str, context: Tensor) -> None:
+    """Raises ValueError when the context (1, tokens, width) that a CLIP made of a text is not as long as its tokens
+    are many: positions among them would be wrong."""
+    expected = _Prompt(clip, text).length
+    if context.shape[1] != expected:
+        raise ValueError(
+            f"This text encoder made {context.shape[1]} tokens of the prompt where {expected} were expected, so "
+            f"phrases cannot be found in it; leave the phrases empty, or use one of {KNOWN}."
+        )
 
 
 def check_embeddings(clip: Any, phrase: str) -> None:
     """Raises ValueError when a phrase names a textual embedding that the host does not find, or that is made for a
-    text encoder of another family, which the host itself leaves out of the prompt, or when the CLIP has an encoder
-    other than those in ENCODERS."""
-    _tokens(clip, phrase)
+    text encoder of another family, which the host itself leaves out of the prompt, or when the CLIP has text encoders
+    that are not known."""
+    known = _Prompt(clip, phrase).texts
     for name in re.findall(rf"{_EMBEDDING}([^\s,:()]+)", phrase):
-        for encoder, chunks in clip.tokenize(_EMBEDDING + name).items():
-            widths = {value.shape[-1] for chunk in chunks for value, _ in chunk if torch.is_tensor(value)}
+        tokenized = clip.tokenize(_EMBEDDING + name)
+        for encoder in known:
+            widths = {value.shape[-1] for chunk in tokenized[encoder] for value, _ in chunk if torch.is_tensor(value)}
             wanted = _tokenizer(clip, encoder).embedding_size
             if not widths:
                 raise ValueError(f"There is no embedding '{name}' in the embeddings folder; put its file there.")
@@ -80,105 +116,153 @@ def check_embeddings(clip: Any, phrase: str) -> None:
 
 
 def prompt_spans(clip: Any, text: str) -> Spans:
-    """Where the prompt's own tokens lie in the context: all but start, end and padding, in every chunk of 77.
+    """Where the prompt's own tokens lie in the context: all but start, end, padding and template.
 
-    Raises ValueError when two encoders of the CLIP have them at different positions, or it has one not in ENCODERS."""
-    found = {name: tuple(_ranges(token.position for token in tokens)) for name, tokens in _tokens(clip, text).items()}
-    spans = next(iter(found.values()))
-    if any(other != spans for other in found.values()):
-        places = " and ".join(f"{_places(each)} for the encoder {name}" for name, each in found.items())
-        raise ValueError(
-            f"The prompt's words are {places}, usually because an embedding has not as many vectors for one as for "
-            "the other; use an embedding that is made for this CLIP."
+    Raises ValueError when two encoders have them at different positions of one stretch, or the CLIP has text encoders
+    that are not known."""
+    prompt = _Prompt(clip, text)
+    whole = {name: [(0, len(each.symbols))] for name, each in prompt.texts.items()}
+    return prompt.spans(whole, "The prompt's words are", "use an embedding that is made for this CLIP")
+
+
+class _Prompt:
+    """A prompt in the tokens of every text encoder of a CLIP: `texts` are its own, without a template. `length` is that
+    of the conditioning's context."""
+
+    def __init__(self, clip: Any, text: str) -> None:
+        self.clip, self.text = clip, text
+        tokenized: Tokenized = clip.tokenize(text, return_word_ids=True)
+        template: Tokenized = clip.tokenize(_PROBE, return_word_ids=True)
+        self.parts, measured = _layout(clip, tokenized)
+        self.texts: dict[str, TokenText] = {}
+        self._starts: dict[str, int] = {}
+        self._lengths = {name: sum(map(len, chunks)) for name, chunks in tokenized.items()}
+        end = 0
+        for part in self.parts:
+            start = end - (_cut_off(tokenized[part.names[0]][0]) if part.cut else 0)
+            for name in part.names:
+                tokenizer = _tokenizer(clip, name)
+                probe = read_tokens(template[name], tokenizer).symbols
+                before = "".join(str(symbol.value) for symbol in probe).index(_PROBE)
+                after = len(probe) - before - len(_PROBE)
+                self.texts[name] = read_tokens(tokenized[name], tokenizer).without(before, after)
+                self._starts[name] = start
+            end = start + min(self._lengths[name] for name in part.counted)
+        self.length = end if measured is None else self._lengths[measured]
+
+    def spans(self, found: Mapping[str, Sequence[tuple[int, int]]], what: str, else_do: str) -> Spans:
+        """The positions of some ranges of each encoder's symbols. Raises ValueError where the encoders of one stretch
+        have them at different ones."""
+        spans: list[tuple[int, int]] = []
+        for part in self.parts:
+            each = {name: self._spans(name, found[name]) for name in part.names}
+            if len(set(each.values())) > 1:
+                places = " and ".join(f"{_places(spans)} for the encoder {name}" for name, spans in each.items())
+                raise ValueError(
+                    f"{what} {places}, usually because an embedding has not as many vectors for one as for the other; "
+                    f"{else_do}."
+                )
+            spans += next(iter(each.values()), ())
+        return tuple(spans)
+
+    def _spans(self, name: str, found: Sequence[tuple[int, int]]) -> Spans:
+        first = self._starts[name]
+        return tuple(
+            (first + start, first + stop)
+            for symbols in found
+            for start, stop in _ranges(self.texts[name].positions(*symbols))
         )
-    return spans
 
 
-def _find(clip: Any, prompt: Mapping[str, list[_Token]], phrase: str) -> Spans:
+def _find(prompt: _Prompt, phrase: str) -> Spans:
     if phrase.endswith(_EMBEDDING):
         raise ValueError(f"The phrase '{phrase}' names no embedding; write its file name after the colon.")
-    sought = _tokens(clip, phrase)
-    if not any(sought.values()):
+    sought = _Prompt(prompt.clip, phrase).texts
+    # An encoder that an embedding is not made for knows no tokens of it.
+    fullest = max(sought, key=lambda name: len(sought[name].symbols))
+    if not sought[fullest].symbols:
         raise ValueError(
             f"The phrase '{phrase}' has no tokens; write at least one word, or an embedding that is made for this CLIP "
             "and lies in the embeddings folder."
         )
-    found = {name: _occurrences(prompt[name], sought[name]) for name in prompt}
-    spans = next(iter(found.values()))
-    if any(other != spans for other in found.values()):
-        places = " and ".join(f"{_places(each)} for the encoder {name}" for name, each in found.items())
-        raise ValueError(
-            f"The phrase '{phrase}' is {places}, usually because an embedding has not as many vectors for one as for "
-            "the other; use an embedding that is made for this CLIP, or put the phrase before it."
-        )
+    found = {name: _occurrences(prompt, name, sought[name], phrase) for name in prompt.texts}
+    spans = prompt.spans(
+        found, f"The phrase '{phrase}' is", "use an embedding that is made for this CLIP, or put the phrase before it"
+    )
     if not spans:
-        # An encoder that an embedding is not made for knows no tokens of it.
-        name = max(sought, key=lambda each: len(sought[each]))
         raise ValueError(
-            f"The phrase '{phrase}' is not in the prompt; its tokens are {_readable(clip, name, sought[name])} and the "
-            f"prompt's are {_readable(clip, name, prompt[name])}; write the phrase as it stands in the prompt."
+            f"The phrase '{phrase}' is not in the prompt; its tokens are {sought[fullest].words()} and the prompt's "
+            f"are {prompt.texts[fullest].words()}; write the phrase as it stands in the prompt."
         )
     return spans
 
 
-def _tokens(clip: Any, text: str) -> dict[str, list[_Token]]:
-    """For each encoder, the tokens of a text without start, end and padding."""
-    tokenized: dict[str, list[list[tuple[Any, float, int]]]] = clip.tokenize(text, return_word_ids=True)
-    unknown = [name for name in tokenized if name not in ENCODERS]
-    if unknown:
-        known = ", ".join(f"{name} ({family})" for name, family in ENCODERS.items())
+def _occurrences(prompt: _Prompt, name: str, sought: TokenText, phrase: str) -> list[tuple[int, int]]:
+    text = prompt.texts[name]
+    # Some versions of transformers lose the spaces between Llama's words, and tokens go from one word to the next.
+    spaceless = text.is_solid and len(prompt.text.split()) > 1
+    found = text.occurrences(sought.symbols, in_words=spaceless)
+    unsure = spaceless or any(symbol.is_unknown for symbol in sought.symbols)
+    if found and unsure and len(found) != prompt.text.casefold().count(phrase.casefold()):
         raise ValueError(
-            f"This CLIP has the text encoder {', '.join(unknown)}, in which phrases cannot be found; it can be done "
-            f"for the CLIP encoders {known}: use one of those, or give no phrases."
+            f"The text encoder {name} cannot tell the phrase '{phrase}' from other parts of the prompt, whose tokens "
+            f"for it are {text.words()}; write another word in its place."
         )
-    return {name: _placed(chunks, _tokenizer(clip, name)) for name, chunks in tokenized.items()}
+    for start, stop in found:
+        token = None if spaceless else text.cut(start, stop)
+        if token is not None:
+            raise ValueError(
+                f"The phrase '{phrase}' is only a part of the token '{token}' of the text encoder {name}, which knows "
+                f"that as one; write '{token}' as the phrase, or another word in the prompt."
+            )
+    return found
+
+
+def _layout(clip: Any, tokenized: Tokenized) -> tuple[tuple[_Part, ...], str | None]:
+    """The stretches of the context that a CLIP makes, and the encoder whose tokens are as many as the conditioning's
+    own, where that is not all of them."""
+    names = set(tokenized)
+    t5 = _Part(("t5xxl",), ("t5xxl",))
+    if names <= _CLIPS:
+        return (_Part(tuple(tokenized), tuple(tokenized)),), None
+    if names == {"l", "t5xxl"}:
+        # FLUX.1 reads CLIP's pooled output alone.
+        return (t5,), None
+    if names == {"qwen3_06b", "t5xxl"}:
+        return (t5,), "qwen3_06b"
+    if names == {"g", "l", "t5xxl"}:
+        clips = tuple(name for name in ("g", "l") if _is_loaded(clip, name))
+        parts = (*((_Part(clips, clips),) if clips else ()), *((t5,) if _is_loaded(clip, "t5xxl") else ()))
+        return parts, None
+    if names == {"g", "l", "t5xxl", "llama"}:
+        # The host puts zeros in the place of one that is not loaded: as many as T5's tokens, or one of Llama's.
+        parts = (t5 if _is_loaded(clip, "t5xxl") else _Part((), ("t5xxl",)),)
+        return (*parts, *((_Part(("llama",), ("llama",)),) if _is_loaded(clip, "llama") else ())), "t5xxl"
+    if len(names) == 1 and names <= _SINGLE.keys():
+        (name,) = names
+        return (_Part((name,), (name,), cut=_SINGLE[name]),), None
+    raise ValueError(
+        f"This CLIP has the text encoder {', '.join(names)}, in which phrases cannot be found; it can be done for "
+        f"{KNOWN}: use one of those, or give no phrases."
+    )
+
+
+def _is_loaded(clip: Any, name: str) -> bool:
+    """Whether a CLIP of several text encoders has the weights of one; the host loads it without, too."""
+    model = getattr(clip, "cond_stage_model", None)
+    return model is None or getattr(model, f"clip_{name}", getattr(model, name, None)) is not None
 
 
 def _tokenizer(clip: Any, name: str) -> Any:
-    return getattr(clip.tokenizer, f"clip_{name}")
+    return getattr(clip.tokenizer, f"clip_{name}", None) or getattr(clip.tokenizer, name)
 
 
-def _placed(chunks: list[list[tuple[Any, float, int]]], tokenizer: Any) -> list[_Token]:
-    tokens: list[_Token] = []
-    first = 0
-    for chunk in chunks:
-        position = first
-        for value, _, group in chunk:
-            if torch.is_tensor(value) and value.shape[-1] != tokenizer.embedding_size:
-                # The text encoder leaves out a vector of another width, and what follows it in the chunk moves up.
-                continue
-            if group != 0:
-                before = tokens[-1] if tokens else None
-                tokens.append(_Token(value, position, group, _starts_word(before, group, tokenizer)))
-            position += 1
-        first += len(chunk)
-    return tokens
-
-
-def _starts_word(before: _Token | None, group: int, tokenizer: Any) -> bool:
-    if before is None or before.group != group:
-        return True
-    return not torch.is_tensor(before.value) and tokenizer.inv_vocab[before.value].endswith(_WORD_END)
-
-
-def _occurrences(prompt: list[_Token], phrase: list[_Token]) -> Spans:
-    spans: list[tuple[int, int]] = []
-    at = 0
-    while phrase and (stop := at + len(phrase)) <= len(prompt):
-        part = prompt[at:stop]
-        whole_words = part[0].starts_word and (stop == len(prompt) or prompt[stop].starts_word)
-        if whole_words and all(_same(a.value, b.value) for a, b in zip(part, phrase, strict=True)):
-            spans += _ranges(token.position for token in part)
-            at = stop
-        else:
-            at += 1
-    return tuple(spans)
-
-
-def _same(a: int | Tensor, b: int | Tensor) -> bool:
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return torch.equal(a, b)
-    return not torch.is_tensor(a) and not torch.is_tensor(b) and a == b
+def _cut_off(chunk: Sequence[tuple[Any, ...]]) -> int:
+    """How many tokens the host leaves out before a prompt in Qwen-Image's and Krea 2's template: up to the second
+    message, with what says that it is the user's."""
+    values = [value if isinstance(value, int) else None for value, *_ in chunk]
+    begins = [place for place, value in enumerate(values) if value == _MESSAGE][:2][-1]
+    return begins + (3 if values[begins + 1 : begins + 3] == [_USER, _NEW_LINE] else 0)
 
 
 def _ranges(positions: Iterable[int]) -> list[tuple[int, int]]:
@@ -195,22 +279,3 @@ def _places(spans: Spans) -> str:
     if not spans:
         return "nowhere"
     return "at " + ", ".join(str(start) if stop == start + 1 else f"{start}-{stop - 1}" for start, stop in spans)
-
-
-def _readable(clip: Any, name: str, tokens: list[_Token]) -> str:
-    """The tokens as words: "a | red | [embedding of 2 vectors]"."""
-    words: list[list[_Token]] = []
-    for token in tokens:
-        if words and not token.starts_word:
-            words[-1].append(token)
-        else:
-            words.append([token])
-    if not words:
-        return "(none)"
-    return " | ".join(_word(_tokenizer(clip, name), word) for word in words)
-
-
-def _word(tokenizer: Any, word: list[_Token]) -> str:
-    if torch.is_tensor(word[0].value):
-        return f"[embedding of {len(word)} vector{'s' if len(word) > 1 else ''}]"
-    return tokenizer.decode([token.value for token in word], skip_special_tokens=False).strip()

@@ -1,15 +1,36 @@
-"""Small CLIPs of the host's own families, made in inference mode as the host makes them."""
+"""Small CLIPs of the host's own families, made in inference mode as the host makes them.
+
+The tokenizers are the host's own, which it brings along, but for Gemma's and umT5's: those come with the weights, and a
+small one stands for them here. Mistral's does not load in the host with transformers 5.
+"""
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.text_encoders.sd2_clip as sd2_clip
+import sentencepiece
 import torch
 from comfy.supported_models_base import ClipTarget
+from comfy.text_encoders import (
+    anima,
+    cosmos,
+    flux,
+    hidream,
+    krea2,
+    lumina2,
+    pixart_t5,
+    qwen_image,
+    sd3_clip,
+    wan,
+    z_image,
+)
 from hosting.random_models import generator
 
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -30,4 +51,94 @@ def small_clip(family: str, seed: int = 0, **config: int) -> Any:
     source = generator(seed)
     for name, weight in clip.cond_stage_model.named_parameters():
         weight.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.2, generator=source)
+    return clip
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The text encoders of a transformer family: the host's tokenizer, its model, and what makes each small."""
+
+    tokenizer: type
+    model: type
+    small: dict[str, dict[str, Any]]
+    data: str = ""
+
+
+_T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2}
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+_CLIP = {"hidden_size": 768, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+# The host takes these layers' outputs by number.
+_DEEP = {**_LLAMA, "num_hidden_layers": 36}
+ENCODERS: dict[str, Encoders] = {
+    "SD 3.5": Encoders(
+        sd3_clip.SD3Tokenizer,
+        sd3_clip.sd3_clip(),
+        # The host puts CLIP's 768 and 1280 numbers side by side, and fills up to T5's 4096.
+        {"clip_l": _CLIP, "clip_g": {**_CLIP, "hidden_size": 1280}, "t5xxl": {**_T5, "d_model": 4096}},
+    ),
+    "FLUX.1": Encoders(flux.FluxTokenizer, flux.flux_clip(), {"clip_l": SMALL, "t5xxl": _T5}),
+    "Chroma": Encoders(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": _T5}),
+    "Klein": Encoders(flux.KleinTokenizer, flux.klein_te(), {"qwen3_4b": _DEEP}),
+    "Qwen-Image": Encoders(qwen_image.QwenImageTokenizer, qwen_image.te(), {"qwen25_7b": _LLAMA}),
+    "Z-Image": Encoders(z_image.ZImageTokenizer, z_image.te(), {"qwen3_4b": _LLAMA}),
+    "Lumina 2": Encoders(lumina2.LuminaTokenizer, lumina2.te(), {"gemma2_2b": _LLAMA}, data="spiece_model"),
+    "HiDream": Encoders(
+        hidream.HiDreamTokenizer,
+        hidream.hidream_clip(),
+        {"clip_l": SMALL, "clip_g": SMALL, "t5xxl": _T5, "llama": {**_LLAMA, "vocab_size": 128256}},
+    ),
+    "Krea 2": Encoders(krea2.Krea2Tokenizer, krea2.te(), {"qwen3vl_4b": _DEEP}),
+    "Cosmos-Predict2": Encoders(cosmos.CosmosT5Tokenizer, cosmos.te(), {"t5xxl": _T5}),
+    "Anima": Encoders(anima.AnimaTokenizer, anima.te(), {"qwen3_06b": _LLAMA}),
+    "Wan": Encoders(wan.WanT5Tokenizer, wan.te(), {"umt5xxl": _T5}, data="spiece_model"),
+}
+
+
+@cache
+def tokenizer_data(kind: str) -> dict[str, torch.Tensor]:
+    """What a text encoder's weights bring along of its tokenizer: a small sentencepiece."""
+    if not kind:
+        return {}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red umbrella and a small corgi on the green grass, it said"] * 9),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return {kind: torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)}
+
+
+@torch.inference_mode()
+def small_encoder(family: str, seed: int = 0, mixing: bool = True, **options: Any) -> Any:
+    """A CLIP of a transformer family, of random weights; without `mixing` no token sees another, so that a position of
+    the context tells of its own token alone."""
+    encoders = ENCODERS[family]
+    sizes = {f"{name}_model_config": config for name, config in encoders.small.items()}
+    target = ClipTarget(encoders.tokenizer, encoders.model)
+    clip = comfy.sd.CLIP(target, tokenizer_data=tokenizer_data(encoders.data), model_options={**sizes, **options})
+    source = generator(seed)
+    for name, weight in clip.cond_stage_model.named_parameters():
+        if ".visual." in name:
+            # What sees pictures is big and of no use here.
+            continue
+        if weight.numel() > 10**7:
+            # The words at SD 3.5's widths: one number each.
+            weight.data = torch.rand(len(weight), 1, generator=source).expand(weight.shape)
+        elif not mixing and name.endswith((".o.weight", ".o_proj.weight", ".out_proj.weight", ".out_proj.bias")):
+            weight.zero_()
+        else:
+            weight.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.2, generator=source)
     return clip

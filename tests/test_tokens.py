@@ -1,0 +1,204 @@
+"""Phrases in every kind of text encoder, by the host's own tokenizers and small encoders of its own classes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import comfy.sd
+import pytest
+import torch
+from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer
+from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
+from subject_patches.patches.tokens import read_tokens
+from subject_patches.tests.clips import ENCODERS, small_encoder, tokenizer_data
+
+TEXT = "An old umbrella, and a small corgi by the blue umbrella."
+
+
+@cache
+def clip_of(family: str) -> comfy.sd.CLIP:
+    """A CLIP of a family that can tokenize but has no weights to encode with."""
+    encoders = ENCODERS[family]
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer, clip.tokenizer_options = encoders.tokenizer(tokenizer_data=tokenizer_data(encoders.data)), {}
+    return clip
+
+
+@pytest.fixture(scope="module")
+def t5() -> comfy.sd.CLIP:
+    return clip_of("FLUX.1")
+
+
+@pytest.fixture(scope="module")
+def qwen() -> comfy.sd.CLIP:
+    return clip_of("Qwen-Image")
+
+
+def _encoders(clip: comfy.sd.CLIP) -> dict[str, tuple[Any, Any]]:
+    """A CLIP's encoders by name: tokenizer and model."""
+    found = {}
+    for name in clip.tokenize(""):
+        both = (clip.tokenizer, clip.cond_stage_model)
+        found[name] = tuple(getattr(each, f"clip_{name}", None) or getattr(each, name, None) for each in both)
+    return found
+
+
+def _numbers(clip: comfy.sd.CLIP, name: str, phrase: str) -> set[int]:
+    """The tokens of a phrase at a text's beginning and after a space, without any template."""
+    tokenizer = _encoders(clip)[name][0]
+    both = (tokenizer.tokenize_with_weights(text, return_word_ids=True) for text in (phrase, f"a {phrase}"))
+    (first,), (second,) = both
+    before = {value for value, _, _ in tokenizer.tokenize_with_weights("a", return_word_ids=True)[0]}
+    return {value for value, _, group in (*first, *second) if group} - before
+
+
+def _context(entry: list[Any]) -> torch.Tensor:
+    """All that a model attends to of a conditioning's entry: (tokens, numbers)."""
+    layers = entry[1].get("conditioning_llama3")
+    context = entry[0][0]
+    if layers is None:
+        return context
+    return torch.cat([context.repeat(1, len(layers[0])), layers[0].movedim(0, 1).flatten(1)])
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_spans_are_where_a_words_vector_acts(family: str) -> None:
+    clip = small_encoder(family, mixing=False)
+
+    def encode() -> list[Any]:
+        (conditioning,) = EncodePromptWithSubjects.execute(clip, TEXT, "umbrella; small corgi").args
+        assert torch.equal(conditioning[0][0], clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))[0][0])
+        return conditioning[0]
+
+    before = encode()
+    spans = before[1][SPANS_KEY]
+    wanted = _numbers(clip, "t5xxl", "umbrella") if family == "Anima" else set()
+    with torch.inference_mode():
+        for name, (_, model) in _encoders(clip).items():
+            words = model.transformer.get_input_embeddings().weight if model is not None else torch.empty(0, 1)
+            sign = torch.ones(len(words), 1)
+            for number in _numbers(clip, name, "umbrella") if len(words) else ():
+                sign[number] = -1
+            own = words.data[:, :1] if words.stride(1) == 0 else words.data
+            words.data = (own * sign).expand_as(words) if len(words) else words
+    after = encode()
+    if wanted:
+        # The adapter puts these in the place of the text encoder's tokens.
+        changed = [place for place, number in enumerate(after[1]["t5xxl_ids"].tolist()) if number in wanted]
+    else:
+        changed = (_context(before) != _context(after)).any(-1).nonzero().flatten().tolist()
+    assert changed
+    assert positions_of(spans["umbrella"]) == changed
+    assert not set(positions_of(spans["small corgi"])) & set(changed)
+    assert {*changed, *positions_of(spans["small corgi"])} < set(positions_of(prompt_spans(clip, TEXT)))
+
+
+PLACES = {
+    "the first word": ("dog on grass", "dog", 1),
+    "letter case": ("A Red DOG", "red dog", 1),
+    "repeated": ("dog and dog, (dog)", "dog", 3),
+    "before a comma": ("one dog, two", "dog", 1),
+    "no end of a longer word": ("a bulldog and a dog", "dog", 1),
+    "no beginning of one": ("a dogma, a dog's", "dog", 1),
+    "a hyphen in it": ("a red-haired girl", "red-haired girl", 1),
+    "across a comma": ("a dog, red and small", "dog, red", 1),
+    "new lines": ("a red\n\ndog", "red dog", 1),
+    "at the beginning of a line": ("\ndog", "dog", 1),
+    "after 700 words": ("so " * 700 + "dog", "dog", 1),
+    "Chinese": ("草地上有一只狗", "狗", 1),
+    "braces": ("a {dog}", "dog", 1),
+    "a word of the template": ("the image of a user", "image", 1),
+}
+
+
+@pytest.mark.parametrize(("text", "phrase", "count"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("family", ["Qwen-Image", "Chroma"])
+def test_places(family: str, text: str, phrase: str, count: int) -> None:
+    if family == "Chroma" and phrase == "狗":
+        pytest.skip("T5 knows no Chinese")
+    clip = clip_of(family)
+    spans = find_spans(clip, text, [phrase])[phrase]
+    assert len(spans) == count
+    ((name, chunks),) = clip.tokenize(text, return_word_ids=True).items()
+    (tokens,) = chunks
+    cut = len(tokens) - prompt_length(clip, text)
+    tokenizer = getattr(clip.tokenizer, clip.tokenizer.clip)
+    for start, stop in spans:
+        part = tokens[start + cut : stop + cut]
+        spelled = read_tokens([part], tokenizer)
+        letters = "".join(str(symbol.value) for symbol in spelled.symbols).strip(" -,'({}).")
+        assert letters.split() == phrase.lower().split(), name
+
+
+def prompt_length(clip: comfy.sd.CLIP, text: str) -> int:
+    """The length of the context as the host makes it: Qwen-Image's lacks what comes before the user's words."""
+    ((name, ((*tokens,),)),) = clip.tokenize(text).items()
+    if name != "qwen25_7b":
+        return len(tokens)
+    starts = [place for place, (value, _) in enumerate(tokens) if value == 151644]
+    # The template ends with "<|im_start|>user\n", unless the new line is one with that of the text.
+    return len(tokens) - starts[1] - (3 if tokens[starts[1] + 2][0] == 198 else 0)
+
+
+def test_weights_where_they_are_read(t5: comfy.sd.CLIP, qwen: comfy.sd.CLIP) -> None:
+    assert find_spans(t5, "a (red:1.3) dog", ["(red) dog"]) == {
+        "(red) dog": find_spans(t5, "a red dog", ["red dog"])["red dog"]
+    }
+    # Qwen is shown the parentheses.
+    with pytest.raises(ValueError, match=r"its tokens are red \| dog and the prompt's are a \| \(red:1\.3\) \| dog;"):
+        find_spans(qwen, "a (red:1.3) dog", ["red dog"])
+    assert len(find_spans(qwen, "a (red:1.3) dog", ["red", "(red:1.3) dog"])) == 2
+
+
+def test_emoji(t5: comfy.sd.CLIP, qwen: comfy.sd.CLIP) -> None:
+    found = find_spans(qwen, "a 🐶 and a 👩‍🚀", ["🐶", "👩‍🚀"])
+    assert [len(spans) for spans in found.values()] == [1, 1]
+    with pytest.raises(ValueError, match="'👩' is not in the prompt"):
+        find_spans(qwen, "a 👩‍🚀", ["👩"])
+    (span,) = find_spans(t5, "a 🐶 on grass", ["🐶"])["🐶"]
+    assert span[1] - span[0] <= 2
+    with pytest.raises(ValueError, match="The text encoder t5xxl cannot tell the phrase '🐶'"):
+        find_spans(t5, "a 🐶 and a 🐱", ["🐶"])
+
+
+def test_a_phrase_that_is_a_part_of_a_token(qwen: comfy.sd.CLIP) -> None:
+    with pytest.raises(ValueError, match="'狗' is only a part of the token '狗狗' of the text encoder qwen25_7b"):
+        find_spans(qwen, "一只可爱的狗狗", ["狗"])
+
+
+@pytest.mark.parametrize("phrase", ["describe", "im_start", "assistant"])
+def test_the_template_is_no_part_of_the_prompt(qwen: comfy.sd.CLIP, phrase: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{phrase}' is not in the prompt; .* the prompt's are a \| dog;"):
+        find_spans(qwen, "a dog", [phrase])
+
+
+def test_a_vocabulary_of_another_kind() -> None:
+    tokenizer = ByT5SmallTokenizer()
+    with pytest.raises(ValueError, match="byt5_small does not say which letters"):
+        read_tokens(tokenizer.tokenize_with_weights("a", return_word_ids=True), tokenizer)
+
+
+def test_only_what_is_loaded_of_sd3() -> None:
+    clip = clip_of.__wrapped__("SD 3.5")
+
+    class Loaded:
+        clip_l = clip_g = None
+        t5xxl = object()
+
+    both = find_spans(clip, "a dog", ["dog"])["dog"]
+    clip.cond_stage_model = Loaded()
+    (alone,) = find_spans(clip, "a dog", ["dog"])["dog"]
+    assert both == ((2, 3), (alone[0] + 77, alone[1] + 77))
+    Loaded.clip_l, Loaded.t5xxl = object(), None
+    assert find_spans(clip, "a dog", ["dog"]) == {"dog": ((2, 3),)}
+
+
+def test_a_context_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = small_encoder("Chroma")
+    whole = clip.encode_from_tokens_scheduled
+    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", lambda *a, **k: [[whole(*a, **k)[0][0][:, 1:], {}]])
+    with pytest.raises(ValueError, match="made 3 tokens of the prompt where 4 were expected"):
+        EncodePromptWithSubjects.execute(clip, "a dog", "dog")
+    EncodePromptWithSubjects.execute(clip, "a dog", "")
