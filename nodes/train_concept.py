@@ -11,6 +11,7 @@ from ..patches.families import family_of
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
     batch_input,
+    check_learns,
     check_training,
     checked_noun,
     loss_output,
@@ -147,6 +148,7 @@ class TrainConceptNode(io.ComfyNode):
         from ..training.state import StateFile
 
         check_loaded(clip, vae)
+        check_learns(model, clip)
         check_choice("preset", preset, PRESETS)
         check_training(steps, batch_size, precision, size=size)
         check_number("learning rate", learning_rate, 0.0, 1.0)

@@ -8,10 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.families import attention_sites
 from .checks import check_choice, check_loaded, check_number
 from .training_inputs import (
     batch_input,
+    check_learns,
     check_training,
     checked_noun,
     loss_output,
@@ -170,7 +170,7 @@ class TrainResidualToken(io.ComfyNode):
         check_choice("tunes", learner, (ENCODER, ALONE))
         check_choice("loss", of, (OWN, AS_V))
         check_loaded(clip[0], vae[0])
-        attention_sites(model[0])
+        check_learns(model[0], clip[0])
         pictures = pictures_of(images)
         if not pictures:
             raise ValueError("There are no training pictures; give 3 to 5 of the subject.")

@@ -7,6 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..patches.families import attention_sites, family_of
+from ..patches.families.unet import UNet
+from ..patches.prompt import CLIPS
 from .checks import check_choice, check_number
 from .types import seed_input
 
@@ -41,6 +44,19 @@ def check_training(steps: int, batch_size: int, precision: str, **side: int) -> 
     check_choice("precision", precision, PRECISIONS)
     for name, value in side.items():
         check_number(name, value, *SIDE)
+
+
+def check_learns(model: Any, clip: Any) -> None:
+    """Raises ValueError for a model or a CLIP whose words cannot be trained: only CLIP's text encoders give a word a
+    vector of its own, which holds in another prompt too."""
+    attention_sites(model)
+    others = [name for name in clip.tokenize("") if name not in CLIPS]
+    if others or not isinstance(family_of(model), UNet):
+        what = f"this CLIP has {', '.join(others)}" if others else f"this model is {family_of(model).name}"
+        raise ValueError(
+            f"Words are trained in the CLIP text encoders of SD 1.x, SD 2.x and SDXL, but {what}: what T5 or a "
+            "language model makes of a word depends on the whole prompt; train on a checkpoint of one of those families."
+        )
 
 
 def checked_noun(text: str) -> str:

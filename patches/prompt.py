@@ -22,7 +22,7 @@ _EMBEDDING = "embedding:"
 # A word that is in no template, to see where a template puts the prompt.
 _PROBE = "zebra"
 # The host's names of its CLIP text encoders, whose tokens line up.
-_CLIPS = frozenset({"l", "g", "h"})
+CLIPS = frozenset({"l", "g", "h"})
 # Text encoders of one kind of tokens, and whether the host cuts off what their template puts before the prompt.
 _SINGLE = {
     "t5xxl": False,
@@ -223,7 +223,7 @@ def _layout(clip: Any, tokenized: Tokenized) -> tuple[tuple[_Part, ...], str | N
     own, where that is not all of them."""
     names = set(tokenized)
     t5 = _Part(("t5xxl",), ("t5xxl",))
-    if names <= _CLIPS:
+    if names <= CLIPS:
         return (_Part(tuple(tokenized), tuple(tokenized)),), None
     if names == {"l", "t5xxl"}:
         # FLUX.1 reads CLIP's pooled output alone.

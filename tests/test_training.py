@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_train import LossGraphNode
 from hosting.random_models import generator
-from subject_patches.tests.clips import FAMILIES, SMALL, small_clip
+from subject_patches.nodes.training_inputs import check_learns
+from subject_patches.tests.clips import ENCODERS, FAMILIES, SMALL, small_clip
 from subject_patches.tests.models import CONTEXT, sample, small_model
 from subject_patches.training.copies import loaded, private_copy, with_gradients
 from subject_patches.training.denoising import Denoiser
@@ -46,6 +48,16 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 # The text encoder
+
+
+@pytest.mark.parametrize("family", ["Chroma", "FLUX.1"])
+def test_words_of_contextual_encoders_are_refused(family: str) -> None:
+    encoders = ENCODERS[family]
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer, clip.tokenizer_options = encoders.tokenizer(), {}
+    with pytest.raises(ValueError, match=r"but this CLIP has t5xxl: what T5 or a language model"):
+        check_learns(small_model(), clip)
+    check_learns(small_model(), small_clip("SD 1.x"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
