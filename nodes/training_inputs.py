@@ -55,7 +55,7 @@ def check_learns(model: Any, clip: Any) -> None:
         what = f"this CLIP has {', '.join(others)}" if others else f"this model is {family_of(model).name}"
         raise ValueError(
             f"Words are trained in the CLIP text encoders of SD 1.x, SD 2.x and SDXL, but {what}: what T5 or a "
-            "language model makes of a word depends on the whole prompt; train on a checkpoint of one of those families."
+            "language model makes of a word depends on the whole prompt; train on a checkpoint of one of those."
         )
 
 
