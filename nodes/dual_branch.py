@@ -12,7 +12,7 @@ from ..patches.engine import add_edit
 from ..patches.families import attention_sites
 from ..patches.sites import select_sites
 from .checks import check_choice, check_number, prompt_in
-from .types import CONCEPT, model_output, named_sites_input, seed_input, sites_input
+from .types import CONCEPT, SHARES, model_output, named_sites_input, seed_input, sites_input
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
 INJECTION_MAX = 1000000.0
@@ -67,7 +67,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="For how much of the schedule, from its start, the branches run side by side (T_a). The "
-                    "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more.",
+                    "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more. "
+                    + SHARES,
                 ),
                 io.Combo.Input(
                     "gain_mode",

@@ -75,13 +75,15 @@ class MultiSourceSwapNode(io.ComfyNode):
                     default=0.2,
                     **share,
                     tooltip="The share of the schedule in which query, key and value are the layout's. 0.2 is the "
-                    "paper's 10 of 50 steps; more keeps more of the layout's structure.",
+                    "paper's 10 of 50 steps; more keeps more of the layout's structure. A share of the run's own "
+                    "schedule, or in a run without noise of the layout trajectory's.",
                 ),
                 io.Float.Input(
                     "mask_blend_start",
                     default=0.6,
                     **share,
-                    tooltip="From here on the blend mask acts. 0.6 is the paper's 31st of 50 steps.",
+                    tooltip="From here on the blend mask acts, a share as lambda2 is. 0.6 is the paper's 31st of 50 "
+                    "steps.",
                 ),
                 io.MultiType.Input(
                     "blend_mask",

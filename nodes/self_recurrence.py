@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from comfy_api.latest import io
 from tqdm.auto import tqdm
 
 from ..patches.self_recurrence import recur, row_noise
-from ..patches.window import Window
+from ..patches.window import Levels, Window
 from .types import LAYOUT, seed_input, window_inputs
 
 TURNS_MAX = 10
@@ -92,6 +93,12 @@ def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: i
         model_sampling = model.inner_model.inner_model.model_sampling
         if isinstance(model_sampling, CONST):
             raise ValueError("Self-Recurrence Sampler knows no flow models; use it with SD 1.x, SD 2.x or SDXL.")
+        # The host gives the run's own noise along, which is all zeros in a run that adds none.
+        noise = getattr(model, "noise", None)
+        adds_noise = noise is None or bool(noise.any())
+        run = Levels(tuple(sigmas.tolist()), adds_noise, model_sampling.percent_to_sigma)
+        if not any(run.lie_in(window, sigma) for sigma in run.sigmas[:-1]):
+            logging.warning(f"Self-Recurrence Sampler did nothing: {run.none_in(window)}")
         bar = tqdm(total=len(sigmas) - 1, disable=disable)
 
         def step(x: Any, levels: Any, number: int, turn: int) -> Any:
@@ -107,7 +114,7 @@ def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: i
             return x
 
         def turns_at(sigma: float) -> int:
-            return turns if window.contains(sigma, model_sampling.percent_to_sigma) else 1
+            return turns if run.lie_in(window, sigma) else 1
 
         with bar:
             return recur(step, x, sigmas, turns_at, lambda x, *place: row_noise(x, seed, "back", *place))

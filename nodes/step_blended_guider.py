@@ -52,7 +52,8 @@ class StepBlendedGuiderNode(io.ComfyNode):
                     min=0,
                     max=STEPS_MAX,
                     tooltip="How many steps are the vanilla model's (lambda1). The paper takes 5 of 50, or 3 for hard "
-                    "prompts: more follows the prompt better, less keeps the subject better.",
+                    "prompts: more follows the prompt better, less keeps the subject better. Counted in each run: "
+                    "where one run goes on with another's picture, give the later one 0.",
                 ),
                 io.Float.Input("cfg", **cfg, tooltip="The vanilla model's guidance scale."),
                 io.Float.Input("personalised_cfg", **cfg, tooltip="The personalised model's guidance scale."),
@@ -159,7 +160,7 @@ class StepBlendedGuider(CFGGuider):
         self, noise: Any, latent_image: Any, device: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
     ) -> Any:
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        steps = _rehearsed(self, sampler, sigmas, seed) if self._second_options else None
+        steps = _rehearsed(self, sampler, sigmas, seed, bool(noise.any())) if self._second_options else None
         self._plan = StepPlan(tuple(sigmas.tolist()), steps)
         return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
@@ -259,20 +260,22 @@ class _Rehearsal:
         self.events.append(Told(step))
 
 
-def _rehearsed(guider: CFGGuider, sampler: Any, sigmas: Any, seed: Any) -> tuple[int, ...] | None:
-    """The step of each call that a sampler will make; None where that cannot be known before."""
+def _rehearsed(guider: CFGGuider, sampler: Any, sigmas: Any, seed: Any, adds_noise: bool) -> tuple[int, ...] | None:
+    """The step of each call that a sampler will make; None where that cannot be known before. `adds_noise` says whether
+    its run begins with noise, which a sampler may go by."""
     if not isinstance(sampler, KSAMPLER):
         return None
     rehearsal = _Rehearsal(guider, 2 * CALLS_MAX * len(sigmas))
     nothing = torch.zeros(1, guider.inner_model.latent_format.latent_channels, 1, 1, device=sigmas.device)
+    noise = torch.ones_like(nothing) if adds_noise else nothing.clone()
     options = {"transformer_options": {"sample_sigmas": sigmas}}
     devices = [sigmas.device] if sigmas.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
             # A sampler may write into its levels, as uni_pc does.
             sampler.sample(
-                rehearsal, sigmas.clone(), {"model_options": options, "seed": seed}, rehearsal.told, nothing,
-                nothing.clone(), disable_pbar=True,
+                rehearsal, sigmas.clone(), {"model_options": options, "seed": seed}, rehearsal.told, noise, nothing,
+                disable_pbar=True,
             )  # fmt: skip
         except _Enough:
             return None

@@ -30,6 +30,12 @@ TrajectoryType = io.Custom("SUBJECT_PATCHES_TRAJECTORY")
 # One patches.blend_mask.AdaptiveMask.
 BlendMaskType = io.Custom("SUBJECT_PATCHES_BLEND_MASK")
 
+# What every window's numbers are shares of.
+SHARES = (
+    "At a lower denoise this is a share of what is left of the schedule; in a run that adds no noise, as the second of "
+    "two samplers does, of the whole."
+)
+
 
 def model_input() -> io.Model.Input:
     """The MODEL of a node that patches it."""
@@ -57,10 +63,17 @@ def sites_input(default: str, tooltip: str) -> io.Combo.Input:
 def window_inputs(acts: str) -> list[io.Float.Input]:
     """The window's two inputs; `acts` says what begins in it, as in "the layout begins to act"."""
     bounds = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}
-    ends = "Where in the schedule it stops; 1 is the last step. Equal to the start: never."
     return [
-        io.Float.Input("start_percent", **bounds, tooltip=f"Where in the schedule {acts}, 0 is the first step."),
-        io.Float.Input("end_percent", **bounds | {"default": 1.0}, tooltip=ends),
+        io.Float.Input(
+            "start_percent",
+            **bounds,
+            tooltip=f"Where in the run's schedule {acts}, 0 is its first step. {SHARES}",
+        ),
+        io.Float.Input(
+            "end_percent",
+            **bounds | {"default": 1.0},
+            tooltip=f"Where in the run's schedule it stops; 1 is its last step. Equal to the start: never. {SHARES}",
+        ),
     ]
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -109,12 +109,12 @@ def auxiliary_noise(noise: Tensor, seed: int = 0) -> Tensor:
 class BranchWindow(Window):
     """From the first step on, for `end_percent` of the schedule, by the code's own rule of timesteps."""
 
-    def contains(self, sigma: float, percent_to_sigma: Callable[[float], float]) -> bool:
+    def contains(self, sigma: float, sigma_at: Callable[[float], float]) -> bool:
         last = first_open(self.end_percent)
         if last is None:
             return False
         # The host's percent counts down from timestep 999, and a noise level belongs to the nearest timestep.
-        return sigma >= percent_to_sigma(1 - (last - 0.5) / (TIMESTEPS - 1))
+        return sigma >= sigma_at(1 - (last - 0.5) / (TIMESTEPS - 1))
 
 
 @dataclass(eq=False)
@@ -140,6 +140,8 @@ class DualBranchIntegration(Edit):
     not depend on its size. `noise` makes the auxiliary branch's noise of the concept's. Neither the auxiliary branch
     nor the unconditional chunk is changed; the branch is looked at, since its mask is of its attention as others, such
     as Layout Bias, have amended it."""
+
+    node: ClassVar[str] = "Dual-Branch Integration"
 
     concept: BranchTokens
     auxiliary: BranchTokens

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .call import AttentionCall, Chunk
 from .sites import Site
 from .streams import Features, Stream
-from .window import Window
+from .window import Levels, Window
 
 # Which features of which stream an edit needs, at which sites: ("key", "value"), say.
 Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
@@ -21,21 +21,24 @@ Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
 class Start:
     """What a run's sampler starts from: its noise (rows, channels, height, width) in the model's latent space. `noised`
     gives what it would start from with another noise, at a noise level. `latents`, of the noise's shape, is the picture
-    that the noise is added to; `sigmas` the levels of the run's steps, falling; `percent_to_sigma` the model's."""
+    that the noise is added to; `levels` are those of the run's steps."""
 
     noise: Tensor
     noised: Callable[[Tensor, float], Tensor]
     latents: Tensor
-    sigmas: tuple[float, ...] = ()
-    percent_to_sigma: Callable[[float], float] = float
+    levels: Levels = field(default_factory=Levels)
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """The sites an edit acts at and its window. A mechanism overrides what it needs of the rest."""
+    """The sites an edit acts at and its window. A mechanism overrides what it needs of the rest.
+
+    `node` is the name of the node that the edit is of, for what is said to the person at the graph; without one nothing
+    is said of it."""
 
     sites: frozenset[Site]
     window: Window
+    node: ClassVar[str] = ""
 
     def begin(self) -> Edit:
         """The edit for one sampling run: itself, or a copy with the run's own state."""

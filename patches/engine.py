@@ -27,6 +27,7 @@ from .session import UNCONDITIONED, Session
 from .sites import Site
 from .slots import composed, editor, plain, recorder
 from .streams import Denoising, Stream
+from .window import Levels
 
 KEY = "subject_patches"
 SESSION = "subject_patches_session"
@@ -66,10 +67,13 @@ def _sample(
     begun = [edit.begin() for edit in edits]
     for edit in begun:
         edit.start(start)
-    session = Session([part for edit in begun for part in edit.parts()], KEY, family_of(guider.model_patcher))
+    parts = [part for edit in begun for part in edit.parts()]
+    session = Session(parts, KEY, family_of(guider.model_patcher), start.levels)
     options[SESSION] = session
     try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        session.warn_of_idle()
+        return result
     finally:
         del options[SESSION]
         session.close()
@@ -88,8 +92,9 @@ def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Star
         level = torch.tensor(sigma, device=other.device)
         return model_sampling.noise_scaling(level, other.float(), clean.to(other.device), whole)
 
-    levels = tuple(sigmas.flatten().tolist())
-    return Start(noise, noised, clean, levels, model_sampling.percent_to_sigma)
+    # Noise that is all zeros is all that the host tells of a run that goes on with another's picture.
+    levels = Levels(tuple(sigmas.flatten().tolist()), bool(noise.any()), model_sampling.percent_to_sigma)
+    return Start(noise, noised, clean, levels)
 
 
 def _predict_noise(

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -128,6 +128,8 @@ class LayoutBias(Edit):
 
     `guidance` 0 changes nothing. `negative` weakens `everywhere` outside a phrase's regions (the code) or only in those
     of other phrases (the paper). `constant` is eta's. `each_row` takes the statistic of each picture by itself."""
+
+    node: ClassVar[str] = "Layout Bias"
 
     layout: Layout
     positive: float = 2.5

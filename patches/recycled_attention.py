@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class RecycledSelfAttention(Edit):
     `strength` above 0 is the continuous flow (1 is Eq. 4 as it stands), `keep_probability` the sparse recycling's
     lambda. `region_mask` (1 or batch, height, width) restricts it to queries inside. By Eq. 7 only chunks that a
     prompt conditions get the reference, unless `unconditioned_too`."""
+
+    node: ClassVar[str] = "Recycled Self-Attention"
 
     references: tuple[NoisedReference, ...]
     strength: float = 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -122,6 +122,8 @@ class _Lent(Edit):
 class LayoutSwap(_Lent):
     """Query, key and value from the layout."""
 
+    node: ClassVar[str] = "Multi-Source Attention Swap (the layout, up to lambda2)"
+
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
         query = None if lent is None else self.placed(lent["query"], call)
@@ -133,6 +135,8 @@ class LayoutSwap(_Lent):
 @dataclass(frozen=True, eq=False)
 class ReferenceSwap(_Lent):
     """Key and value from the reference. Where an earlier node swapped them already, the target attends to both."""
+
+    node: ClassVar[str] = "Multi-Source Attention Swap (the reference, from lambda2 on)"
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
@@ -151,6 +155,8 @@ class ReferenceSwap(_Lent):
 class LayoutBlend(_Lent):
     """Blends self-attention's output with the layout's, by a mask (1 or batch, height, width) of 0 to 1 in which 1 is
     the target's, or by one that is made while sampling."""
+
+    node: ClassVar[str] = "Multi-Source Attention Swap (the blend mask, from mask_blend_start on)"
 
     mask: Tensor | MaskInRun
 
@@ -221,8 +227,8 @@ class MultiSourceSwap(Edit):
         windows = [part.window for part in self.parts() if isinstance(part, _Lent) and part.path is path]
         kept = path.conditioned.sigmas
         # The model is not asked at the last one, where the picture is.
-        for sigma in start.sigmas[:-1]:
-            if any(window.contains(sigma, start.percent_to_sigma) for window in windows):
+        for sigma in start.levels.sigmas[:-1]:
+            if any(start.levels.lie_in(window, sigma) for window in windows):
                 check_level(f"The {name} trajectory", kept, sigma)
 
     def check(self, prompts: Sequence[Any]) -> None:
@@ -247,6 +253,8 @@ class MultiSourceSwap(Edit):
         yield LayoutBlend(self.sites, self._window(self.blend_from, 1.0), layout, ("output",), mask)
 
     def _window(self, start: float, end: float) -> Window:
-        """The part of this edit's own window from `start` to `end`."""
+        """The part of this edit's own window from `start` to `end`. A run without noise of its own goes on from a
+        latent of the kept path, and is of that path's schedule."""
         least, most = self.window.start_percent, self.window.end_percent
-        return Window(min(max(start, least), most), min(max(end, least), most))
+        path = self.layout or self.reference
+        return Window(min(max(start, least), most), min(max(end, least), most), float(path.conditioned.sigmas[0]))

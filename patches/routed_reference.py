@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class RoutedReference(Edit):
     """One subject of a routing, `number` from 0: its references are seen at its own places, with `strength` times
     their attention weights (its logarithm is gamma)."""
 
+    node: ClassVar[str] = "Routed Reference Attention"
+
     routing: Routing
     number: int
     references: tuple[NoisedReference, ...]
@@ -104,6 +106,8 @@ class RoutedReference(Edit):
 class RoutedTokens(Edit):
     """The image prompt of one subject of a routing, or of the background (`number` N), added at its own places with the
     weight `eta`."""
+
+    node: ClassVar[str] = "Routed Reference Attention (an image prompt)"
 
     routing: Routing
     number: int

@@ -20,6 +20,7 @@ from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
 from .sites import Site
 from .streams import UNCONDITIONAL, Features, Stream
+from .window import Levels
 
 UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
 # What a conditioning says of the generation's picture alone, and a companion's must not take over.
@@ -60,11 +61,13 @@ class Forward:
 
 
 class Session:
-    """Opened with a sampling run and closed with it; `edits` are in the order of their nodes."""
+    """Opened with a sampling run and closed with it; `edits` are in the order of their nodes, `levels` those of the
+    run's steps."""
 
-    def __init__(self, edits: Iterable[Edit], own_key: str, family: Family) -> None:
+    def __init__(self, edits: Iterable[Edit], own_key: str, family: Family, levels: Levels) -> None:
         self.edits = tuple(edits)
         self.family = family
+        self.levels = levels
         self.own_key = own_key
         # Stands for this run in caches, which outlive it.
         self.run = object()
@@ -76,6 +79,7 @@ class Session:
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
+        self._acted: set[int] = set()
 
     def close(self) -> None:
         """Lets go of everything the run held."""
@@ -92,8 +96,14 @@ class Session:
             self.recordings.clear()
         self.guider, self.sigma, self.latent = guider, sigma, (x.shape[-2], x.shape[-1])
         self._model_key = None
-        to_sigma = guider.inner_model.model_sampling.percent_to_sigma
-        self.active = tuple(edit for edit in self.edits if edit.window.contains(sigma, to_sigma))
+        self.active = tuple(edit for edit in self.edits if self.levels.lie_in(edit.window, sigma))
+        self._acted.update(id(edit) for edit in self.active)
+
+    def warn_of_idle(self) -> None:
+        """Says, when the run is over, which nodes did nothing in it because no step was in their window."""
+        for edit in self.edits:
+            if edit.node and self.guider is not None and id(edit) not in self._acted and not edit.window.empty:
+                self.warn_once(f"{edit.node} did nothing: {self.levels.none_in(edit.window)}")
 
     def requests(self, model_options: Mapping[str, Any]) -> list[Request]:
         """What the active edits want recorded in this call of the model."""
