@@ -9,23 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import AttentionCall, Chunk
-
-
-def context_length(chunk: Chunk) -> int:
-    """How many tokens a chunk's prompt has before the host repeats it."""
-    return chunk.conditioning["model_conds"]["c_crossattn"].cond.shape[1]
+from .call import AttentionCall
 
 
 def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tensor | None:
     """The attention to groups of a prompt's tokens: (rows, groups, height, width) of 0 to 1 in float32, averaged over
-    heads, summed over a group's tokens and over the repetitions of a prompt that the host repeats.
+    heads, summed over a group's tokens and over the repetitions of a prompt that the host repeats. Of a joint attention
+    it is the softmax over the prompt's keys, as if these were all.
 
     None where another pack changed the places or the tokens inside the layer, or another node put other keys there."""
-    length = context_length(call.chunk)
-    if call.grid is None or "key" in call.replaced or call.key.shape[1] % length:
+    if call.grid is None or not call.reads:
         return None
-    shares = call.probabilities().mean(1).unflatten(-1, (-1, length)).sum(-2)
+    length = call.chunk.length
+    shares = call.scores(call.prompt).softmax(-1).mean(1).unflatten(-1, (-1, length)).sum(-2)
     chosen = torch.zeros(length, len(groups))
     chosen[[t for group in groups for t in group], [n for n, group in enumerate(groups) for _ in group]] = 1
     return (shares @ chosen.to(shares)).mT.unflatten(-1, call.grid)

@@ -16,8 +16,8 @@ from .attention_maps import MeanMap, attention_maps
 from .call import AttentionCall, Chunk
 from .edit import Edit
 from .layout_regions import canonical
-from .prompt import SPANS_KEY, Spans, positions_of
-from .sites import Site
+from .prompt import Spans, positions_of
+from .sites import Site, acts_as
 from .streams import Features, Stream
 
 CROSS_ATTENTION = "cross-attention"
@@ -97,7 +97,8 @@ def latent_difference(call: AttentionCall, picture: int) -> float:
     """SLD: the mean over channels of |mean reference feature - mean own feature|, of one picture. The appendix speaks
     of latents in the delivered layer; the features compared here are the values, what a layer delivers."""
     delivered = torch.cat([_of(extension.value, picture) for extension in call.extensions]).float().mean(0)
-    return float((delivered - _of(call.value, picture).float().mean(0)).abs().mean())
+    own = call.value if call.own is None else call.value[:, call.own]
+    return float((delivered - _of(own, picture).float().mean(0)).abs().mean())
 
 
 def _of(rows: Tensor, picture: int) -> Tensor:
@@ -135,7 +136,7 @@ class RecordAttention(Edit):
         if call.extensions:
             measures = subject_attention(call, self.record.picture), latent_difference(call, self.record.picture)
             self.record.rows.append(Row(sigma, call.site, *measures))
-        if call.site.kind == "cross":
+        if acts_as(call.site, "cross"):
             self._keep_phrases(call, sigma)
         for note in call.notes:
             maps = note.maps()
@@ -145,7 +146,7 @@ class RecordAttention(Edit):
                 self.record.add(Shown(note.name, _placed(label, call.chunk)), call.site, sigma, values)
 
     def _keep_phrases(self, call: AttentionCall, sigma: float) -> None:
-        groups = phrase_tokens(call.chunk.conditioning.get(SPANS_KEY, {}), self.phrases)
+        groups = phrase_tokens(call.chunk.spans, self.phrases)
         maps = attention_maps(call, list(groups.values())) if groups else None
         if maps is None:
             return

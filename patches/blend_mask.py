@@ -179,7 +179,7 @@ class Gathering(Edit):
     mask: MaskInRun
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), [canonical(self.mask.mask.phrase)])
+        groups = tokens_of(call.chunk.spans, [canonical(self.mask.mask.phrase)])
         maps = attention_maps(call, [[token for tokens in groups.values() for token in tokens]]) if groups else None
         if maps is not None:
             self.mask.add(sigma, on_canvas(maps[:, 0], call.chunk))

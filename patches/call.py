@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .prompt import SPANS_KEY, Spans
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Chunk:
     a prompt. The pass of a branch that denoises beside the generation is one chunk of the name BRANCH, and `stream` is
     the branch.
 
+    `before` is how many tokens the model puts before the conditioning's own in the context that it makes of it.
     `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
     whole latent's (height, width)."""
 
@@ -38,6 +40,21 @@ class Chunk:
     latent: tuple[int, int]
     area: tuple[int, int, int, int] | None = None
     stream: Stream | None = None
+    before: int = 0
+
+    @property
+    def spans(self) -> dict[str, Spans]:
+        """Where in the model's context the phrases are that the conditioning knows."""
+        return {phrase: self.placed(found) for phrase, found in self.conditioning.get(SPANS_KEY, {}).items()}
+
+    def placed(self, spans: Spans) -> Spans:
+        """Spans of the conditioning's tokens as spans of the model's context."""
+        return tuple((start + self.before, stop + self.before) for start, stop in spans)
+
+    @property
+    def length(self) -> int:
+        """How many tokens the model's context has before the host repeats it."""
+        return self.conditioning["model_conds"]["c_crossattn"].cond.shape[1]
 
     @property
     def generated(self) -> bool:
@@ -80,14 +97,25 @@ class Note:
         return made
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A function of a call's output, or `of_prompt` of the part of it that the prompt's keys give."""
+
+    function: Callable[[Tensor], Tensor]
+    of_prompt: bool = False
+
+
 @dataclass
 class AttentionCall:
-    """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split.
+    """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split. Of a joint attention
+    of prompt and picture it has the picture's queries only, over all keys: queries do not know of each other.
 
     `grid` is the (height, width) of the query tokens, or None where another pack changed their number; an edit that
-    needs places must then leave the call as it is. `replaced` names which of query, key and value edits have put
-    there in the place of the layer's own. `project` gives the layer's own keys and values of other tokens (rows, n,
-    channels of what the layer attends to)."""
+    needs places must then leave the call as it is. `prompt` is where among the keys the prompt's tokens are, as often
+    as the host repeats them, and None where there are none or another pack changed their number; `own` where the
+    picture's are, in a joint attention. `replaced` names which of query, key and value edits have put there in the
+    place of the layer's own. `project` gives the layer's own keys and values of other tokens (rows, n, channels of what
+    the layer attends to)."""
 
     query: Tensor
     key: Tensor
@@ -96,13 +124,20 @@ class AttentionCall:
     site: Site
     chunk: Chunk
     grid: tuple[int, int] | None
+    prompt: slice | None = None
+    own: slice | None = None
     amended: bool = False
     extensions: list[Extension] = field(default_factory=list)
     own_bias: Tensor | None = None
-    blends: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    blends: list[Blend] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether its attention to the prompt is known: it has the prompt's keys, and they are the layer's own."""
+        return self.prompt is not None and (self.site.kind == "joint" or "key" not in self.replaced)
 
     def note(self, name: str, make: Callable[[], Tensor], labels: Sequence[str] = ()) -> None:
         """Tells what an edit decided here, as in `call.note("aggregation mask", lambda: mask)`; see `Note`.
@@ -113,42 +148,87 @@ class AttentionCall:
 
     def replace(self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None) -> None:
         """Puts other tensors in the place of query, key or value; key and value must stay of one length. A bias for
-        the keys that go, goes with them."""
-        self.query = self.query if query is None else query
-        self.key = self.key if key is None else key
-        self.value = self.value if value is None else value
+        the keys that go, goes with them. In a joint attention they take the place of the picture's own; the prompt's
+        stay."""
         given = {"query": query, "key": key, "value": value}
         self.replaced.update(name for name, tensor in given.items() if tensor is not None)
-        self.own_bias = self.own_bias if key is None else None
+        self.query = self.query if query is None else query
+        if self.own is None:
+            self.key = self.key if key is None else key
+            self.value = self.value if value is None else value
+            self.own_bias = self.own_bias if key is None else None
+        else:
+            self._splice(self.own, key, value)
         if self.key.shape[1] != self.value.shape[1]:
             raise ValueError(f"{self.key.shape[1]} keys cannot go with {self.value.shape[1]} values at {self.site}.")
         self.amended = True
+
+    def _splice(self, own: slice, key: Tensor | None, value: Tensor | None) -> None:
+        def spliced(whole: Tensor, part: Tensor | None, dimension: int = 1) -> Tensor:
+            if part is None:
+                return whole
+            before = whole.narrow(dimension, 0, own.start)
+            behind = whole.narrow(dimension, own.stop, whole.shape[dimension] - own.stop)
+            return torch.cat([before, part, behind], dimension)
+
+        count = self.key.shape[1]
+        if key is not None and self.own_bias is not None:
+            bias = self.own_bias.expand(*self.own_bias.shape[:-1], count)
+            self.own_bias = spliced(bias, bias.new_zeros((*bias.shape[:-1], key.shape[1])), -1)
+        self.key, self.value = spliced(self.key, key), spliced(self.value, value)
+        more = self.key.shape[1] - count
+        self.own = slice(own.start, own.stop + more)
+        if more and self.prompt is not None and self.prompt.start >= own.stop:
+            self.prompt = slice(self.prompt.start + more, self.prompt.stop + more)
 
     def extend(self, key: Tensor, value: Tensor, bias: Tensor | None = None, route: Tensor | None = None) -> None:
         """Attends over these keys and values besides its own, in one softmax; see `Extension`."""
         self.extensions.append(Extension(key, value, bias, route))
         self.amended = True
 
-    def bias(self, bias: Tensor, tokens: Sequence[int] | None = None) -> None:
+    def bias(self, bias: Tensor, tokens: Sequence[int] | slice | None = None) -> None:
         """Adds to the scaled logits of the call's own keys: `bias` is broadcastable to (rows, queries, keys), or to
         (rows, queries, len(tokens)) when `tokens` names the keys it is for."""
-        if tokens is not None:
-            full = bias.new_zeros((*bias.shape[:-1], self.key.shape[1]))
-            full[..., list(tokens)] = bias
+        keys = self.key.shape[1]
+        if tokens is not None and tokens != slice(0, keys):
+            full = bias.new_zeros((*bias.shape[:-1], keys))
+            full[..., tokens if isinstance(tokens, slice) else list(tokens)] = bias
             bias = full
         self.own_bias = bias if self.own_bias is None else self.own_bias + bias
         self.amended = True
 
     def blend(self, function: Callable[[Tensor], Tensor]) -> None:
         """Passes the call's output (rows, queries, channels), before the output projection, through `function`."""
-        self.blends.append(function)
+        self.blends.append(Blend(function))
         self.amended = True
 
-    def scores(self) -> Tensor:
-        """The scaled logits of the call's own keys with their bias: (rows, heads, queries, keys) in float32."""
-        logits = head_split(self.query, self.heads) @ head_split(self.key, self.heads).transpose(-1, -2)
+    def blend_prompt(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Passes the part of the output that the prompt's keys give through `function`: the sum of their values, each
+        times its share of the attention. Of a cross-attention without extensions that is the whole output."""
+        self.blends.append(Blend(function, self.own is not None))
+        self.amended = True
+
+    def widened(self, tokens: Tensor) -> Tensor:
+        """A companion's tokens (..., channels) as wide as the call's, where a model repeats the heads of its keys and
+        values and one of each was kept."""
+        times = self.query.shape[-1] // tokens.shape[-1]
+        if times == 1:
+            return tokens
+        split = tokens.unflatten(-1, (self.heads // times, -1))
+        return split.repeat_interleave(times, -2).flatten(-2)
+
+    def scores(self, keys: slice = slice(None)) -> Tensor:
+        """The scaled logits of the call's own keys, or of some of them, with their bias: (rows, heads, queries, keys)
+        in float32."""
+        logits = head_split(self.query, self.heads) @ head_split(self.key[:, keys], self.heads).transpose(-1, -2)
         logits = logits * (self.query.shape[-1] // self.heads) ** -0.5
-        return logits if self.own_bias is None else logits + per_head(self.own_bias)
+        bias = self.bias_of(keys)
+        return logits if bias is None else logits + per_head(bias)
+
+    def bias_of(self, keys: slice) -> Tensor | None:
+        """What edits have added to the logits of some of the call's own keys."""
+        shared = self.own_bias is None or self.own_bias.shape[-1:] in ((), (1,))
+        return self.own_bias if shared else self.own_bias[..., keys]
 
     def probabilities(self) -> Tensor:
         """Attention over the call's own keys: (rows, heads, queries, keys)."""

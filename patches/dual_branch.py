@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .attention_maps import context_length
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request, Start
 from .prompt import Spans, positions_of
@@ -120,10 +119,11 @@ class BranchWindow(Window):
 @dataclass(eq=False)
 class AuxiliaryBranch(Denoising):
     """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site, and the bias
-    that other edits gave its own attention there."""
+    that other edits gave its own attention to the prompt there; `before` is its chunk's."""
 
     grids: dict[Site, tuple[int, int]] = field(default_factory=dict)
     biases: dict[Site, Tensor | None] = field(default_factory=dict)
+    before: int = 0
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         self.grids[site] = grid
@@ -172,7 +172,7 @@ class DualBranchIntegration(Edit):
             )
 
     def requests(self, sigma: float) -> Iterable[Request]:
-        return [(branch, self.sites, ("query", "key", "output")) for branch in self._branch]
+        return [(branch, self.sites, ("query", "prompt_key", "prompt_output")) for branch in self._branch]
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.stream in self._branch or self._is_of_the_concept(chunk)
@@ -185,34 +185,35 @@ class DualBranchIntegration(Edit):
             return
         (branch,) = self._branch
         features = recorded(branch)
-        length = context_length(call.chunk)
-        if features is None or call.grid is None or "key" in call.replaced or call.key.shape[1] % length:
+        if features is None or call.grid is None or not call.reads:
             return
         grid = branch.grids[call.site]
-        query, output = (crop(features[part], grid, call) for part in ("query", "output"))
+        query, output = (crop(features[part], grid, call) for part in ("query", "prompt_output"))
         if query.shape[:2] != call.query.shape[:2]:
             return
         bias = branch.biases.get(call.site)
         if bias is not None:
             bias = crop(bias.expand(torch.broadcast_shapes(bias.shape, (1, math.prod(grid), 1))), grid, call)
-        beside = replace(call, query=query, key=features["key"], own_bias=bias)
+        beside = replace(call, query=query, key=features["prompt_key"], own_bias=bias)
+        length = call.chunk.length
 
         @cache
         def weight() -> Tensor:
             # Asked after every edit has amended the call. The host may repeat a prompt; once is all of it.
-            return self.weight(call.scores()[..., :length].softmax(-1), beside.probabilities(), call)
+            once = slice(call.prompt.start, call.prompt.start + length)
+            return self.weight(call.scores(once).softmax(-1), beside.probabilities(), call)
 
         def mix(own: Tensor) -> Tensor:
-            if "key" in call.replaced:
+            if not call.reads:
                 return own
             split = [part.unflatten(-1, (call.heads, -1)).transpose(1, 2) for part in (own, output.to(own))]
             mixed = self.mix(*split, weight().to(own)).transpose(1, 2).flatten(2)
             return mixed if self.strength == 1 else torch.lerp(own, mixed, self.strength)
 
-        call.blend(mix)
+        call.blend_prompt(mix)
 
         def share() -> Tensor:
-            if "key" in call.replaced:
+            if not call.reads:
                 return torch.zeros(len(call.query), *call.grid)
             return 1 - weight().mean(1).unflatten(-1, call.grid)
 
@@ -221,16 +222,18 @@ class DualBranchIntegration(Edit):
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         for branch in self._branch:
             if call.chunk.stream is branch:
-                branch.biases[call.site] = call.own_bias
+                branch.before = call.chunk.before
+                branch.biases[call.site] = None if call.prompt is None else call.bias_of(call.prompt)
 
     def weight(self, concept: Tensor, auxiliary: Tensor, call: AttentionCall) -> Tensor:
         """The concept's weight (rows, heads, places) from both branches' attention (rows, heads, places, tokens)."""
         masks = []
-        for shared, tokens, mask in (
-            (concept, self.concept, noun_mask),
-            (auxiliary, self.auxiliary, others_mask),
+        beside = max((branch.before for branch in self._branch), default=0)
+        for shared, tokens, before, mask in (
+            (concept, self.concept, call.chunk.before, noun_mask),
+            (auxiliary, self.auxiliary, beside, others_mask),
         ):
-            own, noun = positions_of(tokens.prompt), positions_of(tokens.noun)
+            own, noun = ([before + place for place in positions_of(s)] for s in (tokens.prompt, tokens.noun))
             shares = token_shares(shared, own, self.sharpness)
             masks.append(spread(mask(shares, own, noun), self.gain_at(call.chunk), self.sharpness))
         return concept_weight(*masks, self.injection)

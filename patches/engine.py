@@ -2,8 +2,9 @@
 
 At node time a MODEL is cloned and an edit is appended to it. While it samples, three wrappers do the rest:
 OUTER_SAMPLE opens a session and closes it whatever happens; PREDICT_NOISE runs the companion streams at the
-sampler's noise level; APPLY_MODEL puts replacements in the attention slots for one forward (`slots.py`). Nothing is
-kept outside the model's options and the run's session.
+sampler's noise level; APPLY_MODEL puts replacements in the attention slots of a U-Net for one forward (`slots.py`), or
+opens the attentions of a transformer (`openings.py`). Nothing is kept outside the model's options and the run's
+session.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .edit import Edit, Start
-from .families import family_of
+from .families import Transformer, family_of
 from .identity import STEP_CACHES
+from .openings import opened
 from .recording import Recording
 from .session import UNCONDITIONED, Session
 from .sites import Site
@@ -240,6 +242,12 @@ def _apply_model(
             # Without sites it is the pass for a branch's guidance, which no prompt conditions.
             denoises = isinstance(recording.stream, Denoising) and recording.sites
             forward = session.branch(recording.stream, x.shape[0]) if denoises else None
+        if isinstance(session.family, Transformer):
+            if forward is not None or recording is not None:
+                options = opened(
+                    session, forward, recording, executor.class_obj.diffusion_model, x, c_crossattn, options
+                )
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
         if recording is not None:
             patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}

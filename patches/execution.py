@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
@@ -180,13 +180,32 @@ def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
 
     Equal to the softmax over own and extended keys with all biases (a query that a route leaves out has minus
     infinity there). Small attentions without a mask run as one."""
-    plans = [[_jobs(single) for single in _singles(call)] for call in calls]
+    prompts = [prompt_only(call) for call in calls if any(blend.of_prompt for blend in call.blends)]
+    plans = [[_jobs(single) for single in _singles(call)] for call in (*calls, *prompts)]
     results = iter(_attended([job for plan in plans for jobs in plan for job in jobs], attend))
-    outputs = []
-    for call, plan in zip(calls, plans, strict=True):
+    attended = []
+    for plan in plans:
         parts = [_output(jobs, list(islice(results, len(jobs)))) for jobs in plan]
-        output = parts[0] if len(parts) == 1 else torch.cat(parts)
-        for function in call.blends:
-            output = function(output)
-        outputs.append(output)
-    return outputs
+        attended.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    of_prompts = iter(attended[len(calls) :])
+    return [_blended(call, output, of_prompts) for call, output in zip(calls, attended, strict=False)]
+
+
+def prompt_only(call: AttentionCall) -> AttentionCall:
+    """A call of the same attention in which only the prompt's keys have values: its output is the prompt's part of the
+    output, exactly, because an output is linear in the values."""
+    value = torch.zeros_like(call.value)
+    value[:, call.prompt] = call.value[:, call.prompt]
+    extensions = [replace(e, value=torch.zeros_like(e.value)) for e in call.extensions]
+    return replace(call, value=value, extensions=extensions, blends=[])
+
+
+def _blended(call: AttentionCall, output: Tensor, of_prompts: Iterator[Tensor]) -> Tensor:
+    part = next(of_prompts) if any(blend.of_prompt for blend in call.blends) else None
+    for blend in call.blends:
+        if blend.of_prompt:
+            other = blend.function(part)
+            output, part = output + (other - part), other
+        else:
+            output = blend.function(output)
+    return output

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention_maps import context_length
 from .call import BRANCH, AttentionCall, Chunk, head_split
 from .edit import Edit
 from .layout_regions import Layout, canonical
@@ -166,20 +165,20 @@ class LayoutBias(Edit):
         return chunk.conditioned or chunk.name == BRANCH
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        groups = tokens_of(call.chunk.conditioning.get(SPANS_KEY, {}), self.layout.phrases)
+        groups = tokens_of(call.chunk.spans, self.layout.phrases)
         # Keys that another node put there are those of another prompt.
-        if not groups or "key" in call.replaced:
+        if not groups or (call.prompt is not None and not call.reads):
             return
-        length = context_length(call.chunk)
-        if call.grid is None or call.key.shape[1] % length:
+        if call.grid is None or call.prompt is None:
             self._warn(
                 "Another pack changed the tokens inside cross-attention layers; Layout Bias leaves those as they are."
             )
             return
         # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
-        deviation = logit_deviation(call.query, call.key[:, :length], call.heads, self.each_row)
+        length, begins = call.chunk.length, call.prompt.start
+        deviation = logit_deviation(call.query, call.key[:, begins : begins + length], call.heads, self.each_row)
         bias = layout_bias(self._weights_at(call, groups, length), self.guidance, eta(sigma, self.constant), deviation)
-        call.bias(bias.clamp_(-HARDEST, HARDEST))
+        call.bias(bias.clamp_(-HARDEST, HARDEST), call.prompt)
         call.note("layout region", lambda: self._shown_at(call), self.layout.phrases)
 
     def _shown_at(self, call: AttentionCall) -> Tensor:
@@ -189,8 +188,8 @@ class LayoutBias(Edit):
         return torch.stack(maps)[None]
 
     def _weights_at(self, call: AttentionCall, groups: Mapping[frozenset[str], Sequence[int]], length: int) -> Tensor:
-        """M for a call, (queries, keys) float32 on its device; a layer's is the same at every step."""
-        keys, chunk = call.key.shape[1], call.chunk
+        """M for a call, (queries, keys of the prompt) float32 on its device; a layer's is the same at every step."""
+        keys, chunk = call.prompt.stop - call.prompt.start, call.chunk
         tokens = tuple((names, tuple(found)) for names, found in groups.items())
         place = (tokens, length, keys, call.grid, chunk.area, chunk.latent, call.query.device)
         if place not in self._weights:

@@ -14,7 +14,7 @@ from .call import AttentionCall
 from .layout_regions import canonical
 from .prompt import SPANS_KEY, Spans, positions_of
 from .router import Route, Routing, names_of
-from .sites import Site
+from .sites import Site, acts_as
 from .streams import Features, Stream
 from .window import Window
 
@@ -54,9 +54,12 @@ class MapRouter:
                 last = site
             if last is not None:
                 before[site] = last
+            if site.kind == "joint":
+                # Its references are chosen before its own attention to the prompt is known.
+                last = site
         if self.running_mean:
             # What earlier steps say counts too.
-            window, read = Window(0.0, window.end_percent), {site for site in order if site.kind == "cross"}
+            window, read = Window(0.0, window.end_percent), {site for site in order if acts_as(site, "cross")}
         else:
             read = {before[site] for site in acting if site in before}
         sites, names = frozenset(acting | read), names_of(phrases)
@@ -68,7 +71,7 @@ class MapRouter:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MapRouting(Routing):
     """Reads the maps of each conditioning's own chunks at `read`; `before` gives the cross-attention before a site (a
-    cross-attention's is itself)."""
+    cross-attention's is itself, a joint attention's is the joint attention before it)."""
 
     router: MapRouter
     phrases: tuple[str, ...]
@@ -110,7 +113,7 @@ class MapRouting(Routing):
             return
         key = _key(call)
         if key not in self._tokens:
-            self._tokens[key] = tokens_in_turn(call.chunk.conditioning.get(SPANS_KEY, {}), self.phrases)
+            self._tokens[key] = tokens_in_turn(call.chunk.spans, self.phrases)
         tokens = self._tokens[key]
         maps = attention_maps(call, tokens) if any(tokens) else None
         if maps is None:

@@ -67,7 +67,7 @@ class Routing(Edit):
         return self._last[1]
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        if call.site.kind != "self":
+        if call.site.kind == "cross":
             return
         route = self.route(call)
         if route is not None:

@@ -158,7 +158,8 @@ class Session:
         it."""
         (conditioning,), _ = self.stream_conditioning(stream)
         latent = tuple(stream.shape[-2:])
-        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, latent, stream=stream))
+        before = self.family.before(conditioning)
+        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, latent, None, stream, before))
 
     def _wanted(self, rows: int, *chunks: Chunk) -> Forward | None:
         sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]
@@ -177,7 +178,8 @@ class Session:
         if area is not None:
             height, width, y, x = area[-4:] if len(area) == 4 else (*area[1:3], *area[-2:])
             area = (min(height, self.latent[0] - y), min(width, self.latent[1] - x), y, x)
-        return Chunk(rows, name, name not in UNCONDITIONED, entry, self.latent, area)
+        before = self.family.before(entry)
+        return Chunk(rows, name, name not in UNCONDITIONED, entry, self.latent, area, before=before)
 
     def amend(self, call: AttentionCall) -> None:
         """Lets every active edit that wants a call amend it, in the order of their nodes, and then look at it."""
@@ -186,7 +188,7 @@ class Session:
         def recorded(stream: Stream) -> Features | None:
             # Several edits may have asked for different parts of one stream's features.
             found = (r.features.get(call.site, {}) for r in self.recordings.values() if r.stream is stream)
-            return {part: tensor for features in found for part, tensor in features.items()} or None
+            return {part: call.widened(tensor) for features in found for part, tensor in features.items()} or None
 
         for edit in edits:
             edit.amend(call, self.sigma, recorded)
@@ -266,14 +268,12 @@ class Session:
         entry.update(model_conds={}, uuid=object())
         shape = stream.shape
         noise = torch.zeros(shape)
-        # An inpainting U-Net is told that nothing of a known picture is hidden.
         known = stream.known()
-        mask = None if known is None else torch.zeros((shape[0], 1, *shape[2:]))
+        given = {"latent_image": noise} if known is None else self.family.shown(inner, known)
         device = self.guider.model_patcher.load_device
         encoded = comfy.samplers.encode_model_conds(
-            inner.extra_conds, [entry], noise, device, "positive",
-            latent_image=noise if known is None else known, denoise_mask=mask, seed=None,
-        )  # fmt: skip
+            inner.extra_conds, [entry], noise, device, "positive", seed=None, **{"denoise_mask": None, **given}
+        )
         if encoded[0].get("hooks") is not None:
             return encoded, None
         # What only cross-attention reads decides nothing in a pass without it.

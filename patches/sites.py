@@ -3,53 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+Kind = Literal["self", "cross", "joint"]
 Stage = Literal["encoder", "middle", "decoder"]
 STAGE_OF_BLOCK: dict[str, Stage] = {"input": "encoder", "middle": "middle", "output": "decoder"}
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One attention layer: `kind` "self" or "cross", the host's block ("input", "middle" or "output") and its number,
-    and the index of the transformer block in it."""
+    """One attention layer: its `kind`, the name and number of its block, and the layer's index in it.
 
-    kind: Literal["self", "cross"]
+    In a U-Net the block is the host's ("input", "middle" or "output") and the index that of the transformer block. In a
+    transformer blocks are "double", "single" or "block"; "joint" attention is that of prompt and picture together, and
+    `half` says in which half of the blocks it lies: "encoder" or "decoder"."""
+
+    kind: Kind
     block: str
     number: int
     index: int
+    half: Stage | None = field(default=None, compare=False)
 
     @property
     def stage(self) -> Stage:
-        return STAGE_OF_BLOCK[self.block]
+        return self.half or STAGE_OF_BLOCK[self.block]
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """The host's key of this layer's replacement slot."""
+        """The host's key of this layer's replacement slot in a U-Net."""
         return (self.block, self.number, self.index)
 
     def __str__(self) -> str:
-        return f"{self.block}.{self.number}.{self.index}"
+        named = f"{self.block}.{self.number}"
+        return f"{named}.{self.index}" if self.index or self.block in STAGE_OF_BLOCK else named
 
 
-# What the sites menu offers: the paper's decoder (AnyLogo counts the middle block to it), and its ablations.
-CHOICES = ("decoder", "encoder", "encoder and decoder", "named")
+# What the sites menu offers: what is usual for a node and a family, the paper's decoder (AnyLogo counts the middle
+# block to it; of a transformer it is the second half), and its ablations.
+USUAL = "usual"
+CHOICES = (USUAL, "decoder", "encoder", "encoder and decoder", "named")
 _STAGES: dict[str, frozenset[Stage]] = {
     "decoder": frozenset({"middle", "decoder"}),
     "encoder": frozenset({"encoder"}),
     "encoder and decoder": frozenset({"encoder", "middle", "decoder"}),
 }
-_NAMED = re.compile(r"(input|middle|output)(?:\.(\d+))?(?:\.(\d+))?")
+_NAMED = re.compile(r"([a-z]+)(?:\.(\d+)(?:-(\d+))?)?(?:\.(\d+))?")
+
+
+def acts_as(site: Site, kind: str) -> bool:
+    """Whether a layer is one of a kind, "self" or "cross"; a joint one is both."""
+    return site.kind in (kind, "joint")
 
 
 def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "") -> frozenset[Site]:
     """The sites of one kind that a menu choice means. With "named", `named` lists blocks in the host's words:
-    "middle, output.3, output.4.0" (a block, a numbered block, one transformer block of it).
+    "middle, output.3, output.4.0" or "double.3, single.0-12" (a block, a numbered block, a range of them, one
+    transformer block of it). What is usual is for the family to say: see `families.chosen_sites`.
 
     Raises ValueError when the choice or a name means no site of this model."""
-    mine = [site for site in sites if site.kind == kind]
+    mine = [site for site in sites if acts_as(site, kind)]
     if choice != "named":
         if choice not in _STAGES:
             raise ValueError(f"Sites are one of {', '.join(CHOICES)}, not '{choice}'.")
@@ -68,14 +82,26 @@ def sites_named(sites: Iterable[Site], named: str, kind: str = "attention") -> f
         match = _NAMED.fullmatch(word)
         found = {site for site in mine if match and _is_named(site, match)}
         if not found:
-            blocks = ", ".join(dict.fromkeys(str(site) for site in sorted(mine)))
+            blocks = _listed(mine)
             raise ValueError(f"The block '{word}' names no {kind} of this model; it has {blocks}.")
         chosen |= found
     if not chosen:
-        raise ValueError("Sites are set to named blocks but none is named; write for example: middle, output.3")
+        example = "middle, output.3" if any(site.half is None for site in mine) else _listed(mine)
+        raise ValueError(f"Sites are set to named blocks but none is named; write for example: {example}")
     return frozenset(chosen)
 
 
+def _listed(sites: Sequence[Site]) -> str:
+    """The names of blocks; of a transformer's many, their ranges."""
+    if any(site.half is None for site in sites):
+        return ", ".join(dict.fromkeys(str(site) for site in sorted(sites)))
+    numbers: dict[str, list[int]] = {}
+    for site in sites:
+        numbers.setdefault(site.block, []).append(site.number)
+    return ", ".join(f"{block}.{min(found)}-{max(found)}" for block, found in numbers.items())
+
+
 def _is_named(site: Site, match: re.Match[str]) -> bool:
-    block, number, index = match.groups()
-    return site.block == block and number in (None, str(site.number)) and index in (None, str(site.index))
+    block, first, last, index = match.groups()
+    numbered = first is None or int(first) <= site.number <= int(last or first)
+    return site.block == block and numbered and index in (None, str(site.index))

@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
-from .call import AttentionCall
+from .call import AttentionCall, Chunk
 from .execution import Attend, execute
 from .recording import Recording
 from .session import Forward, Session
@@ -66,12 +66,21 @@ def _grid(query: Tensor, extra: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height * width == query.shape[1] else None
 
 
+def _prompt(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
+    """The keys that are the prompt's: all of a cross-attention's, unless another pack changed their number."""
+    if site.kind != "cross" or not chunk.conditioning.get("model_conds") or key.shape[1] % chunk.length:
+        return None
+    return slice(0, key.shape[1])
+
+
 def recorder(recording: Recording, site: Site, attention: Patch = plain) -> Patch:
     """A patch that computes a layer, as it is or with an editor's patch, and keeps its features for a stream."""
 
     def record(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
         output = attention(query, key, value, extra, other)
         features = {"query": query, "key": key, "value": value, "output": output}
+        # All that cross-attention attends to is the prompt.
+        features |= {"prompt_key": key, "prompt_output": output}
         recording.record(site, tuple(extra["activations_shape"][-2:]), features)
         return output
 
@@ -93,7 +102,7 @@ def editor(session: Session, forward: Forward, site: Site) -> Patch:
         for chunk in forward.chunks:
             rows = chunk.rows
             call = AttentionCall(
-                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid,
+                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid, _prompt(site, key, chunk),
                 project=partial(session.project, site),
             )  # fmt: skip
             session.amend(call)

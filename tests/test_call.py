@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -43,9 +44,19 @@ def make_call(rows: int = 2, queries: int = 9, keys: int = 7, heads: int = 3, wi
     return AttentionCall(*tensors, heads, SITE, CHUNK, None)
 
 
+def functions(call: AttentionCall) -> list[Callable[[Tensor], Tensor]]:
+    return [blend.function for blend in call.blends]
+
+
 def expected(call: AttentionCall) -> Tensor:
     return dense.attention(
-        call.query, call.key, call.value, call.heads, call.own_bias, call.extensions, call.blends
+        call.query,
+        call.key,
+        call.value,
+        call.heads,
+        call.own_bias,
+        call.extensions,
+        [blend.function for blend in call.blends],
     ).float()
 
 

@@ -103,7 +103,13 @@ def test_our_amendment_adds_to_another_packs_replacement(mechanism: Mechanism, m
             for call in (each.call for each in itertools.islice(seen, 2)):
                 rows, heads = call.chunk.rows, call.heads
                 amended = dense.attention(
-                    call.query, call.key, call.value, heads, call.own_bias, call.extensions, call.blends
+                    call.query,
+                    call.key,
+                    call.value,
+                    heads,
+                    call.own_bias,
+                    call.extensions,
+                    [blend.function for blend in call.blends],
                 )
                 change = amended - dense.attention(query[rows], key[rows], value[rows], heads)
                 changes.append(float(change.abs().max()))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sites import Site
+from ..sites import USUAL, Site, select_sites
 from .family import Family
+from .flux import FLUXES
+from .transformer import Tokens, Transformer
 from .unet import UNETS
 
+__all__ = ["FAMILIES", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
+
 # A description of the host's may be a subclass of another's: the more particular family comes first.
-FAMILIES: tuple[Family, ...] = UNETS
+FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES)
 
 
 def family_of(model: Any) -> Family:
@@ -28,3 +32,12 @@ def family_of(model: Any) -> Family:
 def attention_sites(model: Any) -> tuple[Site, ...]:
     """Every attention layer of a MODEL of a known family, in the order in which they run."""
     return family_of(model).sites(model.model.diffusion_model)
+
+
+def chosen_sites(model: Any, kind: str, choice: str, named: str = "", usual: str = "decoder") -> frozenset[Site]:
+    """The layers of a MODEL that a menu choice means; see `select_sites`. `usual` is the paper's choice for U-Nets, of
+    which the family says what is usual for itself.
+
+    Raises ValueError when the choice or a name means no layer of this model."""
+    family = family_of(model)
+    return select_sites(attention_sites(model), kind, family.usual(usual) if choice == USUAL else choice, named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,23 @@ class Family(ABC):
         """Every attention layer of a network, in the order in which they run."""
 
     @abstractmethod
+    def usual(self, choice: str) -> str:
+        """What "usual" means in the menu of layers, of a node whose paper's choice for U-Nets is `choice`."""
+
+    @abstractmethod
     def context_width(self, model: Any) -> int:
         """How many channels the tokens of a MODEL's prompts have."""
 
     @abstractmethod
     def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's own keys and values of other tokens (rows, n, channels of what it attends to)."""
+
+    @abstractmethod
+    def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
+        """What the encoding of a conditioning is given besides it when a companion's clean latents (rows, channels,
+        height, width) are `known`: an inpainting model is told that nothing of them is hidden. `inner` is the host's
+        model."""
+
+    def before(self, conditioning: Mapping[str, Any]) -> int:
+        """How many tokens the model puts before those of a conditioning, in the context that it makes of it."""
+        return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..sites import Site
@@ -38,6 +39,12 @@ class UNet(Family):
                         for index in range(len(layer.transformer_blocks)):
                             sites += [Site("self", block, number, index), Site("cross", block, number, index)]
         return tuple(sites)
+
+    def usual(self, choice: str) -> str:
+        return choice
+
+    def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
+        return {"latent_image": known, "denoise_mask": torch.zeros((known.shape[0], 1, *known.shape[2:]))}
 
     def context_width(self, model: Any) -> int:
         return model.model.model_config.unet_config["context_dim"]

@@ -1,0 +1,52 @@
+"""Rotary positions: what turns a recorded key from one place to another, and weakens what says where it is. Tensors
+only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def frequencies(sizes: Sequence[int], theta: float) -> Tensor:
+    """How far each pair of a head's channels turns for a step along each axis, (axes, pairs) in float64. `sizes` are
+    the channels of each axis, in their order in a head; pair i of an axis with n channels turns by theta^(-2 i / n)."""
+    rates = torch.zeros(len(sizes), sum(sizes) // 2, dtype=torch.float64)
+    first = 0
+    for axis, size in enumerate(sizes):
+        steps = torch.arange(0, size, 2, dtype=torch.float64) / size
+        rates[axis, first : first + size // 2] = theta**-steps
+        first += size // 2
+    return rates
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """A model's rotary positions: `rates` (axes, pairs), radians for one step along an axis. A pair is two neighbouring
+    channels of a head, or with `halves` channel i of its first half and i of its second."""
+
+    rates: Tensor
+    halves: bool = False
+
+    def rotated(self, key: Tensor, heads: int, shift: Sequence[float]) -> Tensor:
+        """Keys (rows, n, channels) as they would be `shift` steps further along each axis, wherever they are: rotations
+        add, R(d) R(p) k = R(p + d) k. Exact but for rounding."""
+        angles = (torch.tensor(tuple(shift), dtype=torch.float64) @ self.rates).float()
+        cosine, sine = (part.to(key.device) for part in (angles.cos(), angles.sin()))
+        first, second = self._pairs(key, heads)
+        return self._joined(first * cosine - second * sine, first * sine + second * cosine, key)
+
+    def weighted(self, key: Tensor, heads: int, weights: Tensor) -> Tensor:
+        """Keys (rows, n, channels) with each pair of channels multiplied by its weight (pairs)."""
+        weights = weights.to(key.device, torch.float32)
+        first, second = self._pairs(key, heads)
+        return self._joined(first * weights, second * weights, key)
+
+    def _pairs(self, key: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        split = key.float().unflatten(-1, (heads, 2, -1) if self.halves else (heads, -1, 2))
+        return tuple(split.unbind(-2 if self.halves else -1))
+
+    def _joined(self, first: Tensor, second: Tensor, key: Tensor) -> Tensor:
+        return torch.stack([first, second], -2 if self.halves else -1).flatten(2).to(key.dtype)

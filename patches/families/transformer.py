@@ -1,0 +1,123 @@
+"""Diffusion transformers. The host lets every attention of theirs pass through one override: see `openings.py`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..sites import Kind, Site
+from .family import Family
+from .rope import Rope
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks: the `word` that users name them by, the host's `block_type` in the options of an attention,
+    and where in the network the list is."""
+
+    word: str
+    block_type: str
+    path: str
+
+    def of(self, network: Any) -> Any:
+        return reduce(getattr, self.path.split("."), network)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where tokens lie in one attention: the picture's among the queries (`picture`) and among the keys (`own`), and
+    those of the context that the model was given, repetitions and all, among the keys (`prompt`); None where there are
+    none of them, and for `own` where every key is its own."""
+
+    picture: slice
+    own: slice | None
+    prompt: slice | None
+
+
+@dataclass(frozen=True)
+class Transformer(Family):
+    """A family of transformers over patches of `patch` latent pixels a side.
+
+    `told` is how an attention is known to be a block's: by the "index" in its options, by a wrapper around the block in
+    the host's slot for a "replacement" of it, or by the "order" of the calls. Where `tells`, the host's last
+    `attn1_patch` before an attention is told where its picture begins, whatever others did to its tokens. `but` names
+    descriptions of the host's that are made of the family's and are something else."""
+
+    blocks: tuple[Blocks, ...]
+    patch: int = 2
+    told: Literal["index", "replacement", "order"] = "index"
+    tells: bool = False
+    but: tuple[str, ...] = ()
+
+    def has(self, model: Any) -> bool:
+        return super().has(model) and type(model.model.model_config).__name__ not in self.but
+
+    def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
+        """The attentions of a block in the order in which they run."""
+        return ("joint",)
+
+    def sites(self, network: Any) -> tuple[Site, ...]:
+        blocks = [(each.word, number) for each in self.blocks for number in range(len(each.of(network)))]
+        sites = []
+        for done, (word, number) in enumerate(blocks):
+            half = "encoder" if 2 * done < len(blocks) else "decoder"
+            kinds = self.kinds(network, word, number)
+            sites += [Site(kind, word, number, index, half) for index, kind in enumerate(kinds)]
+        return tuple(sites)
+
+    def usual(self, choice: str) -> str:
+        # Not measured on a trained transformer yet: every layer, as those that share attention with references do.
+        return "encoder and decoder"
+
+    def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError(f"{self.name} has no layers that read an image prompt by themselves; leave it unconnected.")
+
+    def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
+        return {"latent_image": known}
+
+    def grid(self, latent: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) of the picture's tokens, of latents (height, width)."""
+        return (-(-latent[0] // self.patch), -(-latent[1] // self.patch))
+
+    def tokens(
+        self,
+        kind: Kind,
+        queries: int,
+        keys: int,
+        grid: tuple[int, int],
+        context: int,
+        references: int,
+        begins: int | None,
+    ) -> Tokens | None:
+        """Where tokens lie in an attention of so many queries and keys, of a picture of `grid`; None where another pack
+        changed them. `context` is the length of the context, `references` the number of tokens of the host's reference
+        latents, `begins` where the host says that the picture begins, if it does.
+
+        A joint attention's tokens are here the context, what others put behind it, the picture, the references."""
+        count = math.prod(grid)
+        if kind == "self":
+            return Tokens(slice(0, count), None, None) if queries == count else None
+        if kind == "cross":
+            known = queries == count and keys >= context
+            return Tokens(slice(0, count), None, slice(0, context)) if known else None
+        start = queries - references - count if begins is None else begins
+        if start < context or start + count > min(queries, keys):
+            return None
+        return Tokens(slice(start, start + count), slice(start, start + count), slice(0, context))
+
+    def repeats(self, network: Any) -> int:
+        """How often the model repeats each head of its keys and values before an attention; one of each is stored."""
+        return 1
+
+    def rope(self, network: Any) -> Rope | None:
+        """The rotations by which its attentions know places, or None where they know them in another way."""
+        return None
+
+    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
+        """By how much the tokens of a reference of one grid move, along each axis of `rope`, to lie left of a picture
+        of another grid, touching it."""
+        raise NotImplementedError

@@ -1,0 +1,316 @@
+"""Opens the attentions of a transformer for one forward of the model, by the host's attention override.
+
+The host calls one function in the place of every attention and says in the attention's options, at best, which block it
+is of. Like a slot it holds one function, so ours is composed at run time around whatever stands there by then. An
+`Opening` holds sites and never the network: a compiled model must not be reached through its own options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import AttentionCall
+from .execution import execute, prompt_only
+from .families import Tokens, Transformer
+from .recording import Recording
+from .session import Forward, Session
+from .sites import Site
+
+OVERRIDE = "optimized_attention_override"
+# The order of the host's positional arguments.
+_NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+_SYNONYMS = {"query": "q", "key": "k", "value": "v"}
+_SHAPES = ("skip_reshape", "skip_output_reshape", "enable_gqa")
+
+
+def opened(
+    session: Session,
+    forward: Forward | None,
+    recording: Recording | None,
+    network: Any,
+    x: Tensor,
+    context: Tensor | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The options of one forward on latents `x` with a `context`, with its attentions opened."""
+    family: Transformer = session.family
+    opening = Opening(
+        session, family, family.sites(network), forward, recording, (x.shape[-2], x.shape[-1]),
+        0 if context is None else context.shape[1], family.repeats(network), options.get(OVERRIDE),
+    )  # fmt: skip
+    return opening.options(options)
+
+
+@dataclass
+class Attention:
+    """One call of the host's attention, whatever shape its arguments came in, or of what another pack has in the slot
+    (`inner`)."""
+
+    function: Callable[..., Tensor]
+    inner: Callable[..., Tensor] | None
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    values: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        named = {_SYNONYMS.get(name, name): value for name, value in self.named.items()}
+        self.values = {**dict(zip(_NAMES, self.args, strict=False)), **named}
+
+    @property
+    def heads(self) -> int:
+        return self.values["heads"]
+
+    @property
+    def split(self) -> bool:
+        """Whether heads are a dimension of their own: (rows, heads, tokens, width)."""
+        return bool(self.values.get("skip_reshape"))
+
+    def count(self, name: str) -> int:
+        """How many queries ("q") or keys ("k") there are."""
+        return self.values[name].shape[2 if self.split else 1]
+
+    def plain(self) -> Tensor:
+        """What it would have been."""
+        if self.inner is None:
+            return self.function(*self.args, **self.named)
+        return self.inner(self.function, *self.args, **self.named)
+
+    def tokens(self, name: str, rows: slice = slice(None), part: slice = slice(None)) -> Tensor:
+        """Some queries ("q"), keys ("k") or values ("v") of some rows: (rows, n, channels), heads not yet split."""
+        whole = self.values[name]
+        if not self.split:
+            some = whole[rows, part]
+            # SD 3's values have their heads split although its queries have not.
+            return some.flatten(2) if some.ndim == 4 else some
+        some = whole[rows, :, part]
+        if some.shape[1] != self.heads:
+            some = some.repeat_interleave(self.heads // some.shape[1], 1)
+        return some.transpose(1, 2).flatten(2)
+
+    def bias(self, rows: slice, queries: slice) -> Tensor | None:
+        """The model's own mask for some rows and queries, to be added to logits: broadcastable to (rows, queries,
+        keys)."""
+        mask = self.values.get("mask")
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+        if mask.ndim == 4:
+            mask = mask[:, 0]
+        mask = mask if mask.ndim == 3 else mask[None]
+        mask = mask if len(mask) == 1 else mask[rows]
+        return mask if mask.shape[1] == 1 else mask[:, queries]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same attention on other tokens: (rows, n, channels) throughout."""
+        values = {n: v for n, v in self.values.items() if n not in (*_NAMES[:5], *_SHAPES)}
+        given = (query, key, value, self.heads)
+        values = values if mask is None else {**values, "mask": mask}
+        if self.inner is None:
+            return self.function(*given, **values)
+        return self.inner(self.function, *given, **values)
+
+    def flat(self, output: Tensor) -> Tensor:
+        """Its output (rows, n, channels)."""
+        return output.transpose(1, 2).flatten(2) if self.values.get("skip_output_reshape") else output
+
+    def returned(self, output: Tensor) -> Tensor:
+        """An output (rows, n, channels) as the caller wants it."""
+        return (
+            output.unflatten(2, (self.heads, -1)).transpose(1, 2) if self.values.get("skip_output_reshape") else output
+        )
+
+
+@dataclass
+class Opening:
+    """One forward of a transformer: what it is made of, what is recorded of it, and which attention is next. It stands
+    in the host's slot for that forward."""
+
+    session: Session
+    family: Transformer
+    sites: tuple[Site, ...]
+    forward: Forward | None
+    recording: Recording | None
+    latent: tuple[int, int]
+    context: int
+    repeats: int
+    inner: Callable[..., Tensor] | None
+    block: tuple[str, int] | None = None
+    calls: int = 0
+    begins: int | None = None
+
+    def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The forward's options with this opening in them."""
+        made = {**options, OVERRIDE: self}
+        if self.family.tells:
+            patches = made.get("patches", {})
+            made["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), self._look]}
+        if self.family.told == "replacement":
+            slots = {name: dict(slot) for name, slot in made.get("patches_replace", {}).items()}
+            replaced = slots.setdefault("dit", {})
+            for blocks in self.family.blocks:
+                for number in {site.number for site in self.sites if site.block == blocks.word}:
+                    place = (blocks.block_type, number)
+                    replaced[place] = self._naming((blocks.word, number), replaced.get(place))
+            made["patches_replace"] = slots
+        return made
+
+    def _look(self, query: Tensor, *_: Any, extra_options: Mapping[str, Any], **__: Any) -> dict[str, Any]:
+        self.begins = extra_options["img_slice"][0]
+        return {}
+
+    def _naming(self, block: tuple[str, int], other: Any) -> Callable[..., Any]:
+        def named(arguments: Any, extra: Mapping[str, Any]) -> Any:
+            self.block, self.calls = block, 0
+            result = extra["original_block"](arguments) if other is None else other(arguments, extra)
+            self.block = None
+            return result
+
+        return named
+
+    def _site(self, options: Mapping[str, Any]) -> Site | None:
+        """Which layer the attention that is called is; None of one that the pack has no name for."""
+        if self.family.told == "order":
+            number, self.calls = self.calls, self.calls + 1
+            return self.sites[number] if number < len(self.sites) else None
+        if self.family.told == "index":
+            block = self._told(options)
+            if block != self.block:
+                self.block, self.calls = block, 0
+        if self.block is None:
+            return None
+        number, self.calls = self.calls, self.calls + 1
+        return next((s for s in self.sites if (s.block, s.number, s.index) == (*self.block, number)), None)
+
+    def _told(self, options: Mapping[str, Any]) -> tuple[str, int] | None:
+        number = options.get("block_index")
+        if number is None:
+            return None
+        several = len(self.family.blocks) > 1
+        words = [b.word for b in self.family.blocks if not several or b.block_type == options.get("block_type")]
+        return (words[0], number) if words else None
+
+    @torch.compiler.disable
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        attention = Attention(function, self.inner, args, named)
+        options = named.get("transformer_options") or {}
+        site = self._site(options)
+        wanted = site is not None and self.forward is not None and site in self.forward.sites
+        recorded = site is not None and self.recording is not None and site in self.recording.sites
+        if not (wanted or recorded):
+            return attention.plain()
+        grid = self.family.grid(self.latent)
+        references = sum(options.get("reference_image_num_tokens", ()))
+        tokens = self.family.tokens(
+            site.kind, attention.count("q"), attention.count("k"), grid, self.context, references, self.begins
+        )
+        rows = attention.values["q"].shape[0]
+        if tokens is None or (wanted and rows != self.forward.rows):
+            changed = "tokens" if tokens is None else "batch"
+            self.session.warn_once(
+                f"Another pack changed the {changed} inside the attention layer {site}; Subject Patches leaves it as "
+                "it is."
+            )
+            return attention.plain()
+        calls = self._calls(attention, site, tokens, grid) if wanted else []
+        amended = [call for call in calls if call.amended]
+        output = self._amended(attention, tokens, amended) if amended else attention.plain()
+        if recorded:
+            self._record(attention, site, tokens, grid, calls, output)
+        return output
+
+    def _calls(self, attention: Attention, site: Site, tokens: Tokens, grid: tuple[int, int]) -> list[AttentionCall]:
+        """The attention of each chunk of the forward, as the session's edits amend it."""
+        calls = []
+        for chunk in self.forward.chunks:
+            query = attention.tokens("q", chunk.rows, tokens.picture)
+            key, value = (attention.tokens(name, chunk.rows) for name in ("k", "v"))
+            call = AttentionCall(
+                query, key, value, attention.heads, site, chunk, grid, tokens.prompt, tokens.own,
+                own_bias=attention.bias(chunk.rows, tokens.picture),
+            )  # fmt: skip
+            self.session.amend(call)
+            calls.append(call)
+        return calls
+
+    def _amended(self, attention: Attention, tokens: Tokens, amended: list[AttentionCall]) -> Tensor:
+        """The attention with some of its calls amended. What these leave alone, other chunks and the queries that are
+        not the picture's, is attended to as it was."""
+        count, picture = attention.count("q"), tokens.picture
+        rows, last = self.forward.rows, 0
+        output: Tensor | None = None
+        pieces: list[tuple[slice, slice, Tensor]] = []
+        for call, result in zip(amended, execute(amended, attention.attend), strict=True):
+            here = call.chunk.rows
+            pieces.append((here, picture, result))
+            pieces += self._left(attention, slice(last, here.start), slice(0, count))
+            pieces += self._left(attention, here, slice(0, picture.start))
+            pieces += self._left(attention, here, slice(picture.stop, count))
+            last = here.stop
+        pieces += self._left(attention, slice(last, rows), slice(0, count))
+        for here, queries, piece in pieces:
+            output = piece.new_empty((rows, count, piece.shape[-1])) if output is None else output
+            output[here, queries] = piece
+        return attention.returned(output)
+
+    def _left(self, attention: Attention, rows: slice, queries: slice) -> list[tuple[slice, slice, Tensor]]:
+        if rows.start >= rows.stop or queries.start >= queries.stop:
+            return []
+        query = attention.tokens("q", rows, queries)
+        key, value = (attention.tokens(name, rows) for name in ("k", "v"))
+        return [(rows, queries, attention.attend(query, key, value, attention.bias(rows, queries)))]
+
+    def _record(
+        self,
+        attention: Attention,
+        site: Site,
+        tokens: Tokens,
+        grid: tuple[int, int],
+        calls: list[AttentionCall],
+        output: Tensor,
+    ) -> None:
+        """Keeps the picture's features for a stream, and what the prompt gave it."""
+        every, own = slice(None), tokens.own or slice(None)
+        features = {
+            "query": lambda: attention.tokens("q", every, tokens.picture),
+            "key": lambda: self._kept(attention.tokens("k", every, own), attention.heads),
+            "value": lambda: self._kept(attention.tokens("v", every, own), attention.heads),
+            "output": lambda: attention.flat(output)[:, tokens.picture],
+            "prompt_key": lambda: attention.tokens("k", every, tokens.prompt),
+            "prompt_output": lambda: self._of_prompt(attention, site, tokens, grid, calls, output),
+        }
+        # Parts are copied: they would else hold on to whole tensors.
+        self.recording.record(site, grid, {part: features[part]().clone() for part in self.recording.parts})
+
+    def _kept(self, tokens: Tensor, heads: int) -> Tensor:
+        """One of each of the heads that the model repeats."""
+        if self.repeats == 1:
+            return tokens
+        return tokens.unflatten(-1, (heads, -1))[:, :, :: self.repeats].flatten(2)
+
+    def _of_prompt(
+        self,
+        attention: Attention,
+        site: Site,
+        tokens: Tokens,
+        grid: tuple[int, int],
+        calls: list[AttentionCall],
+        output: Tensor,
+    ) -> Tensor:
+        """What of the picture's output the prompt's keys give, as edits have amended it."""
+        if site.kind == "cross":
+            return attention.flat(output)
+        if not calls:
+            query, key, value = (attention.tokens(name) for name in ("q", "k", "v"))
+            query, bias = query[:, tokens.picture], attention.bias(slice(None), tokens.picture)
+            calls = [
+                AttentionCall(
+                    query, key, value, attention.heads, site, None, grid, tokens.prompt, tokens.own, own_bias=bias
+                )
+            ]
+        return torch.cat(execute([prompt_only(call) for call in calls], attention.attend))
