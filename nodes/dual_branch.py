@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites
-from ..patches.sites import select_sites
+from ..patches.families import chosen_sites
+from ..patches.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
 from .types import CONCEPT, SHARES, model_output, named_sites_input, seed_input, sites_input
 
@@ -120,10 +120,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     tooltip="How much the attention to words is sharpened, first over the words and then over the "
                     "places. The authors' is 10.",
                 ),
-                sites_input(
-                    "encoder and decoder",
-                    "Which cross-attention layers mix the branches. The paper's is all.",
-                ),
+                sites_input("Which cross-attention layers mix the branches. 'usual' is all, the paper's."),
                 named_sites_input(),
             ],
             outputs=[model_output()],
@@ -144,7 +141,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
         guidance: str = SHARED,
         gain: float = 500.0,
         sharpness: float = 10.0,
-        sites: str = "encoder and decoder",
+        sites: str = USUAL,
         named_sites: str = "",
     ) -> io.NodeOutput:
         check_number("injection strength", injection_strength, -INJECTION_MAX, INJECTION_MAX)
@@ -157,7 +154,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
         prompt_in("concept", concept)
         prompt_in("auxiliary", auxiliary or None)
         window = BranchWindow(0.0, end_percent)
-        chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
+        chosen = chosen_sites(model, "cross", sites, named_sites, "encoder and decoder")
         if strength == 0 or window.empty or not auxiliary:
             return io.NodeOutput(model.clone())
         edit = DualBranchIntegration(

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites
+from ..patches.families import chosen_sites
 from ..patches.layout import LayoutBias
 from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_picture, painted_mask
 from ..patches.prompt import split_phrases
-from ..patches.sites import select_sites
+from ..patches.sites import USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in
 from .types import LAYOUT, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
@@ -184,10 +184,7 @@ class LayoutBiasNode(io.ComfyNode):
                     tooltip="Where a phrase is weakened: everywhere outside its regions, as in the authors' code, or "
                     "only in the regions of other phrases, as in the paper. Where two regions overlap, neither is.",
                 ),
-                sites_input(
-                    "encoder and decoder",
-                    "Which cross-attention layers are biased. The authors bias all.",
-                ),
+                sites_input("Which cross-attention layers are biased. 'usual' is all, as the authors do."),
                 *window_inputs("the layout begins to act"),
                 io.Float.Input(
                     "negative_weight",
@@ -235,7 +232,7 @@ class LayoutBiasNode(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         negative_weight: float = -5.0,
-        sites: str = "encoder and decoder",
+        sites: str = USUAL,
         eta: str = FADING,
         statistics: str = PER_PICTURE,
         named_sites: str = "",
@@ -248,7 +245,7 @@ class LayoutBiasNode(io.ComfyNode):
         check_choice("eta", eta, (FADING, CONSTANT))
         check_choice("statistics", statistics, (PER_PICTURE, WHOLE_BATCH))
         window = Window(start_percent, end_percent)
-        chosen = select_sites(attention_sites(model), "cross", sites, named_sites)
+        chosen = chosen_sites(model, "cross", sites, named_sites, "encoder and decoder")
         weightless = guidance_weight == 0 or positive_weight == negative == 0
         if weightless or window.empty or not layout.regions:
             return io.NodeOutput(model.clone())

@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites
+from ..patches.families import chosen_sites
 from ..patches.recycled_attention import RecycledSelfAttention
-from ..patches.sites import select_sites
+from ..patches.sites import USUAL
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
@@ -74,8 +74,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
                 ),
                 sites_input(
-                    "decoder",
-                    "Which self-attention layers see the reference. The paper finds the decoder best.",
+                    "Which self-attention layers see the reference. 'usual' is the decoder, which the paper finds "
+                    "best; of a transformer all layers, which is not measured yet.",
                 ),
                 *window_inputs("the reference begins to act"),
                 seed_input(
@@ -115,7 +115,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         subject: tuple[Subject, ...],
         strength: float = 1.0,
         keep_probability: float = 1.0,
-        sites: str = "decoder",
+        sites: str = USUAL,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
         seed: int = 0,
@@ -127,7 +127,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("keep_probability", keep_probability, 0.0, 1.0)
         window = Window(start_percent, end_percent)
-        chosen = select_sites(attention_sites(model), "self", sites, named_sites)
+        chosen = chosen_sites(model, "self", sites, named_sites)
         if region_mask is not None:
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning)
@@ -147,10 +147,17 @@ def reference_streams(
     """A subject's references as companions of a MODEL's generation.
 
     Raises ValueError when they were encoded for another kind of latent."""
-    wanted = model.model.latent_format.latent_channels
+    latent = model.model.latent_format
+    wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
     streams = []
     for number, reference in enumerate(subject.references):
         channels = reference.latents.shape[1]
+        if reference.latents.ndim != sides:
+            raise ValueError(
+                f"The subject was encoded with a VAE of {'videos' if sides == 4 else 'pictures'} but this model takes "
+                f"latents of {'pictures' if sides == 4 else 'videos, of one frame'}; connect the VAE of this model to "
+                "the Subject node."
+            )
         if channels != wanted:
             raise ValueError(
                 f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "

@@ -10,10 +10,10 @@ from comfy_api.latest import io
 
 from ..patches.blend_mask import AdaptiveMask
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites, family_of
+from ..patches.families import chosen_sites, family_of
 from ..patches.inversion import Inversion
 from ..patches.retouch import MultiSourceSwap, path_of
-from ..patches.sites import select_sites
+from ..patches.sites import USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
 from .trajectory import refuse_flow
@@ -93,8 +93,8 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "retouched, black stays the layout's. Without one, all of it is.",
                 ),
                 sites_input(
-                    "decoder",
-                    "Which self-attention layers swap. The paper and the swap it follows take the decoder.",
+                    "Which self-attention layers swap. 'usual' is the decoder, which the paper and the swap it follows "
+                    "take; of a transformer all layers, which is not measured yet.",
                 ),
                 io.Boolean.Input(
                     "swap_cross_attention",
@@ -130,7 +130,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         lambda2: float = 0.2,
         mask_blend_start: float = 0.6,
         blend_mask: Any = None,
-        sites: str = "decoder",
+        sites: str = USUAL,
         swap_cross_attention: bool = True,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
@@ -143,8 +143,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
         window = Window(start_percent, end_percent)
         refuse_flow(model)
-        every = attention_sites(model)
-        chosen = select_sites(every, "self", sites, named_sites)
+        chosen = chosen_sites(model, "self", sites, named_sites)
         _check_trajectories(model, layout, reference)
         prompt_in("layout_conditioning", layout_conditioning)
         prompt_in("reference_conditioning", reference_conditioning)
@@ -157,7 +156,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         if window.empty or (reference is None and not blends and (layout is None or lambda2 == 0)):
             return io.NodeOutput(model.clone())
         both = apply_to == BOTH
-        crossing = select_sites(every, "cross", sites, named_sites) if swap_cross_attention else frozenset()
+        crossing = chosen_sites(model, "cross", sites, named_sites) if swap_cross_attention else frozenset()
         edit = MultiSourceSwap(
             chosen,
             window,
@@ -167,7 +166,7 @@ class MultiSourceSwapNode(io.ComfyNode):
             blend_from=mask_blend_start,
             mask=mask,
             crossing=crossing,
-            watched=select_sites(every, "cross", "decoder"),
+            watched=chosen_sites(model, "cross", "decoder"),
         )
         return io.NodeOutput(add_edit(model, edit))
 

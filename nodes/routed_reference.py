@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,10 @@ from comfy_api.latest import io
 
 from ..patches.edit import Edit
 from ..patches.engine import add_edit
-from ..patches.families import attention_sites
+from ..patches.families import Transformer, attention_sites, chosen_sites, family_of
 from ..patches.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.router import MOST_SUBJECTS, Router
-from ..patches.sites import select_sites
+from ..patches.sites import USUAL
 from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
@@ -155,9 +156,9 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "is gamma 0; at 0 the references are not shown.",
                 ),
                 sites_input(
-                    "decoder",
-                    "Which layers see the references and image prompts. The paper trains all of them; "
-                    "without training the decoder does best.",
+                    "Which layers see the references and image prompts. The paper trains all of them; 'usual' is the "
+                    "decoder, which does best without training, and of a transformer all layers, which is not measured "
+                    "yet.",
                 ),
                 *window_inputs("the subjects begin to act"),
                 io.Combo.Input(
@@ -218,7 +219,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         subjects: tuple[Subject, ...],
         router: Router,
         strength: float = 1.0,
-        sites: str = "decoder",
+        sites: str = USUAL,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
         noise_level: str = CURRENT,
@@ -235,12 +236,13 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         check_choice("cross_attention", cross_attention, (KEPT, SKIPPED))
         window = Window(start_percent, end_percent)
         order = attention_sites(model)
-        chosen = {kind: select_sites(order, kind, sites, named_sites) for kind in ("self", "cross")}
+        chosen = {kind: chosen_sites(model, kind, sites, named_sites) for kind in ("self", "cross")}
         if len(subjects) > MOST_SUBJECTS:
             raise ValueError(f"There are {len(subjects)} subjects; one node takes 1 to {MOST_SUBJECTS}.")
         if not subjects:
             return io.NodeOutput(model.clone())
         prompt_in("reference_conditioning", reference_conditioning)
+        _check_family(model, [s.share.prompt for s in subjects], background_prompt, cross_attention)
         named = [(subject.share.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
         prompts = [at_model(prompt, model, name) for prompt, name in named]
         background = at_model(token_prompt("background prompt", background_prompt), model, "The background prompt")
@@ -269,3 +271,20 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             return io.NodeOutput(model.clone())
         edit = RoutedReferenceAttention(chosen["self"] | prompted, window, routing, tuple(shares))
         return io.NodeOutput(add_edit(model, edit))
+
+
+def _check_family(model: Any, prompts: Sequence[Any], background: Any, cross_attention: str) -> None:
+    """Raises ValueError for what a transformer's layers cannot do."""
+    family = family_of(model)
+    if not isinstance(family, Transformer):
+        return
+    if background is not None or any(prompt is not None for prompt in prompts):
+        raise ValueError(
+            f"{family.name} has no layers that could read an image prompt by themselves, which U-Nets have; connect "
+            "none, and no background prompt."
+        )
+    if cross_attention == SKIPPED:
+        raise ValueError(
+            f"cross_attention is '{SKIPPED}', but in {family.name} prompt and picture are not attended to apart as in "
+            f"U-Nets; set it to '{KEPT}'."
+        )

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..patches.sites import CHOICES
+from ..patches.sites import CHOICES, USUAL
 
 CATEGORY = "Subject Patches"
 # The menu's folders, by what somebody wants to do.
@@ -12,6 +12,8 @@ SEVERAL = f"{CATEGORY}/several subjects"
 CONCEPT = f"{CATEGORY}/concept"
 RETOUCH = f"{CATEGORY}/retouch"
 INSPECT = f"{CATEGORY}/inspect"
+# What tooltips say of the models that a node takes.
+FAMILIES = "SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma or Qwen-Image"
 
 # A tuple of patches.subject.Subject.
 SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
@@ -39,7 +41,7 @@ SHARES = (
 
 def model_input() -> io.Model.Input:
     """The MODEL of a node that patches it."""
-    return io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is.")
+    return io.Model.Input("model", tooltip=f"{FAMILIES}. The given model stays as it is.")
 
 
 def model_output() -> io.Model.Output:
@@ -53,11 +55,9 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", **bounds, control_after_generate=False, tooltip=tooltip, optional=True, advanced=True)
 
 
-def sites_input(default: str, tooltip: str) -> io.Combo.Input:
+def sites_input(tooltip: str) -> io.Combo.Input:
     """Which attention layers a node acts in."""
-    return io.Combo.Input(
-        "sites", options=list(CHOICES), default=default, tooltip=tooltip, optional=True, advanced=True
-    )
+    return io.Combo.Input("sites", options=list(CHOICES), default=USUAL, tooltip=tooltip, optional=True, advanced=True)
 
 
 def window_inputs(acts: str) -> list[io.Float.Input]:
@@ -84,5 +84,6 @@ def named_sites_input() -> io.String.Input:
         default="",
         optional=True,
         advanced=True,
-        tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, output.4.0",
+        tooltip="With sites set to 'named': blocks in the host's words, for example: middle, output.3, "
+        "output.4.0; of a transformer: double.3, single.0-12, or block.5.",
     )

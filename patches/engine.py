@@ -63,6 +63,7 @@ def _sample(
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
+    _check_frames(noise)
     # Some samplers write into the levels they are given (uni_pc), and the host keeps these for the next run.
     sigmas = sigmas.clone()
     start = _start(guider.model_patcher, noise, latent_image, sigmas)
@@ -79,6 +80,15 @@ def _sample(
     finally:
         del options[SESSION]
         session.close()
+
+
+def _check_frames(noise: Tensor) -> None:
+    """Raises ValueError for the latents of a video of several frames."""
+    if noise.ndim > 4 and noise.shape[2] > 1:
+        raise ValueError(
+            f"The latent is of a video of {noise.shape[2]} frames, but the nodes of Subject Patches act in pictures; "
+            "give a latent of one frame."
+        )
 
 
 def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Start:

@@ -55,13 +55,19 @@ def known_prompt(seed: int = 1, length: int = 7, width: int = CONTEXT, **values:
     return prompt(seed, length, width, **{SPANS_KEY: spans, BRANCH_KEY: CONCEPT, **values})
 
 
-def reference(seed: int = 0, size: tuple[int, int] = (6, 8), channels: int = 4, masked: bool = True) -> Reference:
+def reference(
+    seed: int = 0,
+    size: tuple[int, int] = (6, 8),
+    channels: int = 4,
+    masked: bool = True,
+    frames: tuple[int, ...] = (),
+) -> Reference:
     """A picture of a subject as Subject Reference makes it: random latents, the left two thirds its own."""
     source = generator(1000 + seed)
     mask = torch.zeros(1, *size)
     mask[:, :, : -(-2 * size[1] // 3)] = 1
     image = torch.rand(1, 8 * size[0], 8 * size[1], 3, generator=source)
-    return Reference(image, torch.randn(1, channels, *size, generator=source), mask if masked else None)
+    return Reference(image, torch.randn(1, channels, *frames, *size, generator=source), mask if masked else None)
 
 
 def subject(

@@ -7,13 +7,15 @@ from typing import Any
 from ..sites import USUAL, Site, select_sites
 from .family import Family
 from .flux import FLUXES
+from .mmdit import MMDITS
+from .qwen import QWENS
 from .transformer import Tokens, Transformer
 from .unet import UNETS
 
 __all__ = ["FAMILIES", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
 
 # A description of the host's may be a subclass of another's: the more particular family comes first.
-FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES)
+FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *QWENS, *MMDITS)
 
 
 def family_of(model: Any) -> Family:

@@ -23,7 +23,7 @@ class Flux(Transformer):
     tells: bool = True
 
     def context_width(self, model: Any) -> int:
-        return model.model.diffusion_model.params.context_in_dim
+        return model.model.diffusion_model.txt_in.in_features
 
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
         # FLUX Fill: the known picture as the VAE gave it, with nothing of it hidden.
@@ -31,7 +31,7 @@ class Flux(Transformer):
         return {"latent_image": known, "concat_latent_image": inner.process_latent_out(known), "concat_mask": hidden}
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.params.axes_dim, network.params.theta))
+        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
 
     def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
         # Axes: an index of pictures, height, width; of FLUX.2 a fourth. The picture's first column is 0.

@@ -1,0 +1,105 @@
+"""Recycled attention in a transformer, computed densely by a raw override of the host's attention, without the pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.samplers import encode_model_conds
+from subject_patches.patches.subject import Subject
+from subject_patches.tests import dense
+from subject_patches.tests.models import Conditioning, generator
+from torch import Tensor
+
+NAMES = ("q", "k", "v", "heads", "mask")
+
+
+def arguments(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Query, key and value (rows, tokens, channels) of one call of the host's attention, and its heads."""
+    given = {**dict(zip(NAMES, args, strict=False)), **named}
+    heads = given["heads"]
+
+    def flat(tokens: Tensor) -> Tensor:
+        if named.get("skip_reshape"):
+            tokens = tokens.repeat_interleave(heads // tokens.shape[1], 1).transpose(1, 2)
+        return tokens.flatten(2)
+
+    return flat(given["q"]), flat(given["k"]), flat(given["v"]), heads
+
+
+def forward(model: Any, latents: Tensor, sigma: float, positive: Conditioning, options: dict[str, Any]) -> Tensor:
+    """One forward of the model on a prompt, as the host encodes it."""
+    (tokens, values), *_ = positive
+    entry = {**values, "cross_attn": tokens, "model_conds": {}}
+    (encoded,) = encode_model_conds(
+        model.model.extra_conds, [entry], torch.zeros_like(latents), latents.device, "positive", seed=None
+    )
+    given = {name: cond.cond for name, cond in encoded["model_conds"].items()}
+    return model.model.apply_model(latents, torch.tensor([sigma]), transformer_options=options, **given)
+
+
+@dataclass
+class ByHand:
+    """An override that lets the picture of the conditioned chunk attend to a reference, which it runs at the noise
+    level of each step. `begins` says where among so many keys a picture of so many tokens begins. Only with plain
+    guidance."""
+
+    model: Any
+    who: Subject
+    positive: Conditioning
+    latent: tuple[int, int]
+    patch: int
+    begins: Callable[[int, int], int] = lambda keys, count: keys - count
+    seed: int = 0
+    sigma: float = float("nan")
+    calls: int = 0
+    lent: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def grid(self, latent: tuple[int, int]) -> tuple[int, int]:
+        return tuple(-(-side // self.patch) for side in latent)
+
+    def lend(self, sigma: float) -> None:
+        reference = self.who.references[0]
+        clean = self.model.model.process_latent_in(reference.latents)
+        noise = torch.randn(clean.shape[1:], generator=generator(self.seed))[None]
+        noisy = self.model.model.model_sampling.noise_scaling(torch.tensor(sigma), noise, clean)
+        height, width = self.grid(clean.shape[-2:])
+        inside = torch.nn.functional.adaptive_avg_pool2d(reference.mask, (height, width)).flatten() >= 0.5
+        self.lent.clear()
+
+        def keep(function: Any, *args: Any, **named: Any) -> Tensor:
+            query, key, value, _ = arguments(args, named)
+            if query.shape[1] == key.shape[1] and query.shape[1] >= height * width:
+                start = self.begins(key.shape[1], height * width)
+                own = slice(start, start + height * width)
+                self.lent.append((key[:, own][:, inside], value[:, own][:, inside]))
+            return function(*args, **named)
+
+        forward(self.model, noisy, sigma, self.positive, {"optimized_attention_override": keep})
+
+    def __call__(self, function: Any, *args: Any, **named: Any) -> Tensor:
+        options = named["transformer_options"]
+        sigma = float(options["sigmas"][0])
+        if sigma != self.sigma:
+            self.lend(sigma)
+            self.sigma, self.calls = sigma, 0
+        output = function(*args, **named)
+        query, key, value, heads = arguments(args, named)
+        height, width = self.grid(self.latent)
+        if query.shape[1] != key.shape[1] or query.shape[1] < height * width:
+            return output
+        mine, theirs = self.lent[self.calls % len(self.lent)]
+        self.calls += 1
+        start = self.begins(key.shape[1], height * width)
+        own, chunks = slice(start, start + height * width), options["cond_or_uncond"]
+        size = len(query) // len(chunks)
+        result = output.clone()
+        for number, chunk in enumerate(chunks):
+            rows = slice(number * size, (number + 1) * size)
+            if chunk == 0:
+                keys = torch.cat([key[rows], mine.expand(size, -1, -1)], 1)
+                values = torch.cat([value[rows], theirs.expand(size, -1, -1)], 1)
+                result[rows, own] = dense.attention(query[rows, own], keys, values, heads).to(output)
+        return result
