@@ -250,6 +250,14 @@ class AttentionCall:
         return 1 - torch.stack(shares).softmax(0)[0]
 
 
+def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
+    """Which of a self- or cross-attention's keys (rows, tokens, channels) are the prompt's: all of a cross-attention's,
+    unless another pack changed their number."""
+    if site.kind != "cross" or "model_conds" not in chunk.conditioning or key.shape[1] % chunk.length:
+        return None
+    return slice(0, key.shape[1])
+
+
 def head_split(tokens: Tensor, heads: int) -> Tensor:
     """(rows, tokens, channels) to (rows, heads, tokens, channels / heads) in float32."""
     return tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)

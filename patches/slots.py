@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall, prompt_keys
 from .execution import Attend, execute
 from .recording import Recording
 from .session import Forward, Session
@@ -66,13 +66,6 @@ def _grid(query: Tensor, extra: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height * width == query.shape[1] else None
 
 
-def _prompt(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
-    """The keys that are the prompt's: all of a cross-attention's, unless another pack changed their number."""
-    if site.kind != "cross" or not chunk.conditioning.get("model_conds") or key.shape[1] % chunk.length:
-        return None
-    return slice(0, key.shape[1])
-
-
 def recorder(recording: Recording, site: Site, attention: Patch = plain) -> Patch:
     """A patch that computes a layer, as it is or with an editor's patch, and keeps its features for a stream."""
 
@@ -102,8 +95,8 @@ def editor(session: Session, forward: Forward, site: Site) -> Patch:
         for chunk in forward.chunks:
             rows = chunk.rows
             call = AttentionCall(
-                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid, _prompt(site, key, chunk),
-                project=partial(session.project, site),
+                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid,
+                prompt=prompt_keys(site, key[rows], chunk), project=partial(session.project, site),
             )  # fmt: skip
             session.amend(call)
             calls.append(call)

@@ -103,7 +103,7 @@ def test_subject_of_another_vae(model: Any) -> None:
     [
         ({"sites": "named", "named_sites": "output.9"}, r"'output\.9' names no self-attention of this model; it has "),
         ({"sites": "named", "named_sites": " , "}, r"named blocks but none is named; write for example: middle, out"),
-        ({"sites": "everything"}, r"one of decoder, encoder, encoder and decoder, named, not 'everything'"),
+        ({"sites": "everything"}, r"one of usual, decoder, encoder, encoder and decoder, named, not 'everything'"),
     ],
 )
 def test_sites(values: dict[str, Any], message: str, model: Any) -> None:
@@ -113,24 +113,18 @@ def test_sites(values: dict[str, Any], message: str, model: Any) -> None:
 
 # Families
 
-KNOWN = "it knows SD 1.x, SD 2.x, SDXL"
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
+KNOWN = "it knows SD 1.x, SD 2.x, SDXL, SDXL refiner, FLUX.2, Chroma, FLUX.1, Qwen-Image, SD 3.5"
+AURA = {
+    "in_channels": 4,
+    "out_channels": 4,
     "patch_size": 2,
-    "vec_in_dim": 8,
-    "context_in_dim": 8,
-    "hidden_size": 16,
-    "mlp_ratio": 2.0,
-    "num_heads": 1,
-    "depth": 1,
-    "depth_single_blocks": 1,
-    "axes_dim": [4, 6, 6],
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": False,
-    "txt_ids_dims": [],
+    "dim": 64,
+    "n_layers": 2,
+    "n_double_layers": 1,
+    "n_heads": 4,
+    "global_conddim": 64,
+    "cond_seq_dim": 32,
+    "max_seq": 64,
 }
 VIDEO = {
     **SMALL,
@@ -146,7 +140,7 @@ VIDEO = {
 
 
 OTHERS = {
-    "Flux": model_of(comfy.supported_models.Flux, FLUX),
+    "AuraFlow": model_of(comfy.supported_models.AuraFlow, AURA),
     "SVD_img2vid": model_of(comfy.supported_models.SVD_img2vid, VIDEO),
 }
 

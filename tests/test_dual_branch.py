@@ -14,7 +14,7 @@ import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
 from subject_patches.patches.dual_branch import (
     BRANCH_KEY,
     BranchTokens,
@@ -142,6 +142,7 @@ def test_the_authors_outputs_by_the_edit(golden: Case) -> None:
     rows = golden.rows("aux")
     plain = [attend(case["heads"])(query, key, value, None)]
     features = {"query": query[rows], "key": key[rows], "value": value[rows], "output": plain[0][rows]}
+    features |= {"prompt_key": features["key"], "prompt_output": features["output"]}
     kept = branch.keep(SITE, (height, width), {part: features[part] for part in parts})
     outputs = []
     is_open = edit.window.contains(float(sampling.sigmas[case["time"]]), sampling.percent_to_sigma)
@@ -153,7 +154,8 @@ def test_the_authors_outputs_by_the_edit(golden: Case) -> None:
         if group == "concept":
             entry[BRANCH_KEY] = golden.tokens("custom")
         chunk = Chunk(mine, group, group == "concept", entry, (8 * height, 8 * width))
-        call = AttentionCall(query[mine], key[mine], value[mine], case["heads"], SITE, chunk, (height, width))
+        prompt = prompt_keys(SITE, key[mine], chunk)
+        call = AttentionCall(query[mine], key[mine], value[mine], case["heads"], SITE, chunk, (height, width), prompt)
         if is_open and run.wants(chunk):
             run.amend(call, 1.0, lambda stream: kept if stream is branch else None)
             (note,) = call.notes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
 from subject_patches.patches.execution import execute
 from subject_patches.patches.layout import LayoutBias, at_grid, eta, irrelevant_to, logit_deviation, region_values
 from subject_patches.patches.layout_regions import Layout, Region
@@ -72,7 +72,7 @@ def golden_call(golden: Case) -> AttentionCall:
     entry = {SPANS_KEY: spans, "model_conds": {"c_crossattn": CONDCrossAttn(context)}}
     chunk = Chunk(slice(0, len(context)), "positive", golden.guided, entry, (8 * golden.grid[0], 8 * golden.grid[1]))
     query, key, value = given["x"] @ given["w.to_q.weight"].T, *(context @ given[f"w.to_{n}.weight"].T for n in "kv")
-    return AttentionCall(query, key, value, case["heads"], SITE, chunk, golden.grid)
+    return AttentionCall(query, key, value, case["heads"], SITE, chunk, golden.grid, prompt_keys(SITE, key, chunk))
 
 
 def golden_edit(golden: Case) -> LayoutBias:

@@ -143,5 +143,5 @@ def test_defaults_are_the_authors() -> None:
     assert (defaults["eta"], defaults["weaken"], defaults["sites"]) == (
         "fading",
         "everywhere outside",
-        "encoder and decoder",
+        "usual",
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.patches.attention_maps import attention_maps, normalised, resized, smoothed
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.map_router import MapRouter, route_of_maps, tokens_in_turn
@@ -46,7 +46,9 @@ def cross_call(
     if spans is not None:
         conditioning["subject_patches_spans"] = spans
     chunk = Chunk(slice(0, 2), "positive", True, conditioning, (8, 12))
-    return AttentionCall(query, key, torch.randn(key.shape, generator=source), 2, CROSS, chunk, grid)
+    return AttentionCall(
+        query, key, torch.randn(key.shape, generator=source), 2, CROSS, chunk, grid, prompt_keys(CROSS, key, chunk)
+    )
 
 
 class Encoded:
@@ -126,7 +128,8 @@ def test_maps_of_a_prompt_that_the_host_repeats() -> None:
 
 def test_no_maps_where_another_pack_changed_the_tokens() -> None:
     call = cross_call(turns=2)
-    call.key = call.key[:, :-1]
+    assert prompt_keys(CROSS, call.key[:, :-1], call.chunk) is None
+    call.prompt = None
     assert attention_maps(call, [[2]]) is None
 
 

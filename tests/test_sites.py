@@ -66,7 +66,7 @@ def test_menu_choices() -> None:
     assert names("encoder") == ["input.1.0", "input.3.0"]
     assert sorted(names("encoder and decoder")) == sorted(names("decoder") + names("encoder"))
     assert names("decoder", kind="cross") == names("decoder")
-    assert set(CHOICES) == {"decoder", "encoder", "encoder and decoder", "named"}
+    assert set(CHOICES) == {"usual", "decoder", "encoder", "encoder and decoder", "named"}
 
 
 @pytest.mark.parametrize(
