@@ -20,12 +20,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .companion import OfThePictureError, companion_call, companion_options, silenced
 from .edit import Edit, Start
 from .families import Transformer, family_of
-from .identity import STEP_CACHES
 from .openings import opened
 from .recording import Recording
-from .session import UNCONDITIONED, Session
+from .session import UNCONDITIONED, Forward, Session
 from .sites import Site
 from .slots import composed, editor, plain, recorder
 from .streams import Denoising, Stream
@@ -117,8 +117,9 @@ def _predict_noise(
         return executor(x, timestep, model_options, seed)
     session.enter(executor.class_obj, x, timestep)
     requests = session.requests(model_options)
+    options = companion_options(model_options, KEY) if requests else {}
     for stream, sites, parts in requests:
-        _run_stream(session, stream, sites, parts, timestep, model_options)
+        _run_stream(session, stream, sites, parts, timestep, options)
     branches = list(dict.fromkeys(stream for stream, *_ in requests if isinstance(stream, Denoising)))
     if not branches:
         return executor(x, timestep, model_options, seed)
@@ -133,7 +134,7 @@ def _predict_noise(
     guidance = _guidance(seen[0]) if seen else None
     if guidance is not None:
         for branch in branches:
-            _guide(session, branch, guidance, timestep, model_options)
+            _guide(session, branch, guidance, timestep, options)
     return result
 
 
@@ -152,7 +153,7 @@ def _guide(
     branch: Denoising,
     guidance: dict[str, Any],
     timestep: Tensor,
-    model_options: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Gives a branch the generation's guidance at this noise level: its unconditional prediction, or one for the
     branch's own latents."""
@@ -162,8 +163,8 @@ def _guide(
             return
         latents = branch.latents(session.sigma, session.noise_scaling).to(timestep)
         conditioning = session.stripped(branch, session.in_force(guidance["uncond"]))
-        options = _stream_options(model_options, Recording(branch, (), None, session.run))
-        unconditional = _predict(session, conditioning, latents, timestep, session.sigma, options)
+        recording = Recording(branch, (), None, session.run)
+        unconditional = _predict(session, recording, conditioning, latents, timestep, session.sigma, options)
     branch.guided(session.sigma, guidance["cond_scale"], latents, unconditional)
 
 
@@ -173,53 +174,41 @@ def _run_stream(
     sites: frozenset[Site],
     parts: tuple[str, ...],
     timestep: Tensor,
-    model_options: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    recording = session.recording(stream, sites, parts, model_options, timestep.device)
+    recording = session.recording(stream, sites, parts, options, timestep.device)
     if recording.complete:
         return
     level = session.level(stream)
     latents = stream.latents(level, session.noise_scaling).to(timestep)
     conditioning, _ = session.stream_conditioning(stream)
-    options = _stream_options(model_options, recording)
-    prediction = _predict(session, conditioning, latents, timestep, level, options)
+    prediction = _predict(session, recording, conditioning, latents, timestep, level, options)
     stream.denoised(level, prediction)
     recording.finish(comfy.model_management.unet_offload_device())
 
 
 def _predict(
     session: Session,
+    recording: Recording,
     conditioning: list[dict[str, Any]],
     latents: Tensor,
     timestep: Tensor,
     level: float,
     options: dict[str, Any],
 ) -> Tensor:
-    """A companion's pass at a noise level: the model's prediction of its clean latents."""
+    """A companion's pass at a noise level: the model's prediction of its clean latents. Where another pack's patch
+    turns out to belong to the picture, the pass begins again without it; so what a pass gives does not depend on which
+    passes were needed before."""
     sigma = timestep.new_full((len(latents),), level)
-    with _own_randomness(timestep.device):
-        return comfy.samplers.calc_cond_batch(session.guider.inner_model, [conditioning], latents, sigma, options)[0]
-
-
-def _stream_options(model_options: dict[str, Any], recording: Recording) -> dict[str, Any]:
-    """The run's options for a companion's pass, without the host's step caches: these take every pass for a step of
-    the picture's, and would skip a companion's or be reset by it."""
-    options = model_options["transformer_options"]
-    wrappers = {
-        kind: {key: listed for key, listed in keyed.items() if key not in STEP_CACHES}
-        for kind, keyed in options.get("wrappers", {}).items()
-    }
-    options = {**options, "wrappers": wrappers, RECORDING: recording}
-    if recording.stream.how.without_cross_attention:
-        patches = options.get("patches", {})
-        # What a layer adds to its input, output projection and its bias included, and whoever made it.
-        silent = [*patches.get("attn2_output_patch", ()), _nothing]
-        options["patches"] = {**patches, "attn2_output_patch": silent}
-    return {**model_options, "transformer_options": options}
-
-
-def _nothing(output: Tensor, extra: dict[str, Any]) -> Tensor:
-    return torch.zeros_like(output)
+    given = {**options, "transformer_options": {**options["transformer_options"], RECORDING: recording}}
+    while True:
+        try:
+            with _own_randomness(timestep.device):
+                return comfy.samplers.calc_cond_batch(
+                    session.guider.inner_model, [conditioning], latents, sigma, given
+                )[0]  # fmt: skip
+        except OfThePictureError as found:
+            recording.begin_again(found.owner)
 
 
 @contextmanager
@@ -252,15 +241,36 @@ def _apply_model(
             # Without sites it is the pass for a branch's guidance, which no prompt conditions.
             denoises = isinstance(recording.stream, Denoising) and recording.sites
             forward = session.branch(recording.stream, x.shape[0]) if denoises else None
-        if isinstance(session.family, Transformer):
-            if forward is not None or recording is not None:
-                options = opened(
-                    session, forward, recording, executor.class_obj.diffusion_model, x, c_crossattn, options
-                )
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
         if recording is not None:
-            patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}
-        if patches:
-            options = {**options, "patches_replace": composed(options.get("patches_replace", {}), patches)}
+            options = companion_call(options, recording.left_out)
+            if recording.stream.how.without_cross_attention:
+                # What a layer adds to its input, output projection and its bias included, and whoever made it.
+                listed = options["patches"].get("attn2_output_patch", [])
+                options["patches"]["attn2_output_patch"] = [*listed, silenced]
+        else:
+            # A compiled network remembers what its options are named, and would miss ours in another run.
+            options = {name: value for name, value in options.items() if name not in (KEY, SESSION)}
+        if forward is not None or recording is not None:
+            options = _patched(session, forward, recording, executor.class_obj.diffusion_model, x, c_crossattn, options)
+            # The host's node for torch.compile lets a network go on with the patches that it was traced with.
+            with torch.compiler.set_stance("force_eager"):
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _patched(
+    session: Session,
+    forward: Forward | None,
+    recording: Recording | None,
+    network: Any,
+    x: Tensor,
+    context: Tensor | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The options of one forward with what edits and recordings have to do in it."""
+    if isinstance(session.family, Transformer):
+        return opened(session, forward, recording, network, x, context, options)
+    patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
+    if recording is not None:
+        patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}
+    return {**options, "patches_replace": composed(options.get("patches_replace", {}), patches)} if patches else options

@@ -12,12 +12,9 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-# Under these names the host keeps what skips steps: they never act on a companion's pass.
-STEP_CACHES = frozenset({"easycache", "lazycache"})
 # What the host puts there for one run, and functions that act after the model.
 _RUN_OPTIONS = frozenset(
     {
-        *STEP_CACHES,
         "sample_sigmas",
         "sampler_post_cfg_function",
         "sampler_pre_cfg_function",

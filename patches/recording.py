@@ -14,7 +14,8 @@ from .streams import Features, Stream
 
 @dataclass
 class Recording:
-    """A stream's features at one noise level: those the cache had, and those still to be recorded at `sites`."""
+    """A stream's features at one noise level: those the cache had, and those still to be recorded at `sites`.
+    `left_out` are the other packs' patches that the pass runs without; see `companion.py`."""
 
     stream: Stream
     parts: tuple[str, ...]
@@ -22,6 +23,7 @@ class Recording:
     run: object
     sites: frozenset[Site] = frozenset()
     features: dict[Site, Features] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def complete(self) -> bool:
@@ -37,6 +39,12 @@ class Recording:
     def record(self, site: Site, grid: tuple[int, int], features: Features) -> None:
         """Keeps what the stream wants of a site's features."""
         self.features[site] = self.stream.keep(site, grid, {part: features[part] for part in self.parts})
+
+    def begin_again(self, without: str) -> None:
+        """The pass is to be run once more, without another pack's patches."""
+        self.left_out.add(without)
+        for site in self.sites:
+            self.features.pop(site, None)
 
     def finish(self, offload: torch.device) -> None:
         """Gives what was recorded to the stream's cache."""

@@ -14,6 +14,7 @@ from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
 from .call import BRANCH, AttentionCall, Chunk
+from .companion import acting_on_companions
 from .edit import Edit, Request
 from .families import Family
 from .identity import Same, digest_of, foreign_patches
@@ -198,17 +199,18 @@ class Session:
     # Streams
 
     def recording(
-        self, stream: Stream, sites: frozenset[Site], parts: tuple[str, ...], model_options: dict[str, Any], device: Any
+        self, stream: Stream, sites: frozenset[Site], parts: tuple[str, ...], options: dict[str, Any], device: Any
     ) -> Recording:
-        """The recording of a stream at this noise level, with what its cache has; what is missing is in `sites`."""
+        """The recording of a stream at this noise level, with what its cache has; what is missing is in `sites`.
+        `options` are those of companions' passes."""
         place = (id(stream), parts)
         if place not in self.recordings:
-            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, model_options), self.run)
+            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, options), self.run)
         recording = self.recordings[place]
         recording.load(sites, device)
         return recording
 
-    def _cache_key(self, stream: Stream, model_options: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _cache_key(self, stream: Stream, options: dict[str, Any]) -> tuple[Any, ...] | None:
         identity = stream.identity()
         if stream.cache is None or identity is None:
             return None
@@ -222,7 +224,8 @@ class Session:
             # How the host's bypassed LoRAs act.
             injected = foreign_patches(patcher.injections, self.own_key)
             weights = (Same(inner), patcher.patches_uuid, objects, injected, inner.get_dtype_inference())
-            self._model_key = (weights, foreign_patches(model_options, self.own_key))
+            acting = acting_on_companions(options, patcher.model_options)
+            self._model_key = (weights, foreign_patches(acting, self.own_key))
         return (self._model_key, digest, self.level(stream), identity)
 
     def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:

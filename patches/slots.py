@@ -42,7 +42,7 @@ def _filled(patch: Patch, other: Any) -> Callable[[Tensor, Tensor, Tensor, dict[
 
 def _host_attention(extra: dict[str, Any]) -> Attend:
     """The host's own attention for a layer, with the overrides that other packs have set."""
-    heads, precision = extra["n_heads"], extra["attn_precision"]
+    heads, precision = extra["n_heads"], extra.get("attn_precision")
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.sample
@@ -90,6 +91,34 @@ def latent_noise(
 def frames_of(model: Any) -> tuple[int, ...]:
     """What lies between channels and height in the shape of a MODEL's latents for one picture: (1,) or ()."""
     return (1,) * (model.model.latent_format.latent_dimensions - 2)
+
+
+def counted(model: Any, calls: list[int]) -> Any:
+    """A clone that writes down the rows of every call of the model, companions' included: as a patch of a layer that
+    treats each row by itself, since what wraps a call sees the picture's only."""
+
+    def count(embedding: Tensor, *_: Any) -> Tensor:
+        calls.append(len(embedding))
+        return embedding
+
+    clone = model.clone()
+    clone.set_model_emb_patch(count)
+    return clone
+
+
+@contextmanager
+def inputs_of(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """What a model's network is called with meanwhile, whoever calls it: its latents "x", "timesteps" and the rest."""
+    seen: list[dict[str, Any]] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({**kwargs, "x": args[0].clone(), "timesteps": args[1]})
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def levels(model: Any, steps: int) -> Tensor:

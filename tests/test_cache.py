@@ -9,13 +9,21 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy.sd import load_bypass_lora_for_models
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.sites import Site
 from subject_patches.patches.subject import MEGABYTE
-from subject_patches.tests.models import generator, latent_noise, prompt, recycled, sample, small_model, subject
+from subject_patches.tests.models import (
+    counted,
+    generator,
+    latent_noise,
+    prompt,
+    recycled,
+    sample,
+    small_model,
+    subject,
+)
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -111,18 +119,6 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
-
-
-def counted(model: Any, calls: list[int]) -> Any:
-    """A clone that writes down the rows of every call of the model, the reference pass's included."""
-
-    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(len(x))
-        return executor(x, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", count)
-    return clone
 
 
 def passes(patched: Any, calls: list[int], **run: Any) -> tuple[Tensor, int]:

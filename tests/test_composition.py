@@ -258,11 +258,10 @@ def test_all_of_them_at_once(model: Any) -> None:
     assert difference(result, sample(together, size=(12, 16))) > FEW
 
 
-def test_layers_that_another_pack_skips_lend_nothing(model: Any) -> None:
-    # As step caches of other packs do: the whole U-Net is passed over now and then.
+def test_what_wraps_a_call_of_the_model_sees_the_pictures_only(model: Any) -> None:
     def skipping(executor: Any, x: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(x) if len(x) == 1 else executor(x, timesteps, *args, **kwargs)
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", skipping)
-    assert torch.equal(sample(recycled(clone)), sample(model))
+    assert torch.equal(sample(recycled(clone)), sample(recycled(model)))

@@ -14,7 +14,6 @@ import folder_paths
 import pytest
 import torch
 from comfy.cldm.cldm import ControlNet
-from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from hosting.random_models import fill
@@ -29,6 +28,7 @@ from subject_patches.tests.models import (
     Conditioning,
     difference,
     generator,
+    inputs_of,
     prompt,
     randn,
     recycled,
@@ -159,16 +159,9 @@ def test_regions_are_cropped_with_their_area(name: str, model: Any) -> None:
 
 
 def test_the_reference_reads_the_prompt_in_force(model: Any) -> None:
-    read: list[Tensor] = []
-
-    def note(executor: Any, x: Tensor, t: Tensor, concat: Any, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[-2:] == (6, 8):
-            read.append(context.clone())
-        return executor(x, t, concat, context, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", note)
-    sample(recycled(clone), positive=ranged(1, 0.0, 0.5) + ranged(3, 0.5, 1.0), steps=4, size=SIZE)
+    with inputs_of(model) as calls:
+        sample(recycled(model), positive=ranged(1, 0.0, 0.5) + ranged(3, 0.5, 1.0), steps=4, size=SIZE)
+    read = [call["context"] for call in calls if call["x"].shape[-2:] == (6, 8)]
     prompts = [prompt(1)[0][0], prompt(3)[0][0]]
     assert [[torch.equal(tokens, other) for other in prompts] for tokens in read] == [[True, False]] * 2 + [
         [False, True]

@@ -7,11 +7,11 @@ from typing import Any
 import node_helpers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 from subject_patches.tests.models import (
     Conditioning,
     difference,
     generator,
+    inputs_of,
     prompt,
     recycled,
     sample,
@@ -51,22 +51,11 @@ def is_inpainting(model: Any) -> bool:
     return model.model.diffusion_model.in_channels == 9
 
 
-def noting(model: Any, inputs: list[tuple[Tensor, Tensor]]) -> Any:
-    """A clone that writes down the latents and the extra channels of every call of the model."""
-
-    def note(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        inputs.append((x.clone(), c_concat.clone()))
-        return executor(x, t, c_concat, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", note)
-    return clone
-
-
 def test_reference_pass_shows_an_inpainting_model_the_whole_reference(model: Any) -> None:
-    inputs: list[tuple[Tensor, Tensor]] = []
     who = subject()
-    paint(recycled(noting(model, inputs), (who,)), painted())
+    with inputs_of(model) as calls:
+        paint(recycled(model, (who,)), painted())
+    inputs = [(call["x"], call["x"][:, 4:]) for call in calls]
     clean = who.references[0].latents
     passes = [extra for x, extra in inputs if x.shape[-2:] == clean.shape[-2:]]
     assert len(passes) == 2

@@ -10,7 +10,6 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
 from subject_patches.nodes.retouch import MultiSourceSwapNode
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
@@ -23,7 +22,9 @@ from subject_patches.tests.layouts import box
 from subject_patches.tests.look import Look
 from subject_patches.tests.models import (
     FeatureCache,
+    counted,
     difference,
+    inputs_of,
     known_prompt,
     prompt,
     randn,
@@ -72,18 +73,6 @@ def test_the_mask_blends_the_layouts_output(model: Any) -> None:
     assert difference(seen.output[:, ~places], kept[0][:, ~places]) > 0.01
 
 
-def counting(model: Any, rows: list[int]) -> Any:
-    """A clone that adds the rows of every pass of the model to `rows`."""
-
-    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows[0] += len(x)
-        return executor(x, *args, **kwargs)
-
-    counted = model.clone()
-    counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", count)
-    return counted
-
-
 def fresh(*seeds: int) -> list[Any]:
     return [trajectory(randn(1, 4, 8, 8, seed=seed)) for seed in seeds]
 
@@ -94,21 +83,21 @@ MASK = AdaptiveMask(box(30, 20, 6, 4, 22, 15).float()[None], "subject")
 @pytest.mark.parametrize(("apply_to", "each"), [("both", 2), ("cond only", 1)])
 def test_what_it_costs(apply_to: str, each: int, model: Any) -> None:
     """Two of ten steps run the layout, the others the reference, and the last four both; the next picture none."""
-    rows = [0]
-    patched = counting(swapped(model, *fresh(1, 2), blend_mask=MASK, apply_to=apply_to), rows)
+    rows: list[int] = []
+    patched = counted(swapped(model, *fresh(1, 2), blend_mask=MASK, apply_to=apply_to), rows)
     first = sample(patched, steps=10)
-    assert rows == [20 + each * (10 + 4)]
+    assert sum(rows) == 20 + each * (10 + 4)
     again = sample(patched, steps=10, seed=6)
-    assert rows == [20 + each * (10 + 4) + 20]
+    assert sum(rows) == 20 + each * (10 + 4) + 20
     assert torch.equal(sample(patched, steps=10), first)
     assert not torch.equal(again, first)
 
 
 def test_nothing_is_run_for_a_prompt_that_is_left_out(model: Any) -> None:
     """At CFG 1 the host leaves the negative prompt out."""
-    rows = [0]
-    sample(counting(swapped(model, *fresh(1, 2), blend_mask=MASK), rows), steps=10, cfg=1.0)
-    assert rows == [10 + 10 + 4]
+    rows: list[int] = []
+    sample(counted(swapped(model, *fresh(1, 2), blend_mask=MASK), rows), steps=10, cfg=1.0)
+    assert sum(rows) == 10 + 10 + 4
 
 
 def test_a_cache_too_small_changes_nothing(model: Any) -> None:
@@ -225,21 +214,17 @@ def test_a_velocity_model(model: Any) -> None:
 def test_the_model_runs_on_the_kept_latents(model: Any) -> None:
     """At every noise level of the sampler, bit for bit, and not on what a replay would drift to."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
-    seen: dict[float, Tensor] = {}
-
-    def look(executor: Any, x: Tensor, t: Tensor, *args: Any) -> Tensor:
-        # A layout's pass comes before the picture's.
-        seen.setdefault(float(t[0]), x.clone())
-        return executor(x, t, *args)
-
     with torch.inference_mode():
         given = ({"samples": randn(1, 4, 8, 8)}, sigmas, None, prompt(1))
         layout = InvertToTrajectoryNode.execute(model, *given).args[0]
     patched = swapped(model, layout, lambda2=1.0)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", look)
-    sample(patched, steps=4, cfg=1.0)
-    assert list(seen) == sigmas[:-1].tolist()
-    assert all(torch.equal(x, state) for x, state in zip(seen.values(), layout.states[:-1], strict=True))
+    with inputs_of(model) as seen:
+        sample(patched, steps=4, cfg=1.0)
+    scaled = model.get_model_object("model_sampling").calculate_input
+    assert len(seen) == 8
+    # A layout's pass comes before the picture's.
+    for call, sigma, state in zip(seen[::2], sigmas[:-1], layout.states[:-1], strict=True):
+        assert torch.equal(call["x"], scaled(sigma[None], state))
 
 
 # Bad input

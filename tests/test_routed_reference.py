@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from subject_patches.tests import dense
 from subject_patches.tests.look import Look
 from subject_patches.tests.models import (
     CONTEXT,
+    counted,
     difference,
     generator,
     map_router,
@@ -179,16 +179,6 @@ def test_nearly_clean_without_cross_attention(model: Any) -> None:
             torch.testing.assert_close(extension.key, kept[seen.call.site][0], rtol=0, atol=1e-4)
             torch.testing.assert_close(extension.value, kept[seen.call.site][1], rtol=0, atol=1e-4)
     assert len(seen_sigmas) == 2
-
-
-def counted(model: Any, rows: list[int]) -> Any:
-    def wrapped(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        rows.append(len(arguments["input"]))
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
-
-    patched = model.clone()
-    patched.set_model_unet_function_wrapper(wrapped)
-    return patched
 
 
 @pytest.mark.parametrize(("level", "passes"), [("current", 4), ("nearly clean", 1)])

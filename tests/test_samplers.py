@@ -9,18 +9,10 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
-from hosting.random_models import SMALL, model_of
+from hosting.random_models import TINY, model_of
 from subject_patches.tests.mechanisms import MECHANISMS
 from subject_patches.tests.models import difference, sample
 
-# Of one scale: there are a thousand runs here, and a sampler does not know how deep a model is.
-TINY = {
-    **SMALL,
-    "num_res_blocks": [1],
-    "channel_mult": [1],
-    "transformer_depth": [1],
-    "transformer_depth_output": [1, 1],
-}
 # One of each kind: two calls a step, noise between steps, earlier steps remembered.
 AGAIN = ("heun", "euler_ancestral", "dpmpp_sde", "dpmpp_2m", "uni_pc")
 

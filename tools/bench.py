@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
 from hosting.errors import ToolError
 from measuring.given import PHRASES, Shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHAPES = {
     shape.name: shape for shape in (Shape("toy", 16, 8, 64), Shape("sd15", 64, 4, 768), Shape("sdxl", 128, 4, 2048))
@@ -150,16 +147,14 @@ def _sampling(
     """A function of the seed that samples one picture and says what it took, by a clock in seconds."""
     import comfy.sample
     import torch
-    from comfy.patcher_extension import WrappersMP
 
     rows = [0]
 
-    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows[0] += len(x)
-        return executor(x, *args, **kwargs)
+    def count(network: Any, args: tuple[Any, ...]) -> None:
+        rows[0] += len(args[0])
 
-    counted = model.clone()
-    counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench", count)
+    # Of every call, companions' included, which run without what wraps the picture's.
+    model.model.diffusion_model.register_forward_pre_hook(count)
 
     def sample(seed: int) -> Run:
         noise = torch.randn(1, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed))
@@ -167,7 +162,7 @@ def _sampling(
         _reset_peak()
         start = clock()
         comfy.sample.sample(
-            counted, noise, steps, cfg, "euler", "normal", *conditionings, torch.zeros_like(noise), disable_pbar=True
+            model, noise, steps, cfg, "euler", "normal", *conditionings, torch.zeros_like(noise), disable_pbar=True
         )
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()

@@ -34,6 +34,14 @@ SMALL: dict[str, Any] = {
     "use_temporal_resblock": False,
     "use_temporal_attention": False,
 }
+# Of one scale, for what does not depend on how deep a model is.
+TINY: dict[str, Any] = {
+    **SMALL,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+}
 SD: dict[str, Any] = {
     **SMALL,
     "model_channels": 320,
