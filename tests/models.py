@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.sample
@@ -103,6 +104,14 @@ def counted(model: Any, calls: list[int]) -> Any:
 
     clone = model.clone()
     clone.set_model_emb_patch(count)
+    return clone
+
+
+def through(model: Any, call: Callable[..., Tensor]) -> Any:
+    """A clone whose every call, companions' included, is `call(the own, x, sigma, **the rest)`: as an object of the
+    model's, since what wraps a call sees the picture's only."""
+    clone = model.clone()
+    clone.add_object_patch("apply_model", partial(call, model.model.apply_model))
     return clone
 
 

@@ -38,7 +38,7 @@ from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense
 from subject_patches.tests.golden_cases import Golden, cases_of, folder_of
-from subject_patches.tests.models import generator, small_model
+from subject_patches.tests.models import generator, small_model, through
 from torch import Tensor
 
 TOLERANCE, EXACT = 1e-4, 1e-9
@@ -209,8 +209,8 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
     torch.testing.assert_close(sampling.sigmas[given["ddim_timesteps"].flip(0)], sigmas[:-1], rtol=1e-4, atol=0)
     epsilon, calls = stub(case), []
 
-    def denoiser(_: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        x, sigma, context = arguments["input"], arguments["timestep"], arguments["c"]["c_crossattn"]
+    def denoiser(_: Callable[..., Tensor], x: Tensor, sigma: Tensor, c_crossattn: Tensor, **__: Any) -> Tensor:
+        context = c_crossattn
         scaled = x / (1 + sigma[:, None, None, None] ** 2).sqrt()
         calls.append((float(sigma[0]), context, scaled))
         return x - sigma[:, None, None, None] * epsilon(scaled, context, sampling.timestep(sigma))
@@ -230,8 +230,7 @@ def test_both_branches_step_by_step_with_the_hosts_euler(golden: Case) -> None:
         own_guidance=not case["share_guidance"],
         noise=lambda noise: start("img_ldm_T"),
     )
-    patched = add_edit(model, edit)
-    patched.set_model_unet_function_wrapper(denoiser)
+    patched = through(add_edit(model, edit), denoiser)
     states: list[Tensor] = []
     with torch.inference_mode():
         last = comfy.sample.sample_custom(

@@ -36,6 +36,7 @@ from subject_patches.tests.models import (
     prompt,
     sample,
     small_model,
+    through,
 )
 from torch import Tensor
 
@@ -56,13 +57,11 @@ def passes(model: Any, **run: Any) -> list[tuple[float, int]]:
     """The noise level and the rows of each call of the model."""
     calls: list[tuple[float, int]] = []
 
-    def count(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        calls.append((float(arguments["timestep"][0]), len(arguments["input"])))
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+    def count(apply: Callable[..., Tensor], x: Tensor, sigma: Tensor, **values: Any) -> Tensor:
+        calls.append((float(sigma[0]), len(x)))
+        return apply(x, sigma, **values)
 
-    counted = model.clone()
-    counted.set_model_unet_function_wrapper(count)
-    sample(counted, **{"size": SIZE, **run})
+    sample(through(model, count), **{"size": SIZE, **run})
     return calls
 
 
@@ -80,15 +79,13 @@ def watched(model: Any, calls: list[tuple[float, Tensor, Tensor | None]]) -> Any
     predicts."""
     ((other, _),) = auxiliary_prompt()
 
-    def watch(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        x, sigma = arguments["input"], float(arguments["timestep"][0])
-        predicted = apply(x, arguments["timestep"], **arguments["c"])
-        calls.append((sigma, x.clone(), predicted if torch.equal(arguments["c"]["c_crossattn"], other) else None))
+    def watch(apply: Callable[..., Tensor], x: Tensor, sigma: Tensor, **values: Any) -> Tensor:
+        predicted = apply(x, sigma, **values)
+        own = torch.equal(values["c_crossattn"], other)
+        calls.append((float(sigma[0]), x.clone(), predicted if own else None))
         return predicted
 
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(watch)
-    return clone
+    return through(model, watch)
 
 
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
