@@ -10,10 +10,11 @@ from ..patches.engine import add_edit
 from ..patches.families import chosen_sites
 from ..patches.recycled_attention import RecycledSelfAttention
 from ..patches.sites import USUAL
-from ..patches.streams import NoisedReference, Pass
+from ..patches.streams import Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
 from .checks import check_number, masks_in, prompt_in
+from .references import is_nearly_clean, noise_level_input, positions_for, positions_input, reference_streams
 from .types import (
     SUBJECT,
     SubjectType,
@@ -104,6 +105,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     "the reference to the negative prompt's pass, which weakens that push.",
                 ),
                 named_sites_input(),
+                noise_level_input(),
+                positions_input(),
             ],
             outputs=[model_output()],
         )
@@ -123,6 +126,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         reference_conditioning: Any = None,
         apply_to: str = "cond only",
         named_sites: str = "",
+        noise_level: str = USUAL,
+        positions: str = USUAL,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("keep_probability", keep_probability, 0.0, 1.0)
@@ -131,40 +136,21 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         if region_mask is not None:
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning)
-        references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning)]
+        placed = positions_for(model, positions)
+        how = Pass(is_nearly_clean(model, noise_level))
+        references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
         idle = strength == 0 or keep_probability == 0 or window.empty or not references
         if idle or (region_mask is not None and not bool(region_mask.any())):
             return io.NodeOutput(model.clone())
         edit = RecycledSelfAttention(
-            chosen, window, tuple(references), strength, keep_probability, region_mask, seed, apply_to == "both"
+            chosen,
+            window,
+            tuple(references),
+            strength,
+            keep_probability,
+            region_mask,
+            seed,
+            unconditioned_too=apply_to == "both",
+            positions=placed,
         )
         return io.NodeOutput(add_edit(model, edit))
-
-
-def reference_streams(
-    model: Any, subject: Subject, seed: int, conditioning: Any, how: Pass | None = None
-) -> tuple[NoisedReference, ...]:
-    """A subject's references as companions of a MODEL's generation.
-
-    Raises ValueError when they were encoded for another kind of latent."""
-    latent = model.model.latent_format
-    wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
-    streams = []
-    for number, reference in enumerate(subject.references):
-        channels = reference.latents.shape[1]
-        if reference.latents.ndim != sides:
-            raise ValueError(
-                f"The subject was encoded with a VAE of {'videos' if sides == 4 else 'pictures'} but this model takes "
-                f"latents of {'pictures' if sides == 4 else 'videos, of one frame'}; connect the VAE of this model to "
-                "the Subject node."
-            )
-        if channels != wanted:
-            raise ValueError(
-                f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "
-                "connect the VAE of this checkpoint to the Subject Reference node."
-            )
-        clean = model.model.process_latent_in(reference.latents)
-        name = ("noised reference", number)
-        stream = NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how or Pass())
-        streams.append(stream)
-    return tuple(streams)

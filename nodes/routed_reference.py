@@ -19,7 +19,8 @@ from ..patches.subject import Share, Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
-from .recycled_attention import STRENGTH_MAX, reference_streams
+from .recycled_attention import STRENGTH_MAX
+from .references import is_nearly_clean, noise_level_input, positions_for, positions_input, reference_streams
 from .types import (
     SEVERAL,
     RouterType,
@@ -34,7 +35,6 @@ from .types import (
 
 ETA_MAX = 10.0
 TOKENS_MAX = 4096
-CURRENT, NEARLY_CLEAN = "current", "nearly clean"
 KEPT, SKIPPED = "kept", "skipped"
 
 
@@ -161,16 +161,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "yet.",
                 ),
                 *window_inputs("the subjects begin to act"),
-                io.Combo.Input(
-                    "noise_level",
-                    options=[CURRENT, NEARLY_CLEAN],
-                    default=CURRENT,
-                    optional=True,
-                    advanced=True,
-                    tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one "
-                    "pass a step. 'nearly clean': that of the schedule's end, one pass in all while the "
-                    "subject's cache holds it, as the paper's ReferenceNet.",
-                ),
+                noise_level_input(),
                 io.Combo.Input(
                     "cross_attention",
                     options=[KEPT, SKIPPED],
@@ -208,6 +199,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     tooltip="How strongly image prompts are added (Eq. 5); 0 adds none.",
                 ),
                 named_sites_input(),
+                positions_input(),
             ],
             outputs=[model_output()],
         )
@@ -222,17 +214,17 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         sites: str = USUAL,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        noise_level: str = CURRENT,
+        noise_level: str = USUAL,
         cross_attention: str = KEPT,
         seed: int = 0,
         reference_conditioning: Any = None,
         background_prompt: Any = None,
         eta: float = 1.0,
         named_sites: str = "",
+        positions: str = USUAL,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("eta", eta, 0.0, ETA_MAX)
-        check_choice("noise_level", noise_level, (CURRENT, NEARLY_CLEAN))
         check_choice("cross_attention", cross_attention, (KEPT, SKIPPED))
         window = Window(start_percent, end_percent)
         order = attention_sites(model)
@@ -252,13 +244,15 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         if background is None and empty is None and not any(prompts):
             prompted = frozenset()
         routing = router.routing([subject.phrase for subject in subjects], order, chosen["self"] | prompted, window)
-        how = Pass(noise_level == NEARLY_CLEAN, cross_attention == SKIPPED)
+        how = Pass(is_nearly_clean(model, noise_level), cross_attention == SKIPPED)
+        placed = positions_for(model, positions)
         shares: list[Edit] = []
         for number, subject in enumerate(subjects):
             share, own = subject.share, window & subject.share.window
             streams = reference_streams(model, subject, seed, reference_conditioning, how)
             if strength * share.strength and not own.empty:
-                shares.append(RoutedReference(chosen["self"], own, routing, number, streams, strength * share.strength))
+                weight = strength * share.strength
+                shares.append(RoutedReference(chosen["self"], own, routing, number, streams, weight, placed))
             prompt = prompts[number]
             if prompt is not None and eta * share.eta and not own.empty:
                 shares.append(RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta))

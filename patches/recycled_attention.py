@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request, Start
+from .positions import Positions, placed_keys
 from .region import region_at
 from .rows import check_rows
 from .sites import Site
@@ -55,6 +56,22 @@ def flow_bias(strength: float, region: Tensor | None) -> Tensor | None:
     return None if strength == 1 else torch.tensor(math.log(strength)).view(1, 1, 1)
 
 
+def lend(
+    call: AttentionCall,
+    references: Iterable[NoisedReference],
+    recorded: Callable[[Stream], Features | None],
+    positions: Positions | None,
+    bias: Tensor | None,
+    route: Tensor | None,
+) -> None:
+    """Extends a call by what was recorded of references that are seen together; see `AttentionCall.extend`."""
+    found = [(reference, recorded(reference)) for reference in references]
+    given = [(reference, features) for reference, features in found if features is not None]
+    keys = placed_keys(positions, call, [(reference, features["key"]) for reference, features in given])
+    for key, (_, features) in zip(keys, given, strict=True):
+        call.extend(key, features["value"], bias, route)
+
+
 # The edit
 
 
@@ -64,7 +81,7 @@ class RecycledSelfAttention(Edit):
 
     `strength` above 0 is the continuous flow (1 is Eq. 4 as it stands), `keep_probability` the sparse recycling's
     lambda. `region_mask` (1 or batch, height, width) restricts it to queries inside. By Eq. 7 only chunks that a
-    prompt conditions get the reference, unless `unconditioned_too`."""
+    prompt conditions get the reference, unless `unconditioned_too`. `positions` moves or damps the references' keys."""
 
     node: ClassVar[str] = "Recycled Self-Attention"
 
@@ -74,6 +91,7 @@ class RecycledSelfAttention(Edit):
     region_mask: Tensor | None = None
     seed: int = 0
     unconditioned_too: bool = False
+    positions: Positions | None = None
     _regions: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def begin(self) -> RecycledSelfAttention:
@@ -112,7 +130,4 @@ class RecycledSelfAttention(Edit):
             if not bool(route.any()):
                 return
         bias = flow_bias(self.strength, region)
-        for reference in self.references:
-            features = recorded(reference)
-            if features is not None:
-                call.extend(features["key"], features["value"], bias, route)
+        lend(call, self.references, recorded, self.positions, bias, route)

@@ -19,7 +19,8 @@ from torch.nn import functional
 from .call import AttentionCall, Chunk
 from .edit import Edit, Request
 from .image_prompt import ImagePrompt
-from .recycled_attention import flow_bias
+from .positions import Positions
+from .recycled_attention import flow_bias, lend
 from .router import Routing
 from .streams import Features, NoisedReference, Stream
 
@@ -78,7 +79,7 @@ def inject(output: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int
 @dataclass(frozen=True, eq=False)
 class RoutedReference(Edit):
     """One subject of a routing, `number` from 0: its references are seen at its own places, with `strength` times
-    their attention weights (its logarithm is gamma)."""
+    their attention weights (its logarithm is gamma). `positions` moves or damps their keys."""
 
     node: ClassVar[str] = "Routed Reference Attention"
 
@@ -86,6 +87,7 @@ class RoutedReference(Edit):
     number: int
     references: tuple[NoisedReference, ...]
     strength: float = 1.0
+    positions: Positions | None = None
 
     def requests(self, sigma: float) -> Iterable[Request]:
         return [(reference, self.sites, ("key", "value")) for reference in self.references]
@@ -96,10 +98,7 @@ class RoutedReference(Edit):
         if mine is None:
             return
         bias = flow_bias(self.strength, None)
-        for reference in self.references:
-            features = recorded(reference)
-            if features is not None:
-                call.extend(features["key"], features["value"], bias, mine)
+        lend(call, self.references, recorded, self.positions, bias, mine)
 
 
 @dataclass(frozen=True, eq=False)

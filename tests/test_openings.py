@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from subject_patches.nodes.recycled_attention import reference_streams
+from subject_patches.nodes.references import reference_streams
+from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
-from subject_patches.patches.layout_regions import Layout, Region
+from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.subject import Subject
 from subject_patches.patches.window import Window
+from subject_patches.tests import dense
 from subject_patches.tests.dense_dit import ByHand
 from subject_patches.tests.dit_models import dit_model
-from subject_patches.tests.mechanisms import left_half
 from subject_patches.tests.models import (
     difference,
     frames_of,
-    integrated,
+    generator,
     known_prompt,
-    laid_out,
-    map_router,
     recycled,
     reference,
-    routed,
     sample,
     second_context,
     subject,
 )
+from torch import Tensor
 
 SIZE = (8, 10)
 
@@ -70,17 +71,87 @@ def test_recycled_attention_is_the_dense_one(model: Any, batch: int) -> None:
     override = ByHand(model, who, positive, SIZE, family_of(model).patch)
     by_hand.model_options["transformer_options"]["optimized_attention_override"] = override
     expected = sample(by_hand, **given)
-    assert difference(sample(recycled(model, (who,), sites="usual"), **given), expected) < 1e-5
+    assert difference(sample(recycled(model, (who,), sites="usual", noise_level="current"), **given), expected) < 1e-5
     assert difference(expected, sample(model, **given)) > 0.01
 
 
-def test_tmp_mechs(model: Any) -> None:
-    half = left_half()[0] > 0
-    layout = Layout(30, 20, (Region("subject", half), Region("scene", ~half)))
-    plain = sample(model)
-    print()
-    print("layout", difference(sample(laid_out(model, layout)), plain))
-    two = (subject_for(model), subject_for(model, 1, phrase="scene"))
-    print("routed masks", difference(sample(routed(model, two, sites="usual")), plain))
-    print("routed maps", difference(sample(routed(model, two, map_router(), sites="usual")), plain))
-    print("dual", difference(sample(integrated(model)), plain))
+@dataclass(frozen=True, eq=False)
+class Look(Edit):
+    """Keeps every call that it is shown, with what the `act` given made of it."""
+
+    act: Callable[[AttentionCall], None]
+    seen: list[AttentionCall] = field(default_factory=list)
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        self.act(call)
+        self.seen.append(call)
+
+
+def looked(model: Any, act: Callable[[AttentionCall], None], **given: Any) -> list[AttentionCall]:
+    """The calls of a run of one step, each as `act` amended it."""
+    look = Look(frozenset(attention_sites(model)), Window(), act)
+    sample(add_edit(model, look), size=SIZE, steps=1, **given)
+    return look.seen
+
+
+def test_a_call_has_the_pictures_queries_over_all_keys(model: Any) -> None:
+    calls = looked(model, lambda call: None, positive=known_prompt(**second_context(model, 1)))
+    sites = attention_sites(model)
+    assert [call.site for call in calls] == list(sites)
+    count = math.prod(family_of(model).grid(SIZE))
+    for call in calls:
+        assert math.prod(call.grid) == call.query.shape[1] == count
+        if call.site.kind == "joint":
+            assert call.own == slice(call.key.shape[1] - count, call.key.shape[1])
+            assert call.prompt == slice(0, call.chunk.length)
+            # Keys of the prompt's own tokens, where the host fills it up from the left.
+            assert call.chunk.spans["subject"] == ((call.chunk.length - 5, call.chunk.length - 3),)
+        else:
+            assert call.prompt is call.own is None
+
+
+def test_keys_take_the_place_of_the_pictures_own(model: Any) -> None:
+    """Of a bias, an extension and other keys for the picture, against the dense attention."""
+    results: list[tuple[Tensor, Tensor]] = []
+
+    def act(call: AttentionCall) -> None:
+        if call.site.kind != "joint":
+            return
+        source = generator(len(results))
+        more = torch.randn(2, 1, 5, call.key.shape[-1], generator=source)
+        call.bias(
+            torch.randn(1, call.query.shape[1], 3, generator=source),
+            [call.prompt.start, call.prompt.start + 1, call.prompt.stop - 1],
+        )
+        prompt, behind = call.key[:, : call.own.start], call.value[:, : call.own.start]
+        call.replace(key=more[0], value=more[1])
+        assert torch.equal(call.key, torch.cat([prompt, more[0]], 1))
+        assert torch.equal(call.value, torch.cat([behind, more[1]], 1))
+        call.extend(*more.flip(2))
+        expected = dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions)
+        call.blend(lambda output: results.append((output, expected)) or output)
+
+    looked(model, act)
+    assert results
+    for output, expected in results:
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_prompts_part_of_an_output(model: Any) -> None:
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def act(call: AttentionCall) -> None:
+        if call.site.kind != "joint":
+            return
+        call.extend(call.key[:, :4], call.value[:, :4])
+        shares = dense.shares(call.query, call.key, call.heads, call.own_bias, call.extensions)[..., call.prompt]
+        part = (shares @ dense.split(call.value[:, call.prompt], call.heads)).transpose(1, 2).flatten(2)
+        whole = dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions)
+        call.blend_prompt(lambda output: results.append((output, part, whole)) or 3 * output)
+        call.blend(lambda output: results.append((output, whole + 2 * part, whole)) or output)
+
+    looked(model, act)
+    assert results
+    for output, expected, whole in results:
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+        assert difference(output.double(), whole) > 0.01

@@ -178,7 +178,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
 
 
 def _streams(model: Any, subjects: tuple[Any, ...]) -> tuple[Any, ...]:
-    from subject_patches.nodes.recycled_attention import reference_streams
+    from subject_patches.nodes.references import reference_streams
 
     return tuple(stream for subject in subjects for stream in reference_streams(model, subject, 0, None))
 

@@ -1,0 +1,101 @@
+"""What the nodes that show references share: how the model looks at one, and where its keys stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.families import Transformer, family_of
+from ..patches.positions import BESIDE, DAMPED, SAME, Positions
+from ..patches.sites import USUAL
+from ..patches.streams import NoisedReference, Pass
+from ..patches.subject import Subject
+from .checks import check_choice
+
+CURRENT, NEARLY_CLEAN = "current", "nearly clean"
+AS_THE_PICTURE = Pass()
+
+
+def noise_level_input() -> io.Combo.Input:
+    """At which noise level the model runs on a reference."""
+    return io.Combo.Input(
+        "noise_level",
+        options=[USUAL, CURRENT, NEARLY_CLEAN],
+        default=USUAL,
+        optional=True,
+        advanced=True,
+        tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
+        "'nearly clean': that of the schedule's end, one pass in all while the subject's cache holds it, as AnyStory's "
+        "ReferenceNet. 'usual' is 'current', but 'nearly clean' for a transformer, whose features of every step would "
+        "fill a cache; which shows a subject better there is not measured yet.",
+    )
+
+
+def is_nearly_clean(model: Any, noise_level: str) -> bool:
+    """Whether a choice of the noise level means that of the schedule's end, for a MODEL. Raises ValueError for another
+    choice."""
+    check_choice("noise_level", noise_level, (USUAL, CURRENT, NEARLY_CLEAN))
+    usual = NEARLY_CLEAN if isinstance(family_of(model), Transformer) else CURRENT
+    return (usual if noise_level == USUAL else noise_level) == NEARLY_CLEAN
+
+
+def positions_input() -> io.Combo.Input:
+    """Where the keys of references stand."""
+    return io.Combo.Input(
+        "positions",
+        options=[USUAL, SAME, BESIDE, DAMPED],
+        default=USUAL,
+        optional=True,
+        advanced=True,
+        tooltip="For transformers that know places by rotations: where the picture sees a reference. 'same': in the "
+        "same place, as it ran. 'beside': left of the picture, one after another, as AnyStory's on FLUX. 'damped': in "
+        "the same place, the finer a difference of places the less it counts. 'usual' is 'same'; which is best is not "
+        "measured yet.",
+    )
+
+
+def positions_for(model: Any, choice: str) -> Positions | None:
+    """How the keys of references are placed in a MODEL; None leaves them as they are.
+
+    Raises ValueError where its attention does not know places by rotations, and for another choice."""
+    check_choice("positions", choice, (USUAL, SAME, BESIDE, DAMPED))
+    if choice in (USUAL, SAME):
+        return None
+    family = family_of(model)
+    rope = family.rope(model.model.diffusion_model) if isinstance(family, Transformer) else None
+    if rope is None:
+        raise ValueError(
+            f"positions is '{choice}', but the keys of {family.name} have no places that they could be moved from; set "
+            f"it to '{USUAL}'."
+        )
+    return Positions(choice, family, rope)
+
+
+def reference_streams(
+    model: Any, subject: Subject, seed: int, conditioning: Any, how: Pass = AS_THE_PICTURE
+) -> tuple[NoisedReference, ...]:
+    """A subject's references as companions of a MODEL's generation.
+
+    Raises ValueError when they were encoded for another kind of latent."""
+    latent = model.model.latent_format
+    wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
+    streams = []
+    for number, reference in enumerate(subject.references):
+        channels = reference.latents.shape[1]
+        if reference.latents.ndim != sides:
+            raise ValueError(
+                f"The subject was encoded with a VAE of {'videos' if sides == 4 else 'pictures'} but this model takes "
+                f"latents of {'pictures' if sides == 4 else 'videos, of one frame'}; connect the VAE of this model to "
+                "the Subject node."
+            )
+        if channels != wanted:
+            raise ValueError(
+                f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "
+                "connect the VAE of this checkpoint to the Subject Reference node."
+            )
+        clean = model.model.process_latent_in(reference.latents)
+        name = ("noised reference", number)
+        stream = NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how)
+        streams.append(stream)
+    return tuple(streams)

@@ -1,0 +1,109 @@
+"""Recorded keys at other places: against the host's own rotations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.families import attention_sites, family_of
+from subject_patches.patches.families.rope import Rope, frequencies
+from subject_patches.patches.positions import BESIDE, DAMPED, Positions, damping, placed_keys
+from subject_patches.patches.streams import NoisedReference
+from subject_patches.tests.dit_models import dit_model
+from subject_patches.tests.models import difference, frames_of, randn, recycled, reference, sample, small_model, subject
+from torch import Tensor
+
+# Latents of the reference and of the picture, of odd sizes.
+THEIRS, OURS = (6, 9), (7, 13)
+
+
+@pytest.fixture(scope="module", params=["FLUX.1", "FLUX.2", "Qwen-Image"])
+def model(request: Any) -> Any:
+    return dit_model(request.param)
+
+
+def rotated(network: Any, key: Tensor, ids: Tensor) -> Tensor:
+    """Keys (1, heads, n, width) at places (1, n, axes), as the host's attention gets them: (1, n, channels)."""
+    return apply_rope1(key, network.pe_embedder(ids)).transpose(1, 2).flatten(2)
+
+
+def places(network: Any, latent: tuple[int, int]) -> Tensor:
+    """The places (1, n, axes) that the host gives a picture's tokens."""
+    in_frames = network.__class__.__name__.startswith("Qwen")
+    channels = network.in_channels // network.patch_size**2
+    picture = torch.zeros(1, channels, *((1,) if in_frames else ()), *latent)
+    return network.process_img(picture)[1]
+
+
+def call_at(model: Any, grid: tuple[int, int], heads: int) -> AttentionCall:
+    empty = torch.zeros(1, grid[0] * grid[1], 1)
+    chunk = Chunk(slice(0, 1), "positive", True, {}, OURS)
+    return AttentionCall(empty, empty, empty, heads, attention_sites(model)[0], chunk, grid)
+
+
+def test_keys_beside_the_picture_are_those_of_the_places_there(model: Any) -> None:
+    family, network = family_of(model), model.model.diffusion_model
+    positions = Positions(BESIDE, family, family.rope(network))
+    theirs, ours = places(network, THEIRS), places(network, OURS)
+    grid = family.grid(THEIRS)
+    heads, width = 2, sum(network.pe_embedder.axes_dim)
+    lent = [NoisedReference(torch.zeros(1, 4, *THEIRS), 0) for _ in range(2)]
+    keys = [randn(1, heads, grid[0] * grid[1], width, seed=seed) for seed in range(2)]
+    given = [(each, rotated(network, key, theirs)) for each, key in zip(lent, keys, strict=True)]
+    found = placed_keys(positions, call_at(model, family.grid(OURS), heads), given)
+    edge = ours[..., 2].min()
+    for number, (key, made) in enumerate(zip(keys, found, strict=True)):
+        moved = theirs.clone()
+        # The last column of the first touches the picture's first, and the second goes on from there.
+        moved[..., 2] += edge - 1 - theirs[..., 2].max() - number * grid[1]
+        assert difference(made, rotated(network, key, moved)) < 1e-5
+        assert difference(made, given[number][1]) > 0.1
+
+
+def test_damped_keys_weaken_what_turns_often(model: Any) -> None:
+    family, network = family_of(model), model.model.diffusion_model
+    rope = family.rope(network)
+    weights = damping(rope.rates, 64)
+    first = network.pe_embedder.axes_dim[0] // 2
+    # Pairs of the axis that is no side of the picture stay, and the fastest of a side turns 64 / 2 pi times.
+    assert (weights[:first] == 1).all()
+    assert float(weights[first]) == pytest.approx(2 * torch.pi / 64)
+    assert weights.min() == weights[first]
+    key = randn(1, 5, 2 * rope.rates.shape[1] * 2, seed=3)
+    positions = Positions(DAMPED, family, rope)
+    (made,) = placed_keys(positions, call_at(model, (64, 40), 2), [(NoisedReference(key[None], 0), key)])
+    expected = key.view(1, 5, 2, -1, 2) * weights[:, None]
+    torch.testing.assert_close(made, expected.flatten(2).float())
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_turns_add_up(halves: bool) -> None:
+    rope, key = Rope(frequencies((4, 6, 6), 100.0), halves), randn(1, 3, 32, seed=1)
+    once = rope.rotated(rope.rotated(key, 2, (0, 1, -2)), 2, (1, 2, 5))
+    torch.testing.assert_close(once, rope.rotated(key, 2, (1, 3, 3)))
+    torch.testing.assert_close(rope.rotated(once, 2, (-1, -3, -3)), key)
+    assert difference(once, key) > 0.1
+    # A turn keeps the length of each pair.
+    pair = (lambda t: t.unflatten(-1, (2, 2, -1))[0, 0, 0, :, 3]) if halves else (lambda t: t[0, 0, 6:8])
+    torch.testing.assert_close(pair(once).norm(), pair(key).norm())
+
+
+def test_the_nodes_choice_acts() -> None:
+    model = dit_model("FLUX.1")
+    who = (subject(reference(channels=16, frames=frames_of(model))),)
+    same, *others = (
+        sample(recycled(model, who, positions=choice), size=(24, 8), steps=1)
+        for choice in ("usual", "same", BESIDE, DAMPED)
+    )
+    assert torch.equal(others[0], same)
+    assert all(difference(other, same) > 1e-3 for other in others[1:])
+
+
+@pytest.mark.parametrize("other", ["SD 1.x", "SD 3.5"])
+def test_keys_without_places(other: str) -> None:
+    model = small_model() if other == "SD 1.x" else dit_model(other)
+    with pytest.raises(ValueError, match=rf"'beside', but the keys of {other} have no places .*; set it to 'usual'"):
+        recycled(model, positions=BESIDE)
