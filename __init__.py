@@ -9,16 +9,19 @@ class SubjectPatches(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Makes the host's checkpoint loader know the toy, and the host the folders of residual tokens and adapters."""
-        from .nodes import image_prompt, residual
+        """Makes the host's checkpoint loader know the toy, and the host its folders for the pack's files."""
+        from .nodes import anystory_subject, image_prompt, residual
         from .toy.family import register
 
         register()
         residual.register_folder()
         image_prompt.register_folder()
+        anystory_subject.register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
+        from .nodes.anystory import AnyStoryNode
+        from .nodes.anystory_subject import AnyStorySubjectNode, LoadAnyStoryNode
         from .nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
         from .nodes.auxiliary_prompt import AuxiliaryPromptNode
         from .nodes.dual_branch import DualBranchIntegrationNode
@@ -56,6 +59,9 @@ class SubjectPatches(ComfyExtension):
             RouteByMasksNode,
             RouteByAttentionNode,
             RoutedReferenceAttentionNode,
+            LoadAnyStoryNode,
+            AnyStorySubjectNode,
+            AnyStoryNode,
             StepBlendedGuiderNode,
             InvertToTrajectoryNode,
             SaveTrajectoryNode,

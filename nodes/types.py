@@ -21,6 +21,10 @@ SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
 AttentionRecordType = io.Custom("SUBJECT_PATCHES_ATTENTION_RECORD")
 # One encoders.ip_adapter.ImagePromptAdapter.
 AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")
+# One encoders.anystory.AnyStory.
+AnyStoryType = io.Custom("SUBJECT_PATCHES_ANYSTORY")
+# A tuple of patches.anystory_subject.AnyStorySubject.
+AnyStorySubjectType = io.Custom("SUBJECT_PATCHES_ANYSTORY_SUBJECT")
 # One patches.router.Router.
 RouterType = io.Custom("SUBJECT_PATCHES_ROUTER")
 # One patches.layout_regions.Layout.

@@ -128,6 +128,8 @@ class AttentionCall:
     own: slice | None = None
     amended: bool = False
     extensions: list[Extension] = field(default_factory=list)
+    prompt_extensions: list[Extension] = field(default_factory=list)
+    taken: int = 0
     own_bias: Tensor | None = None
     blends: list[Blend] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -185,6 +187,33 @@ class AttentionCall:
         """Attends over these keys and values besides its own, in one softmax; see `Extension`."""
         self.extensions.append(Extension(key, value, bias, route))
         self.amended = True
+
+    def extend_prompt(self, key: Tensor, value: Tensor, bias: Tensor | None = None) -> None:
+        """The same for the queries of a joint attention that stand before the picture's, the prompt's: `bias` is
+        broadcastable to (rows, 1, n). They are not in `query`."""
+        self.prompt_extensions.append(Extension(key, value, bias))
+        self.amended = True
+
+    def take(self, keys: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Takes some of a joint attention's own keys, which are neither the prompt's nor the picture's, away from the
+        picture's queries: keys, values and what edits have added to their logits, to `extend` some queries by."""
+        taken = self.key[:, keys], self.value[:, keys], self.bias_of(keys)
+
+        def rest(whole: Tensor, dimension: int) -> Tensor:
+            before, _, behind = whole.tensor_split((keys.start, keys.stop), dimension)
+            return torch.cat([before, behind], dimension)
+
+        if self.own_bias is not None and self.own_bias.shape[-1:] not in ((), (1,)):
+            self.own_bias = rest(self.own_bias, -1)
+        self.key, self.value = rest(self.key, 1), rest(self.value, 1)
+        gone = keys.stop - keys.start
+        self.taken += gone
+        self.own, self.prompt = (
+            slice(part.start - gone, part.stop - gone) if part is not None and part.start >= keys.stop else part
+            for part in (self.own, self.prompt)
+        )
+        self.amended = True
+        return taken
 
     def bias(self, bias: Tensor, tokens: Sequence[int] | slice | None = None) -> None:
         """Adds to the scaled logits of the call's own keys: `bias` is broadcastable to (rows, queries, keys), or to

@@ -203,7 +203,7 @@ def _predict(
     given = {**options, "transformer_options": {**options["transformer_options"], RECORDING: recording}}
     while True:
         try:
-            with _own_randomness(timestep.device):
+            with own_randomness(timestep.device):
                 return comfy.samplers.calc_cond_batch(
                     session.guider.inner_model, [conditioning], latents, sigma, given
                 )[0]  # fmt: skip
@@ -212,7 +212,7 @@ def _predict(
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
+def own_randomness(device: torch.device) -> Iterator[None]:
     """Keeps a pass from the random numbers of the generation. Patches that draw some (ToMe) would else give another
     picture when the pass is not needed, and other features after another picture's draws."""
     fork = device.type in ("cuda", "xpu")

@@ -191,6 +191,28 @@ def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
     return [_blended(call, output, of_prompts) for call, output in zip(calls, attended, strict=False)]
 
 
+def extended(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, more: Sequence[Extension]
+) -> Tensor:
+    """The attention of queries (rows, n, channels) that see everything, over keys and `more` of them; `mask` is for the
+    former, and a bias of the latter the same for every query."""
+    if not more:
+        return attend(query, key, value, mask)
+    rows, counts = len(query), [each.key.shape[1] for each in more]
+    biases = [query.new_zeros(1, 1, 1) if mask is None else mask.to(query)]
+    biases += [query.new_zeros(1, 1, 1) if each.bias is None else each.bias.to(query) for each in more]
+    key, value = (
+        torch.cat([own, *(getattr(each, name).to(own).expand(rows, -1, -1) for each in more)], 1)
+        for own, name in ((key, "key"), (value, "value"))
+    )
+    if mask is None and all(each.bias is None for each in more):
+        return attend(query, key, value, None)
+    shape = (max(len(bias) for bias in biases), max(bias.shape[1] for bias in biases))
+    lengths = (key.shape[1] - sum(counts), *counts)
+    parts = [bias.expand(*shape, count) for bias, count in zip(biases, lengths, strict=True)]
+    return attend(query, key, value, torch.cat(parts, -1))
+
+
 def prompt_only(call: AttentionCall) -> AttentionCall:
     """A call of the same attention in which only the prompt's keys have values: its output is the prompt's part of the
     output, exactly, because an output is linear in the values."""

@@ -7,21 +7,23 @@ is of. Like a slot it holds one function, so ours is composed at run time around
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import AttentionCall
-from .execution import execute, prompt_only
+from .call import AttentionCall, Extension
+from .execution import execute, extended, prompt_only
 from .families import Tokens, Transformer
 from .recording import Recording
 from .session import Forward, Session
 from .sites import Site
 
 OVERRIDE = "optimized_attention_override"
+# In the options of an attention that is of no picture: edits have nothing to do there.
+APART = "subject_patches_apart"
 # The order of the host's positional arguments.
 _NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 _SYNONYMS = {"query": "q", "key": "k", "value": "v"}
@@ -199,6 +201,8 @@ class Opening:
     def __call__(self, function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         attention = Attention(function, self.inner, args, named)
         options = named.get("transformer_options") or {}
+        if APART in options:
+            return attention.plain()
         site = self._site(options)
         wanted = site is not None and self.forward is not None and site in self.forward.sites
         recorded = site is not None and self.recording is not None and site in self.recording.sites
@@ -249,7 +253,7 @@ class Opening:
             here = call.chunk.rows
             pieces.append((here, picture, result))
             pieces += self._left(attention, slice(last, here.start), slice(0, count))
-            pieces += self._left(attention, here, slice(0, picture.start))
+            pieces += self._left(attention, here, slice(0, picture.start), call.prompt_extensions)
             pieces += self._left(attention, here, slice(picture.stop, count))
             last = here.stop
         pieces += self._left(attention, slice(last, rows), slice(0, count))
@@ -258,12 +262,14 @@ class Opening:
             output[here, queries] = piece
         return attention.returned(output)
 
-    def _left(self, attention: Attention, rows: slice, queries: slice) -> list[tuple[slice, slice, Tensor]]:
+    def _left(
+        self, attention: Attention, rows: slice, queries: slice, more: Sequence[Extension] = ()
+    ) -> list[tuple[slice, slice, Tensor]]:
         if rows.start >= rows.stop or queries.start >= queries.stop:
             return []
         query = attention.tokens("q", rows, queries)
         key, value = (attention.tokens(name, rows) for name in ("k", "v"))
-        return [(rows, queries, attention.attend(query, key, value, attention.bias(rows, queries)))]
+        return [(rows, queries, extended(attention.attend, query, key, value, attention.bias(rows, queries), more))]
 
     def _record(
         self,

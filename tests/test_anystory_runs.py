@@ -1,0 +1,333 @@
+"""What every node promises, of AnyStory: on the small FLUX of the golden cases, with random subjects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.samplers
+import pytest
+import torch
+from subject_patches.patches.anystory_loras import Loras
+from subject_patches.patches.anystory_references import clean_reference
+from subject_patches.patches.anystory_run import AnyStorySettings
+from subject_patches.patches.cache import FeatureCache
+from torch import Tensor
+
+from .anystory_models import golden_anystory, golden_model, told
+from .models import difference, latent_noise, randn
+from .test_anystory_golden import Watch
+
+WHOLE, NEVER = (0.0, 1.0), (0.0, 0.0)
+OVERRIDE = "optimized_attention_override"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return golden_model()
+
+
+def settings(count: int = 2, router: bool = True, strength: float = 1.0, seed: int = 0, **given: Any) -> Any:
+    """Subjects of random tokens and references; the mask leaves a part of each out."""
+    form, loras = golden_anystory().form, Loras(golden_anystory(), strength, 1.0)
+    tokens = randn(1, 9 * count, form.context, seed=seed + 1)
+    routers = randn(1, 4 * count, form.context, seed=seed + 2) if router else None
+    mask = torch.ones(1, 12)
+    mask[:, :3] = 0
+    references = tuple(
+        clean_reference(randn(1, 4, 6, 8, seed=seed + 10 + number), mask, given.get("shift", 0.0), loras, _cache())
+        for number in range(count)
+    )
+    names = tuple(f"subject {number + 1}" for number in range(count))
+    made = AnyStorySettings(loras, names, tokens, routers, references, WHOLE, WHOLE)
+    return replace(made, **given)
+
+
+def _cache() -> FeatureCache:
+    return FeatureCache(2**26)
+
+
+def prompt(seed: int = 1, length: int = 7, **values: Any) -> list[list[Any]]:
+    return [[randn(1, length, 32, seed=seed), {"pooled_output": randn(1, 24, seed=seed + 1), **values}]]
+
+
+def sample(
+    model: Any,
+    *,
+    batch: int = 1,
+    size: tuple[int, int] = (10, 12),
+    steps: int = 2,
+    cfg: float = 1.0,
+    sampler: str = "euler",
+    seed: int = 5,
+    positive: Any = None,
+    negative: Any = None,
+    callback: Any = None,
+) -> Tensor:
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompt() if positive is None else positive, prompt(20) if negative is None else negative)
+    guider.set_cfg(cfg)
+    noise = latent_noise(batch, size, seed)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    with torch.inference_mode():
+        return guider.sample(
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True,
+            seed=seed, callback=callback,
+        )  # fmt: skip
+
+
+def hooks_of(model: Any) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def test_with_nothing_to_do_no_bit_changes(model: Any) -> None:
+    """Windows that hold no step: the LoRAs hang, and are off."""
+    patched = told(model, settings(token_window=NEVER, reference_window=NEVER))
+    assert torch.equal(sample(patched), sample(model))
+
+
+def test_only_the_steps_of_the_windows_differ(model: Any) -> None:
+    """The predictions before the first step are the unpatched model's, bit for bit."""
+    found: list[list[Tensor]] = []
+    late = told(model, settings(token_window=(0.5, 1.0), reference_window=(0.5, 1.0)))
+    for each in (model, late):
+        found.append([])
+        sample(each, steps=4, callback=lambda step, denoised, *_: found[-1].append(denoised.clone()))
+    same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
+    assert same == [True, True, False, False]
+
+
+@pytest.mark.parametrize("ended", ["whole", "by an error"])
+def test_the_given_model_is_untouched(ended: str, model: Any) -> None:
+    """Also after a run that an exception ended nothing hangs on the network, and it samples as before."""
+    before, patched = sample(model), told(model, settings())
+
+    def stop(*_: Any) -> None:
+        if ended != "whole":
+            raise RuntimeError("stopped")
+
+    if ended == "whole":
+        first = sample(patched)
+        assert difference(first, before) > 0.01
+    else:
+        with pytest.raises(RuntimeError, match="stopped"):
+            sample(patched, callback=stop)
+        first = None
+    assert hooks_of(model) == 0
+    assert torch.equal(sample(model), before)
+    again = sample(patched)
+    assert first is None or torch.equal(again, first)
+
+
+def test_a_batch_is_its_singles(model: Any) -> None:
+    """Each picture of a batch has routes of its own."""
+    patched = told(model, settings(count=3))
+    batch = sample(patched, batch=3)
+    for row in range(3):
+        assert difference(batch[row : row + 1], sample(patched, seed=5 + row)) < 1e-5
+
+
+def test_a_negative_prompt_sees_nothing(model: Any) -> None:
+    """With guidance the unconditional pass stays as it is, whether or not it could share a batch; and several positive
+    prompts share theirs."""
+    patched = told(model, settings())
+    shared = sample(patched, cfg=3.0)
+    one, other = (sample(each, cfg=1.0, steps=1) for each in (patched, model))
+    with_negative = sample(patched, cfg=3.0, steps=1)
+    negative = sample(model, cfg=1.0, steps=1, positive=prompt(20))
+    # Of one step the result is linear in the predictions.
+    assert difference(with_negative, negative + 3 * (one - negative)) < 1e-5
+    assert difference(one, other) > 0.01
+    longer = sample(patched, cfg=3.0, negative=prompt(20, 9))
+    assert difference(shared, longer) > 0
+    half = {"strength": 0.5}
+    both = [*prompt(**half), *prompt(**half)]
+    assert difference(sample(patched, positive=both), sample(patched)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(6, 14), (11, 9), (7, 22)])
+def test_any_width_and_height(size: tuple[int, int], model: Any) -> None:
+    """Also one that patches do not divide."""
+    result = sample(told(model, settings()), size=size)
+    assert result.shape[-2:] == size
+    assert result.isfinite().all()
+    assert difference(result, sample(model, size=size)) > 0.01
+
+
+def test_the_next_run_does_not_look_again(model: Any) -> None:
+    """References depend on the prompt's pooled output, the weights and the LoRA; not on its words, the seed or the
+    size."""
+    given = settings()
+    patched, watch = told(model, given), Watch()
+    looks = []
+    with watch.over(model.model.diffusion_model):
+        for values in (
+            {},
+            {},
+            {"seed": 9, "size": (8, 8)},
+            {"positive": [[randn(1, 9, 32, seed=77), prompt()[0][1]]]},
+            {"positive": prompt(31)},
+            {"positive": prompt(guidance=2.0)},
+        ):
+            sample(patched, **values)
+            looks.append(watch.looks)
+    assert looks == [1, 1, 1, 1, 2, 3]
+    weaker = settings(strength=0.5)
+    pairs = zip(weaker.references, given.references, strict=True)
+    references = tuple(replace(new, cache=old.cache) for new, old in pairs)
+    with watch.over(model.model.diffusion_model):
+        weak = sample(told(model, replace(weaker, references=references)))
+    assert watch.looks == 4
+    assert difference(weak, sample(patched)) > 0.001
+
+
+def test_without_room_in_the_cache(model: Any) -> None:
+    """A run keeps its own; the next looks again."""
+    given = settings()
+    patched = told(model, replace(given, references=tuple(replace(r, cache=FeatureCache(0)) for r in given.references)))
+    watch = Watch()
+    with watch.over(model.model.diffusion_model):
+        results = [sample(patched, steps=3) for _ in range(2)]
+    assert watch.looks == 2
+    assert torch.equal(*results)
+    assert torch.equal(results[0], sample(told(model, given), steps=3))
+
+
+@dataclass
+class Sage:
+    """Another pack's attention in the host's slot, composed with nothing. Notes the masks it meets."""
+
+    masks: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __call__(self, function: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+        mask = named.get("mask", rest[1] if len(rest) > 1 else None)
+        if mask is not None:
+            self.masks.append((*mask.shape, q.shape[-2]))
+        return function(q, k, 1.01 * v, *rest, **named)
+
+
+def with_sage(model: Any, sage: Sage) -> Any:
+    patched = model.clone()
+    patched.model_options["transformer_options"][OVERRIDE] = sage
+    return patched
+
+
+def test_another_packs_attention_in_any_order(model: Any) -> None:
+    """Set before the node or behind it, it is used for all streams, and the bits are the same."""
+    before = sample(told(with_sage(model, Sage()), settings()))
+    behind = sample(with_sage(told(model, settings()), Sage()))
+    assert torch.equal(before, behind)
+    assert difference(before, sample(told(model, settings()))) > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_no_mask_over_queries_and_keys(count: int, model: Any) -> None:
+    """A bias is one number a key at most, for however many subjects."""
+    sage = Sage()
+    given = settings(count=count, router=count > 1, shift=-0.5)
+    sample(with_sage(told(model, given), sage), batch=2)
+    assert sage.masks
+    assert all(shape[-3] == 1 for shape in sage.masks)
+
+
+@dataclass
+class Counting:
+    """Another pack's replacement of a block: doubles what the block adds to the picture."""
+
+    def __call__(self, arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        before = arguments["img"].clone()
+        result = extra["original_block"](arguments)
+        return {**result, "img": 2 * result["img"] - before}
+
+
+def test_another_packs_block_in_any_order(model: Any) -> None:
+    """The router runs beside another pack's replacement of a block."""
+
+    def replaced(model: Any) -> Any:
+        patched = model.clone()
+        patched.set_model_patch_replace(Counting(), "dit", "double_block", 1)
+        return patched
+
+    before, behind = sample(told(replaced(model), settings())), sample(replaced(told(model, settings())))
+    assert torch.equal(before, behind)
+    assert difference(before, sample(told(model, settings()))) > 1e-3
+
+
+def test_a_lora_on_the_model(model: Any) -> None:
+    """The host's own patch of a weight acts on every stream: a reference is looked at anew."""
+    patched, watch = told(model, settings()), Watch()
+    key = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+    tuned = patched.clone()
+    assert tuned.add_patches({key: ("diff", (0.1 * randn(64, 64, seed=50),))}, 1.0)
+    with watch.over(model.model.diffusion_model):
+        plain, changed, again = sample(patched), sample(tuned), sample(patched)
+    assert watch.looks == 2
+    assert difference(changed, plain) > 1e-3
+    assert torch.equal(again, plain)
+
+
+def test_two_nodes_stack(model: Any) -> None:
+    """Subjects of two nodes are all seen, each node's routed among themselves."""
+    one, two = settings(), settings(seed=100)
+    both = sample(told(told(model, one), two))
+    for each in (one, two):
+        assert difference(both, sample(told(model, each))) > 1e-3
+    assert hooks_of(model) == 0
+    # Without routing, two nodes are one with all subjects.
+    apart = [settings(count=1, router=False, seed=seed) for seed in (0, 100)]
+    whole = replace(
+        apart[0],
+        names=("a", "b"),
+        tokens=torch.cat([each.tokens for each in apart], 1),
+        references=sum((each.references for each in apart), ()),
+    )
+    stacked = sample(told(told(model, apart[0]), apart[1]))
+    assert difference(stacked, sample(told(model, whole))) < 1e-5
+
+
+def test_with_the_hosts_mask_over_tokens(model: Any) -> None:
+    """A style model's attention bias in the conditioning still says what it said."""
+    patched = told(model, settings(token_window=WHOLE))
+    values = {"attention_mask_img_shape": (1, 1)}
+    zero = sample(patched, positive=prompt(attention_mask=torch.zeros(1, 8, 8), **values))
+    assert difference(zero, sample(patched)) < 1e-5
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 2:5] = -4
+    assert difference(sample(patched, positive=prompt(attention_mask=mask, **values)), zero) > 1e-4
+
+
+def test_with_the_hosts_reference_latents(model: Any) -> None:
+    """Another picture's tokens behind the picture's are no places of it: only the picture's see subjects."""
+    positive = prompt(reference_latents=[randn(1, 4, 8, 10, seed=60)])
+    result = sample(told(model, settings()), positive=positive)
+    assert result.isfinite().all()
+    for other in (sample(model, positive=positive), sample(told(model, settings()))):
+        assert difference(result, other) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "dpm_2_ancestral"])
+def test_samplers(sampler: str, model: Any) -> None:
+    """Also those that call the model twice a step, or write into their levels."""
+    patched = told(model, settings(reference_window=(0.3, 1.0)))
+    results = [sample(patched, sampler=sampler, steps=4) for _ in range(2)]
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_precisions(dtype: torch.dtype) -> None:
+    """The weights of the file are cast to what the model computes in."""
+    model = golden_model(dtype=dtype)
+    given = settings(router=False)
+    result = sample(told(model, given))
+    exact = sample(told(golden_model(), given))
+    assert result.isfinite().all()
+    assert difference(result, exact) < 0.2
+
+
+def test_it_moves_with_the_model() -> None:
+    """The host moves the weights as a model beside the MODEL, and they go with it."""
+    patched = told(golden_model(), settings())
+    weights = golden_anystory().patcher.model
+    assert [each.model for each in patched.get_nested_additional_models()] == [weights]
+    assert [each.model for each in patched.clone().get_nested_additional_models()] == [weights]
