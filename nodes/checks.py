@@ -96,14 +96,21 @@ def masks_in(name: str, mask: Any) -> torch.Tensor:
     return _checked_values(name, mask, "mask").float()
 
 
-def latents_in(name: str, latent: Any, channels: int) -> torch.Tensor:
-    """The latents (n, channels, height, width) on a LATENT link.
+def latents_in(name: str, latent: Any, channels: int, frames: bool = False) -> torch.Tensor:
+    """The latents (n, channels, height, width) on a LATENT link, or with `frames` (n, channels, 1, height, width), as a
+    model of videos has them for pictures.
 
     Raises ValueError, calling them `name`, when they are not those of pictures with as many `channels`, when there are
     none, and for values that are not finite."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     _check_tensor(name, samples, "latents")
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    if frames and samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if frames and samples.ndim == 5 and samples.shape[2] > 1:
+        raise ValueError(
+            f"The {name} has {samples.shape[2]} frames, but only pictures can be used; give a latent of one frame."
+        )
+    if samples.ndim != 4 + frames or samples.shape[1] != channels:
         raise ValueError(
             f"The {name} has the shape {_shape(samples)} but this model takes {channels} channels; encode the picture "
             "with the VAE of this checkpoint."

@@ -12,11 +12,11 @@ from ..patches.blend_mask import AdaptiveMask
 from ..patches.engine import add_edit
 from ..patches.families import chosen_sites, family_of
 from ..patches.inversion import Inversion
+from ..patches.process import Process
 from ..patches.retouch import MultiSourceSwap, path_of
 from ..patches.sites import USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
-from .trajectory import refuse_flow
 from .types import (
     RETOUCH,
     BlendMaskType,
@@ -142,7 +142,6 @@ class MultiSourceSwapNode(io.ComfyNode):
                 raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
         check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
         window = Window(start_percent, end_percent)
-        refuse_flow(model)
         chosen = chosen_sites(model, "self", sites, named_sites)
         _check_trajectories(model, layout, reference)
         prompt_in("layout_conditioning", layout_conditioning)
@@ -182,6 +181,11 @@ def _check_trajectories(model: Any, layout: Inversion | None, reference: Inversi
             raise ValueError(
                 f"The {name} trajectory is of a model of the family {each.family} with {channels} latent channels but "
                 f"this one is {family} with {wanted}; invert the picture with this model."
+            )
+        if Process.of(model.get_model_object("model_sampling")).flow and float(each.sigmas[0]) > 1:
+            raise ValueError(
+                f"The {name} trajectory begins at sigma {float(each.sigmas[0]):.4g}, which a flow model does not have; "
+                "invert the picture with this model, and its own sampling patch."
             )
     if layout is not None and reference is not None and len(layout.sigmas) != len(reference.sigmas):
         raise ValueError(

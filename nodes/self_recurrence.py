@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from comfy.model_sampling import CONST
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
+from ..patches.process import Process
 from ..patches.self_recurrence import recur, row_noise
 from ..patches.window import Levels, Window
 from .types import LAYOUT, seed_input, window_inputs
@@ -91,14 +91,13 @@ def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: i
         **options: Any,
     ) -> Any:
         model_sampling = model.inner_model.inner_model.model_sampling
-        if isinstance(model_sampling, CONST):
-            raise ValueError("Self-Recurrence Sampler knows no flow models; use it with SD 1.x, SD 2.x or SDXL.")
         # The host gives the run's own noise along, which is all zeros in a run that adds none.
         noise = getattr(model, "noise", None)
         adds_noise = noise is None or bool(noise.any())
         run = Levels(tuple(sigmas.tolist()), adds_noise, model_sampling.percent_to_sigma)
         if not any(run.lie_in(window, sigma) for sigma in run.sigmas[:-1]):
             logging.warning(f"Self-Recurrence Sampler did nothing: {run.none_in(window)}")
+        process = Process.of(model_sampling)
         bar = tqdm(total=len(sigmas) - 1, disable=disable)
 
         def step(x: Any, levels: Any, number: int, turn: int) -> Any:
@@ -117,6 +116,6 @@ def _recurrent(function: Callable[..., Any], window: Window, turns: int, seed: i
             return turns if run.lie_in(window, sigma) else 1
 
         with bar:
-            return recur(step, x, sigmas, turns_at, lambda x, *place: row_noise(x, seed, "back", *place))
+            return recur(step, x, sigmas, turns_at, lambda x, *place: row_noise(x, seed, "back", *place), process)
 
     return sample

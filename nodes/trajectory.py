@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from comfy.model_sampling import CONST
 from comfy.samplers import CFGGuider, Sampler
 from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
 from ..patches.families import family_of
 from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, read_trajectory, replayed, to_file
+from ..patches.process import Process
 from ..patches.subject import MEGABYTE
 from .checks import check_number, latents_in, prompt_in
 from .types import RETOUCH, TrajectoryType
@@ -25,15 +26,6 @@ from .types import RETOUCH, TrajectoryType
 ROUNDS_MAX = 20
 MEGABYTES_MAX = 65536
 FOLDER = "trajectories"
-
-
-def refuse_flow(model: Any) -> None:
-    """Raises ValueError for a flow model, whose latents no DDIM step moves."""
-    if isinstance(model.get_model_object("model_sampling"), CONST):
-        raise ValueError(
-            "This model is a flow model, and DDIM inversion is for models that predict noise or velocity "
-            "(v-prediction); use SD 1.x, SD 2.x or SDXL without a flow sampling patch."
-        )
 
 
 def cache_input() -> io.Int.Input:
@@ -62,7 +54,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
             "Multi-Source Attention Swap (Layout-and-Retouch).",
             search_aliases=["DDIM inversion", "inversion", "unsampler", "Layout-and-Retouch"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample: SD 1.x, SD 2.x or SDXL."),
+                io.Model.Input("model", tooltip="The model that will sample."),
                 io.Latent.Input("latent", tooltip="The encoded picture; several are inverted together."),
                 io.Sigmas.Input(
                     "sigmas",
@@ -97,9 +89,15 @@ class InvertToTrajectoryNode(io.ComfyNode):
                 TrajectoryType.Output(display_name="trajectory", tooltip="All the latents, with their sigmas."),
                 io.Latent.Output(
                     display_name="last_latent",
-                    tooltip="The noisiest latent: sample from it with DisableNoise to start where the picture ended.",
+                    tooltip="The noisiest latent: sample from it with DisableNoise to start where the picture ended. "
+                    "With a flow model take the noise instead.",
                 ),
                 io.String.Output(display_name="report", tooltip="How exactly the trajectory gives the picture back."),
+                io.Noise.Output(
+                    display_name="noise",
+                    tooltip="What the picture ended in, as noise: give it to SamplerCustomAdvanced with an empty "
+                    "latent and the same sigmas to start there. For every model, also flow models such as FLUX.",
+                ),
             ],
         )
 
@@ -115,12 +113,12 @@ class InvertToTrajectoryNode(io.ComfyNode):
         measure_replay: bool = False,
         cache_megabytes: int = CACHE_MEGABYTES,
     ) -> io.NodeOutput:
-        refuse_flow(model)
         family = family_of(model).name
         if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
             raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
-        levels = falling(sigmas, float(model.get_model_object("model_sampling").sigma_min))
-        clean = latents_in("latent", latent, model.model.latent_format.latent_channels)
+        model_sampling, latent_format = model.get_model_object("model_sampling"), model.model.latent_format
+        levels = falling(sigmas, float(model_sampling.sigma_min))
+        clean = latents_in("latent", latent, latent_format.latent_channels, latent_format.latent_dimensions > 2)
         if prompt_in("conditioning", conditioning) is None:
             if clip is None:
                 raise ValueError(
@@ -129,7 +127,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
         guider = CFGGuider(model)
         guider.inner_set_conds({"positive": conditioning})
-        sampler = _Inverting(fixed_point_rounds, measure_replay)
+        sampler = _Inverting(fixed_point_rounds, measure_replay, Process.of(model_sampling))
         passes = (len(levels) - 1) * (1 + fixed_point_rounds + measure_replay)
         guider.sample(
             torch.zeros_like(clean),
@@ -148,7 +146,8 @@ class InvertToTrajectoryNode(io.ComfyNode):
         inversion = Inversion(levels.cpu(), sampler.states, family, FeatureCache(cache_megabytes * MEGABYTE))
         last = model.model.process_latent_out(inversion.states[0])
         last = last.to(comfy.model_management.intermediate_device())
-        return io.NodeOutput(inversion, {"samples": last}, drift_report(inversion, sampler.replay))
+        report = drift_report(inversion, sampler.replay)
+        return io.NodeOutput(inversion, {"samples": last}, report, StartNoise(inversion, model_sampling))
 
 
 def falling(sigmas: Any, least: float = 0.0) -> Any:
@@ -170,12 +169,31 @@ def falling(sigmas: Any, least: float = 0.0) -> Any:
     return levels
 
 
+class StartNoise:
+    """A NOISE of the host's: what a sampler adds to an empty latent to begin with a trajectory's noisiest state."""
+
+    seed = 0
+
+    def __init__(self, inversion: Inversion, model_sampling: Any) -> None:
+        sigma, most = float(inversion.sigmas[0]), float(model_sampling.sigma_max)
+        # The host's samplers begin so: at its highest noise level a diffusion's noise is scaled for the whole range.
+        whole = math.isclose(sigma, most, rel_tol=1e-5) or sigma > most
+        level, state = torch.tensor(sigma), inversion.states[0]
+        self.noise = state / model_sampling.noise_scaling(level, torch.ones(1), torch.zeros(1), whole)
+
+    def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
+        """The noise for as many pictures as the latent has."""
+        rows = len(input_latent["samples"])
+        return self.noise.expand(rows, *self.noise.shape[1:]) if len(self.noise) == 1 else self.noise
+
+
 class _Inverting(Sampler):
     """Walks up the sigmas instead of down. Leaves the states it went through, and those of a replay if asked for."""
 
-    def __init__(self, rounds: int, replay: bool) -> None:
+    def __init__(self, rounds: int, replay: bool, process: Process) -> None:
         self.rounds = rounds
         self.measure = replay
+        self.process = process
         self.states: Any = None
         self.replay: Any = None
 
@@ -202,7 +220,7 @@ class _Inverting(Sampler):
                 callback(done, clean, x, steps)
             done += 1
 
-        states = inverted(predict, latent_image, sigmas, self.rounds, told)
+        states = inverted(predict, latent_image, sigmas, self.rounds, told, self.process)
         self.states = states.float().cpu()
         if self.measure:
             self.replay = replayed(predict, states[0], sigmas, told).float().cpu()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .call import AttentionCall, Chunk
+from .process import DIFFUSION, Process
 from .sites import Site
 from .streams import Features, Stream
 from .window import Levels, Window
@@ -21,12 +22,13 @@ Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
 class Start:
     """What a run's sampler starts from: its noise (rows, channels, height, width) in the model's latent space. `noised`
     gives what it would start from with another noise, at a noise level. `latents`, of the noise's shape, is the picture
-    that the noise is added to; `levels` are those of the run's steps."""
+    that the noise is added to; `levels` are those of the run's steps, and `process` says what they mean."""
 
     noise: Tensor
     noised: Callable[[Tensor, float], Tensor]
     latents: Tensor
     levels: Levels = field(default_factory=Levels)
+    process: Process = DIFFUSION
 
 
 @dataclass(frozen=True, eq=False)

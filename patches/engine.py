@@ -24,6 +24,7 @@ from .companion import OfThePictureError, companion_call, companion_options, sil
 from .edit import Edit, Start
 from .families import Transformer, family_of
 from .openings import opened
+from .process import Process
 from .recording import Recording
 from .session import UNCONDITIONED, Forward, Session
 from .sites import Site
@@ -106,7 +107,7 @@ def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Star
 
     # Noise that is all zeros is all that the host tells of a run that goes on with another's picture.
     levels = Levels(tuple(sigmas.flatten().tolist()), bool(noise.any()), model_sampling.percent_to_sigma)
-    return Start(noise, noised, clean, levels)
+    return Start(noise, noised, clean, levels, Process.of(model_sampling))
 
 
 def _predict_noise(

@@ -1,7 +1,8 @@
 """DDIM inversion with every latent kept (Layout-and-Retouch, section 3.2.2 and Algorithm 1, lines 2 and 3).
 
-Latents are the host's: clean latents plus sigma times noise, in which a DDIM step is a straight line in sigma. A path
-that is kept whole is exact: what a replay would drift away from is read instead.
+Latents are the host's, in which a DDIM step is a straight line in sigma: of a diffusion, clean latents plus sigma times
+noise, and of a flow as well, whose Euler step it is. A path that is kept whole is exact: what a replay would drift away
+from is read instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import FeatureCache
+from .process import DIFFUSION, Process
 from .streams import Trajectory
 from .subject import MEGABYTE
 
@@ -40,21 +42,18 @@ def inverted_step(below: Tensor, clean: Tensor, at: Tensor, sigma: float, follow
     return below + (at - clean) / following * (following - sigma)
 
 
-def first_guess(below: Tensor, sigma: float, following: float) -> Tensor:
-    """Where DDIM inversion asks the model instead of at the unknown latents: what the network saw at `sigma`, the
-    latents brought to unit variance, taken for what it will see at `following`."""
-    return below * math.sqrt((1 + following**2) / (1 + sigma**2))
-
-
-def inverted(predict: Predict, clean: Tensor, sigmas: Tensor, rounds: int, told: Told) -> Tensor:
-    """The path of `clean` (rows, channels, h, w) at `sigmas`, falling to 0: (n, rows, channels, h, w).
+def inverted(
+    predict: Predict, clean: Tensor, sigmas: Tensor, rounds: int, told: Told, process: Process = DIFFUSION
+) -> Tensor:
+    """The path of `clean` (rows, channels, h, w) at `sigmas`, falling to 0: (n, rows, channels, h, w). `process` is the
+    model's.
 
     Each step is a fixed point: the latents above are asked for the step that leads to those below. `rounds` more turns
     come nearer to it than plain inversion (0); a step whose turns lead away goes back to the nearest and ends."""
     states = [clean]
     for sigma, following in pairwise(reversed(sigmas.tolist())):
         below = states[-1]
-        at, nearest, miss = first_guess(below, sigma, following), below, math.inf
+        at, nearest, miss = process.first_guess(below, sigma, following), below, math.inf
         for turn in range(rounds + 1):
             prediction = predict(at, following)
             told(prediction, at)
@@ -87,7 +86,8 @@ def replayed(predict: Predict, start: Tensor, sigmas: Tensor, told: Told) -> Ten
 @dataclass(frozen=True, eq=False)
 class Inversion:
     """A picture's kept path: `sigmas` (n) falling to 0, `states` (n, rows, channels, h, w) of float32 in the model's
-    latent space, the family of the model, and the features it has lent so far. The value on a TRAJECTORY link."""
+    latent space (with a frame before the height where the model has frames), the family of the model, and the features
+    it has lent so far. The value on a TRAJECTORY link."""
 
     sigmas: Tensor
     states: Tensor
@@ -157,7 +157,8 @@ def read_trajectory(path: str, name: str, megabytes: int) -> Inversion:
 
 def check_path(sigmas: Tensor, states: Tensor, what: str) -> None:
     """Raises ValueError when sigmas and states are no path."""
-    if sigmas.ndim != 1 or states.ndim != 5 or len(sigmas) != len(states) or len(sigmas) < 2 or 0 in states.shape:
+    shaped = sigmas.ndim == 1 and states.ndim in (5, 6) and 0 not in states.shape
+    if not shaped or len(sigmas) != len(states) or len(sigmas) < 2:
         raise ValueError(
             f"{what} has {sigmas.numel()} sigmas for states of shape {tuple(states.shape)}; invert the picture again."
         )

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .call import BRANCH, AttentionCall, Chunk, head_split
-from .edit import Edit
+from .edit import Edit, Start
 from .layout_regions import Layout, canonical
+from .process import DIFFUSION, Process
 from .prompt import SPANS_KEY, Spans
 from .streams import Features, Stream
 
@@ -30,7 +31,8 @@ HARDEST = 1e4
 
 def eta(sigma: float, constant: bool = False) -> float:
     """Eq. 7's concave eta(t). The paper does not give it; the code's is ln(1 + sigma^2), about 5.4 at the first step of
-    SD and 0 at the end. `constant` is 1 at every noise level, which the code's is at sigma 1.31."""
+    SD and 0 at the end. `constant` is 1 at every noise level, which the code's is at sigma 1.31. `sigma` is noise over
+    signal: see `Process.ratio` for a flow's."""
     return 1.0 if constant else math.log1p(sigma * sigma)
 
 
@@ -137,11 +139,15 @@ class LayoutBias(Edit):
     everywhere: bool = True
     constant: bool = False
     each_row: bool = True
+    _process: list[Process] = field(default_factory=lambda: [DIFFUSION], repr=False)
     _weights: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def begin(self) -> LayoutBias:
-        return replace(self, _weights={}, _warned=set())
+        return replace(self, _process=[DIFFUSION], _weights={}, _warned=set())
+
+    def start(self, start: Start) -> None:
+        self._process[0] = start.process
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when a phrase of the layout is known to none of the run's prompts."""
@@ -177,7 +183,8 @@ class LayoutBias(Edit):
         # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
         length, begins = call.chunk.length, call.prompt.start
         deviation = logit_deviation(call.query, call.key[:, begins : begins + length], call.heads, self.each_row)
-        bias = layout_bias(self._weights_at(call, groups, length), self.guidance, eta(sigma, self.constant), deviation)
+        fade = eta(self._process[0].ratio(sigma), self.constant)
+        bias = layout_bias(self._weights_at(call, groups, length), self.guidance, fade, deviation)
         call.bias(bias.clamp_(-HARDEST, HARDEST), call.prompt)
         call.note("layout region", lambda: self._shown_at(call), self.layout.phrases)
 

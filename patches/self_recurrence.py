@@ -9,14 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .process import Process
+
 # (x, the two noise levels of a step, its number, its turn) -> x at the second level.
 Step = Callable[[Tensor, Tensor, int, int], Tensor]
-
-
-def renoised(x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
-    """`x` at sigma `low` taken back to `high`: x + sqrt(high^2 - low^2) * noise, for models whose latents at sigma are
-    clean plus sigma times noise."""
-    return x + (high**2 - low**2).clamp(min=0).sqrt() * noise
 
 
 def recur(
@@ -25,13 +21,14 @@ def recur(
     sigmas: Tensor,
     turns: Callable[[float], int],
     noise: Callable[[Tensor, int, int], Tensor],
+    process: Process,
 ) -> Tensor:
     """Every step of a falling schedule `sigmas` (n + 1), each `turns(sigma)` times. `noise` is asked, like x, for a
-    step's number and turn, the first of which needs none."""
+    step's number and turn, the first of which needs none. `process` is the model's."""
     for number in range(len(sigmas) - 1):
         for turn in range(max(turns(float(sigmas[number])), 1)):
             if turn:
-                x = renoised(x, sigmas[number + 1], sigmas[number], noise(x, number, turn))
+                x = process.renoised(x, sigmas[number + 1], sigmas[number], noise(x, number, turn))
             x = step(x, sigmas[number : number + 2], number, turn)
     return x
 

@@ -49,9 +49,7 @@ def model() -> Any:
 
 @over_lending
 @pytest.mark.parametrize("opening", OPENINGS)
-def test_a_step_cache_of_another_pack_is_the_same_cold_and_warm(
-    opening: str, mechanism: Mechanism, model: Any
-) -> None:
+def test_a_step_cache_of_another_pack_is_the_same_cold_and_warm(opening: str, mechanism: Mechanism, model: Any) -> None:
     # Another shape of latents than a companion's would begin the cache afresh; the same shape would be skipped.
     run = {"steps": 5, "size": (6, 8)}
     ours = mechanism.on(model, size=(6, 8))

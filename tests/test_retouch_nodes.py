@@ -258,7 +258,7 @@ def test_other_bad_input_of_the_swap(model: Any) -> None:
     with pytest.raises(ValueError, match="apply_to is 'all'; choose one of both, cond only"):
         swapped(model, *fresh(1, 2), apply_to="all")
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
-    with pytest.raises(ValueError, match="This model is a flow model"):
+    with pytest.raises(ValueError, match="layout trajectory begins at sigma 20, which a flow model does not have; inv"):
         swapped(flow, *fresh(1, 2))
 
 

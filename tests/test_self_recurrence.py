@@ -9,8 +9,10 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.k_diffusion.sampling import sample_euler
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from subject_patches.nodes.self_recurrence import SAMPLERS, SelfRecurrenceNode
-from subject_patches.patches.self_recurrence import recur, renoised, row_noise
+from subject_patches.patches.process import Process
+from subject_patches.patches.self_recurrence import recur, row_noise
 from subject_patches.tests.golden_cases import Golden, cases_of
 from subject_patches.tests.models import difference, known_prompt, latent_noise, prompt, small_model
 from torch import Tensor
@@ -43,16 +45,17 @@ def test_the_authors_sampler(golden: Golden) -> None:
 
     guided = {float(sigma) for sigma in sigmas[: case["guidance_steps"]]}
     start = given["latents_unit_noise"] * given["init_noise_sigma"]
-    recur(step, start, sigmas, lambda s: 2 if s in guided else 1, lambda x, n, turn: given["recurrence_noise"][n])
+    recur(
+        step,
+        start,
+        sigmas,
+        lambda s: 2 if s in guided else 1,
+        lambda x, n, turn: given["recurrence_noise"][n],
+        Process(),
+    )
     right = given["latents_after_each_scheduler_step"]
     assert len(seen) == case["n_scheduler_steps"]
     torch.testing.assert_close(torch.stack(seen), right, rtol=0, atol=TOLERANCE)
-
-
-def test_noising_back_gives_the_variance_of_the_higher_level() -> None:
-    noise = [torch.randn(200_000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    back = renoised(0.5 * noise[0], torch.tensor(0.5), torch.tensor(2.0), noise[1])
-    assert float(back.std()) == pytest.approx(2.0, abs=0.02)
 
 
 def test_noise_is_of_its_place_and_row_only() -> None:
@@ -65,6 +68,12 @@ def test_noise_is_of_its_place_and_row_only() -> None:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
+
+
+@pytest.fixture(scope="module")
+def flow(model: Any) -> Any:
+    """The small model, taken for a flow with a shift."""
+    return ModelSamplingSD3().patch(model, 3.0)[0]
 
 
 def run(model: Any, sampler: Any, batch: int = 1, steps: int = 4, calls: list[float] | None = None) -> Tensor:
@@ -97,6 +106,16 @@ def test_every_sampler_it_takes(name: str, model: Any) -> None:
     assert difference(run(model, wrapped(name), batch=2)[:1], result) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral"])
+def test_flows(name: str, flow: Any) -> None:
+    calls: list[float] = []
+    without, result = run(flow, comfy.samplers.sampler_object(name)), run(flow, wrapped(name), calls=calls)
+    assert result.isfinite().all()
+    assert difference(result, without) > 0.01
+    # The first call is at pure noise, to which every turn goes back.
+    assert calls.count(1.0) == 2
+
+
 def test_once_is_the_sampler_itself(model: Any) -> None:
     without = run(model, comfy.samplers.sampler_object("euler"))
     for sampler in (wrapped(turns=1), wrapped(window=(0.4, 0.4))):
@@ -111,7 +130,7 @@ def test_steps_one_by_one_are_the_sampler_bit_for_bit() -> None:
         return sample_euler(model, x, levels, disable=True)
 
     x, sigmas = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([9.0, 4.0, 1.0, 0.0])
-    stepwise = recur(step, x, sigmas, lambda sigma: 1, lambda *_: torch.full((), float("nan")))
+    stepwise = recur(step, x, sigmas, lambda sigma: 1, lambda *_: torch.full((), float("nan")), Process())
     assert torch.equal(stepwise, sample_euler(model, x, sigmas, disable=True))
 
 
