@@ -197,7 +197,6 @@ class Opening:
         words = [b.word for b in self.family.blocks if not several or b.block_type == options.get("block_type")]
         return (words[0], number) if words else None
 
-    @torch.compiler.disable
     def __call__(self, function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         attention = Attention(function, self.inner, args, named)
         options = named.get("transformer_options") or {}

@@ -274,6 +274,10 @@ DITS: dict[str, Dit] = {
 }
 
 
+# Those that the pack knows.
+PATCHED = ("FLUX.1", "Chroma", "FLUX.2", "Qwen-Image", "Qwen-Image-Edit", "SD 3.5")
+
+
 def dit_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """The small MODEL of a family of `DITS`; `config` goes over its configuration."""
     dit = DITS[name]

@@ -29,7 +29,7 @@ from .models import (
     routed,
     sample,
     small_model,
-    subject,
+    subject_for,
     swapped,
     trajectory,
 )
@@ -58,13 +58,15 @@ class Mechanism:
     ) -> Any:
         """The model with the mechanism at work, for latents of `size`."""
         values = {"size": size} if self.sized else {}
-        return self.patch(model, (subject(),) if subjects is None else subjects, strength, (0.0, 1.0), **values)
+        return self.patch(
+            model, (subject_for(model),) if subjects is None else subjects, strength, (0.0, 1.0), **values
+        )
 
     def off(self, model: Any, how: str) -> Any:
         """The model with a node that has nothing to do, for the reason `how`, one of `IDLE`."""
         return self.patch(
             model,
-            () if how == "no subject" else (subject(),),
+            () if how == "no subject" else (subject_for(model),),
             0.0 if how == "strength 0" else 1.0,
             (0.4, 0.4) if how == "empty window" else (0.0, 1.0),
         )
@@ -101,7 +103,7 @@ def _routed(
     # Further subjects differ with the first, whose window and phrase differ from theirs.
     if subjects:
         phrases = ("scene", *(f"subject {number}" for number in range(2, 9)))
-        others = (subject(seed=100 + number, phrase=phrases[number]) for number in range(count - 1))
+        others = (subject_for(model, 100 + number, phrase=phrases[number]) for number in range(count - 1))
         subjects = (*subjects[:1], *others)
     start, end = window
     router = values.pop("router", None) or mask_router(count)

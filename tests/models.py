@@ -80,6 +80,12 @@ def subject(
     return Subject(references or (reference(seed),), phrase, cache, Share(**share))
 
 
+def subject_for(model: Any, seed: int = 0, **values: Any) -> Subject:
+    """One subject with one reference, of a MODEL's kind of latents."""
+    channels = model.model.latent_format.latent_channels
+    return subject(reference(seed, channels=channels, frames=frames_of(model)), seed=seed, **values)
+
+
 def latent_noise(
     batch: int, size: tuple[int, int], seed: int, channels: int = 4, frames: tuple[int, ...] = ()
 ) -> Tensor:

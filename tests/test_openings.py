@@ -15,35 +15,27 @@ from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.streams import Features, Stream
-from subject_patches.patches.subject import Subject
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.dense_dit import ByHand
-from subject_patches.tests.dit_models import dit_model
+from subject_patches.tests.dit_models import PATCHED, dit_model
 from subject_patches.tests.models import (
     difference,
-    frames_of,
     generator,
     known_prompt,
     recycled,
-    reference,
     sample,
     second_context,
-    subject,
+    subject_for,
 )
 from torch import Tensor
 
 SIZE = (8, 10)
 
 
-@pytest.fixture(scope="module", params=["FLUX.1", "Chroma", "FLUX.2", "Qwen-Image", "Qwen-Image-Edit", "SD 3.5"])
+@pytest.fixture(scope="module", params=PATCHED)
 def model(request: Any) -> Any:
     return dit_model(request.param)
-
-
-def subject_for(model: Any, seed: int = 0, **values: Any) -> Subject:
-    channels = model.model.latent_format.latent_channels
-    return subject(reference(seed, channels=channels, frames=frames_of(model)), seed=seed, **values)
 
 
 @dataclass(frozen=True, eq=False)
