@@ -96,6 +96,6 @@ def reference_streams(
             )
         clean = model.model.process_latent_in(reference.latents)
         name = ("noised reference", number)
-        stream = NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how)
-        streams.append(stream)
+        pixels = reference.pixels or tuple(reference.image.shape[1:3]) or None
+        streams.append(NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how, pixels))
     return tuple(streams)

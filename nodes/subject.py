@@ -136,6 +136,8 @@ def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: 
             tell(doubt)
         x0, y0, x1, y1 = mask_bounds(masks[0], margin)
         image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
+    pixels = tuple(image.shape[1:3])
     image, masks = fit(image, masks, size, vae.spacial_compression_encode())
     latents = encoded_by(vae, image, f"the subject's {what}")
-    return Reference(image, latents, None if masks is None else resize_mask(masks, tuple(latents.shape[-2:])), masks)
+    mask = None if masks is None else resize_mask(masks, tuple(latents.shape[-2:]))
+    return Reference(image, latents, mask, masks, pixels)

@@ -99,15 +99,11 @@ class RouterStream:
         """The routing queries: the router's tokens through the plain layer (its LoRA acts on the modulation alone here)
         and the map's own projection."""
         network, block = self.network(), self._block(kind, number)
-        norm, modulation = (
-            (block.txt_norm1, block.txt_mod) if kind == "double" else (block.pre_norm, block.modulation)
-        )
+        norm, modulation = (block.txt_norm1, block.txt_mod) if kind == "double" else (block.pre_norm, block.modulation)
         with self.loras.on(ROUTER):
             change = modulation(vec)[0]
         tokens = (1 + change.scale) * norm(self.state) + change.shift
-        layer, qk_norm = (
-            (block.txt_attn.qkv, block.txt_attn.norm) if kind == "double" else (block.linear1, block.norm)
-        )
+        layer, qk_norm = (block.txt_attn.qkv, block.txt_attn.norm) if kind == "double" else (block.linear1, block.norm)
         query = layer(tokens)[..., : network.hidden_size] + self._projected(kind, number, "q", tokens)
         query = qk_norm.query_norm(query.unflatten(-1, (network.num_heads, -1)).transpose(1, 2))
         # Rotated by its place, which is zero: as it is.
@@ -158,9 +154,7 @@ class _Attention:
     def __call__(
         self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, **named: Any
     ) -> Tensor:
-        k, v = (
-            torch.cat([picture, own[:, :, : self.count]], 2) for picture, own in ((self.key, k), (self.value, v))
-        )
+        k, v = (torch.cat([picture, own[:, :, : self.count]], 2) for picture, own in ((self.key, k), (self.value, v)))
         if self.inner is None:
             return function(q, k, v, heads, **named)
         return self.inner(function, q, k, v, heads, **named)

@@ -160,8 +160,16 @@ class DualBranchIntegration(Edit):
 
     def start(self, start: Start) -> None:
         noise = self.noise(start.noise)
-        begin = partial(start.noised, noise)
-        self._branch.append(AuxiliaryBranch(noise, begin, self.conditioning, own_guidance=self.own_guidance))
+        self._branch.append(
+            AuxiliaryBranch(
+                noise,
+                partial(start.noised, noise),
+                self.conditioning,
+                own_guidance=self.own_guidance,
+                kept=start.kept(noise),
+                picture=(start.latents, start.mask),
+            )
+        )
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run is the concept's."""

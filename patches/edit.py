@@ -11,24 +11,32 @@ from torch import Tensor
 from .call import AttentionCall, Chunk
 from .process import DIFFUSION, Process
 from .sites import Site
-from .streams import Features, Stream
+from .streams import Features, Kept, Stream
 from .window import Levels, Window
 
 # Which features of which stream an edit needs, at which sites: ("key", "value"), say.
 Request = tuple[Stream, frozenset[Site], tuple[str, ...]]
 
 
+def _nothing_kept(noise: Tensor) -> Kept | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run's sampler starts from: its noise (rows, channels, height, width) in the model's latent space. `noised`
     gives what it would start from with another noise, at a noise level. `latents`, of the noise's shape, is the picture
-    that the noise is added to; `levels` are those of the run's steps, and `process` says what they mean."""
+    that the noise is added to; `mask` is where it is generated (1), broadcastable to the latents, None all over, and
+    `kept` tells, for another noise, what the mask keeps; `levels` are those of the run's steps, and
+    `process` says what they mean."""
 
     noise: Tensor
     noised: Callable[[Tensor, float], Tensor]
     latents: Tensor
     levels: Levels = field(default_factory=Levels)
     process: Process = DIFFUSION
+    mask: Tensor | None = None
+    kept: Callable[[Tensor], Kept | None] = _nothing_kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from .recording import Recording
 from .session import UNCONDITIONED, Forward, Session
 from .sites import Site
 from .slots import composed, editor, plain, recorder
-from .streams import Denoising, Stream
+from .streams import Denoising, Kept, Stream
 from .window import Levels
 
 KEY = "subject_patches"
@@ -53,21 +53,28 @@ def add_edit(model: Any, edit: Edit) -> Any:
 
 
 def _sample(
-    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     guider = executor.class_obj
     # The host gives every run its own copy of these options, and drops it afterwards.
     options = guider.model_options["transformer_options"]
     edits = options.get(KEY, ())
     if not edits or SESSION in options:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
     _check_frames(noise)
     # Some samplers write into the levels they are given (uni_pc), and the host keeps these for the next run.
     sigmas = sigmas.clone()
-    start = _start(guider.model_patcher, noise, latent_image, sigmas)
+    start = _start(guider, noise, latent_image, sigmas, denoise_mask)
     begun = [edit.begin() for edit in edits]
     for edit in begun:
         edit.start(start)
@@ -75,7 +82,7 @@ def _sample(
     session = Session(parts, KEY, family_of(guider.model_patcher), start.levels)
     options[SESSION] = session
     try:
-        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         session.warn_of_idle()
         return result
     finally:
@@ -92,8 +99,9 @@ def _check_frames(noise: Tensor) -> None:
         )
 
 
-def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Start:
+def _start(guider: Any, noise: Tensor, latents: Tensor, sigmas: Tensor, mask: Tensor | None) -> Start:
     """As the host's samplers begin."""
+    patcher = guider.model_patcher
     model_sampling = patcher.get_model_object("model_sampling")
     # The host does not shift an empty latent.
     clean = patcher.model.process_latent_in(latents) if bool(latents.any()) else latents
@@ -107,7 +115,33 @@ def _start(patcher: Any, noise: Tensor, latents: Tensor, sigmas: Tensor) -> Star
 
     # Noise that is all zeros is all that the host tells of a run that goes on with another's picture.
     levels = Levels(tuple(sigmas.flatten().tolist()), bool(noise.any()), model_sampling.percent_to_sigma)
-    return Start(noise, noised, clean, levels, Process.of(model_sampling))
+
+    def kept(other: Tensor) -> Kept | None:
+        return None if mask is None else _kept(guider, other, clean, sigmas, mask)
+
+    return Start(noise, noised, clean, levels, Process.of(model_sampling), mask, kept)
+
+
+def _kept(guider: Any, noise: Tensor, clean: Tensor, sigmas: Tensor, mask: Tensor) -> Kept:
+    """What the host's samplers keep of `clean` under a noise mask, with another noise than theirs."""
+    device = mask.device
+    noise, clean = noise.to(device), clean.to(device).float()
+
+    def levels(sigma: float) -> Tensor:
+        return torch.full((len(noise),), sigma, device=device)
+
+    def mask_at(sigma: float) -> Tensor:
+        # The host gives the function of a model (DifferentialDiffusion's) the same.
+        function = guider.model_options.get("denoise_mask_function")
+        options = {"model": guider, "sigmas": sigmas}
+        return mask if function is None else function(levels(sigma), mask, extra_options=options)
+
+    def noised(sigma: float) -> Tensor:
+        return guider.inner_model.scale_latent_inpaint(
+            x=noise, sigma=levels(sigma), noise=noise.float(), latent_image=clean
+        )
+
+    return Kept(clean, mask_at, noised)
 
 
 def _predict_noise(
@@ -124,6 +158,8 @@ def _predict_noise(
     branches = list(dict.fromkeys(stream for stream, *_ in requests if isinstance(stream, Denoising)))
     if not branches:
         return executor(x, timestep, model_options, seed)
+    # A sampler that asks for the unconditional prediction goes on with its noise.
+    plus = _asks(executor.class_obj, model_options)
     seen: list[dict[str, Any]] = []
 
     def look(arguments: dict[str, Any]) -> Tensor:
@@ -135,8 +171,16 @@ def _predict_noise(
     guidance = _guidance(seen[0]) if seen else None
     if guidance is not None:
         for branch in branches:
-            _guide(session, branch, guidance, timestep, options)
+            _guide(session, branch, guidance, timestep, options, plus)
     return result
+
+
+def _asks(guider: Any, model_options: dict[str, Any]) -> bool:
+    """Whether a sampler looks at the predictions beside the guided one, as those by CFG++ do."""
+    own = guider.model_options.get("sampler_post_cfg_function", ())
+    return any(
+        all(function is not known for known in own) for function in model_options.get("sampler_post_cfg_function", ())
+    )
 
 
 def _guidance(seen: dict[str, Any]) -> dict[str, Any] | None:
@@ -155,6 +199,7 @@ def _guide(
     guidance: dict[str, Any],
     timestep: Tensor,
     options: dict[str, Any],
+    plus: bool,
 ) -> None:
     """Gives a branch the generation's guidance at this noise level: its unconditional prediction, or one for the
     branch's own latents."""
@@ -166,7 +211,7 @@ def _guide(
         conditioning = session.stripped(branch, session.in_force(guidance["uncond"]))
         recording = Recording(branch, (), None, session.run)
         unconditional = _predict(session, recording, conditioning, latents, timestep, session.sigma, options)
-    branch.guided(session.sigma, guidance["cond_scale"], latents, unconditional)
+    branch.guided(session.sigma, guidance["cond_scale"], latents, unconditional, plus)
 
 
 def _run_stream(

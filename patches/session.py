@@ -15,41 +15,16 @@ from torch import Tensor
 
 from .call import BRANCH, AttentionCall, Chunk
 from .companion import acting_on_companions
+from .conditionings import of_the_stream
 from .edit import Edit, Request
 from .families import Family
 from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
 from .sites import Site
-from .streams import UNCONDITIONAL, Features, Stream
+from .streams import UNCONDITIONAL, Denoising, Features, Stream
 from .window import Levels
 
 UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
-# What a conditioning says of the generation's picture alone, and a companion's must not take over.
-_OF_THE_GENERATION = frozenset(
-    {
-        "area",
-        "mask",
-        "mask_strength",
-        "set_area_to_bounds",
-        "strength",
-        "control",
-        "control_apply_to_uncond",
-        "gligen",
-        "default",
-        "start_percent",
-        "end_percent",
-        "timestep_start",
-        "timestep_end",
-        "clip_start_percent",
-        "clip_end_percent",
-        "concat_latent_image",
-        "concat_mask",
-        "noise_concat",
-        "denoise_mask",
-        "model_conds",
-        "uuid",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -243,19 +218,24 @@ class Session:
     def _prepared(self, stream: Stream, source: Any) -> tuple[list[dict[str, Any]], str | None]:
         place = (id(stream), id(source))
         if place not in self._conditionings:
-            raw = [{**source}] if isinstance(source, dict) else convert_cond(source)[:1]
-            self._conditionings[place] = self._encode(stream, raw[0])
+            given = not isinstance(source, dict)
+            (raw,) = convert_cond(source)[:1] if given else [source]
+            self._conditionings[place] = self._encode(stream, raw, given)
         return self._conditionings[place]
 
     def _of_the_guider(self, conditioned: bool) -> dict[str, Any]:
         """The generation's conditioning, or its negative one, that is in force at this noise level."""
-        lists = [listed for name, listed in self.guider.conds.items() if (name in UNCONDITIONED) != conditioned]
-        usual = self.guider.conds.get("positive" if conditioned else "negative")
-        lists.sort(key=lambda listed: listed is not usual)
-        entries = [entry for listed in lists for entry in listed or ()]
+        entries = self._entries(conditioned)
         if not entries:
             raise ValueError("The sampler has no positive conditioning; connect a reference conditioning to this node.")
         return self.in_force(entries)
+
+    def _entries(self, conditioned: bool) -> list[dict[str, Any]]:
+        """The generation's conditionings, or its negative ones; those of the usual list first."""
+        lists = [listed for name, listed in self.guider.conds.items() if (name in UNCONDITIONED) != conditioned]
+        usual = self.guider.conds.get("positive" if conditioned else "negative")
+        lists.sort(key=lambda listed: listed is not usual)
+        return [entry for listed in lists for entry in listed or ()]
 
     def in_force(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The first of a prompt's entries whose part of the schedule this noise level is in."""
@@ -265,18 +245,24 @@ class Session:
                 return entry
         return entries[0]
 
-    def _encode(self, stream: Stream, source: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-        inner = self.guider.inner_model
-        entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION}
-        entry.update(model_conds={}, uuid=object())
-        shape = stream.shape
-        noise = torch.zeros(shape)
+    def _shown(self, stream: Stream) -> dict[str, Any]:
+        """What the encoding is given besides a conditioning; of a branch, what the host gives it of the generation."""
+        if isinstance(stream, Denoising):
+            latents, mask = stream.picture or (torch.zeros(stream.shape), None)
+            return {"latent_image": latents, "denoise_mask": mask}
         known = stream.known()
-        given = {"latent_image": noise} if known is None else self.family.shown(inner, known)
-        device = self.guider.model_patcher.load_device
+        return {} if known is None else self.family.shown(self.guider.inner_model, known)
+
+    def _encode(
+        self, stream: Stream, source: Mapping[str, Any], given: bool
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        entry = of_the_stream(stream, source, given, self._entries(conditioned=True), self.latent)
+        entry.update(model_conds={}, uuid=object())
+        noise = torch.zeros(stream.shape)
         encoded = comfy.samplers.encode_model_conds(
-            inner.extra_conds, [entry], noise, device, "positive", seed=None, **{"denoise_mask": None, **given}
-        )
+            self.guider.inner_model.extra_conds, [entry], noise, self.guider.model_patcher.load_device, "positive",
+            **{"latent_image": noise, "denoise_mask": None, "seed": None, **self._shown(stream)},
+        )  # fmt: skip
         if encoded[0].get("hooks") is not None:
             return encoded, None
         # What only cross-attention reads decides nothing in a pass without it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,11 +36,13 @@ class Pass:
 
 class Stream(Protocol):
     """Latents beside the generation. `conditioning` None means the generation's own positive conditioning,
-    UNCONDITIONAL its negative one; in a run without one such a stream does not run."""
+    UNCONDITIONAL its negative one; in a run without one such a stream does not run. `pixels` is the (height, width) of
+    its picture where that is not its latents' own, for models that are told a picture's size."""
 
     conditioning: Any
     how: Pass
     cache: FeatureCache | None
+    pixels: tuple[int, int] | None
 
     @property
     def shape(self) -> torch.Size:
@@ -76,6 +78,7 @@ class NoisedReference:
     cache: FeatureCache | None = None
     name: tuple[Any, ...] | None = None
     how: Pass = Pass()
+    pixels: tuple[int, int] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -118,6 +121,7 @@ class Trajectory:
     cache: FeatureCache | None = None
     name: tuple[Any, ...] | None = None
     how: Pass = Pass()
+    pixels: ClassVar[None] = None
 
     @property
     def shape(self) -> torch.Size:
@@ -151,14 +155,38 @@ class Trajectory:
         }
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a noise mask keeps of a picture while the rest is generated: its `clean` latents; `mask` gives the mask at a
+    noise level (1 where it is generated, broadcastable to the latents), `noised` the picture there."""
+
+    clean: Tensor
+    mask: Callable[[float], Tensor]
+    noised: Callable[[float], Tensor]
+
+    def shown(self, sigma: float, state: Tensor) -> Tensor:
+        """What the model is shown in the place of `state`, as the host shows it the generation's."""
+        mask = self.mask(sigma).to(state)
+        return state * mask + self.noised(sigma).to(state) * (1 - mask)
+
+    def predicted(self, sigma: float, prediction: Tensor) -> Tensor:
+        """The prediction of the clean latents with what is known of them."""
+        mask = self.mask(sigma).to(prediction)
+        return prediction * mask + self.clean.to(prediction) * (1 - mask)
+
+
 @dataclass
 class _Point:
-    """Where a branch was at a noise level, and what it steps on with: the model's prediction, then the guided one."""
+    """Where a branch was at a noise level: its `state`, what the model was `shown` of it, what it steps on with (the
+    model's prediction, then the guided one), and the latents and prediction of which a sampler by CFG++ takes the noise
+    to go on with."""
 
     sigma: float
     state: Tensor
+    shown: Tensor
     prediction: Tensor | None = None
     guided: Tensor | None = None
+    unconditional: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -171,7 +199,9 @@ class Denoising:
     one such object: an edit makes it when a run starts.
 
     Where the generation is guided, the engine gives the branch its guidance: with the generation's unconditional
-    prediction, or with `own_guidance` one for the branch's own latents, which costs another pass."""
+    prediction, or with `own_guidance` one for the branch's own latents, which costs another pass. Under a noise mask
+    the branch is blended with the `kept` region as the generation is; `picture` is what an inpainting U-Net is shown
+    of it: the clean latents and the mask, where there is one."""
 
     noise: Tensor
     begin: Callable[[float], Tensor]
@@ -179,7 +209,10 @@ class Denoising:
     cache: FeatureCache | None = None
     how: Pass = Pass()
     own_guidance: bool = False
+    kept: Kept | None = None
+    picture: tuple[Tensor, Tensor | None] | None = None
     _path: list[_Point] = field(default_factory=list)
+    pixels: ClassVar[None] = None
 
     @property
     def shape(self) -> torch.Size:
@@ -195,36 +228,46 @@ class Denoising:
         while self._path and self._path[-1].sigma < sigma:
             self._path.pop()
         if not self._path:
-            self._path.append(_Point(sigma, self.begin(sigma)))
+            self._arrive(sigma, self.begin(sigma))
+        elif self._path[-1].sigma != sigma:
+            self._arrive(sigma, self._step(sigma, noise_scaling))
+        return self._path[-1].shown
+
+    def _arrive(self, sigma: float, state: Tensor) -> None:
+        self._path.append(_Point(sigma, state, state if self.kept is None else self.kept.shown(sigma, state)))
+
+    def _step(self, sigma: float, noise_scaling: NoiseScaling) -> Tensor:
         last = self._path[-1]
-        if last.sigma == sigma:
-            return last.state
-        prediction = last.prediction if last.guided is None else last.guided
-        if prediction is None:
+        clean = last.prediction if last.guided is None else last.guided
+        if clean is None:
             raise ValueError(f"The branch has no prediction at sigma {last.sigma:.4g} to step on to {sigma:.4g}.")
-        state = last.state.to(prediction)
-        state = state + (state - prediction) / last.sigma * (sigma - last.sigma)
-        self._path.append(_Point(sigma, state))
-        return state
+        clean = clean if self.kept is None else self.kept.predicted(last.sigma, clean)
+        if last.unconditional is not None:
+            return step_by_the_unconditional(clean, *last.unconditional, last.sigma, sigma, noise_scaling)
+        state = last.state.to(clean)
+        return state + (state - clean) / last.sigma * (sigma - last.sigma)
 
     def denoised(self, sigma: float, prediction: Tensor) -> None:
-        if self._path[-1].sigma == sigma:
-            self._path[-1].prediction, self._path[-1].guided = prediction, None
+        last = self._path[-1]
+        if last.sigma == sigma:
+            last.prediction, last.guided, last.unconditional = prediction, None, None
 
     def is_guided(self, sigma: float) -> bool:
         """Whether the branch has its guidance at a noise level."""
         return self._path[-1].sigma == sigma and self._path[-1].guided is not None
 
-    def guided(self, sigma: float, scale: float, latents: Tensor, unconditional: Tensor) -> None:
-        """Told the guidance at `sigma`: its scale, and the unconditional prediction of some latents.
+    def guided(self, sigma: float, scale: float, latents: Tensor, unconditional: Tensor, plus: bool = False) -> None:
+        """Told the guidance at `sigma`: its scale, and the unconditional prediction of some latents. With `plus` the
+        sampler goes on with the noise of that prediction (CFG++), and so does the branch.
 
         Guidance adds in noises, e_u + scale * (e - e_u), so the latents need not be the branch's: e is their distance
         from their prediction, in sigmas (DCI's code, which shares e_u; in no equation of the paper)."""
         point = self._path[-1]
         if point.sigma == sigma and point.prediction is not None:
-            state = point.state.to(point.prediction)
+            shown = point.shown.to(point.prediction)
             without = latents - unconditional
-            point.guided = state - without - scale * (state - point.prediction - without)
+            point.guided = shown - without - scale * (shown - point.prediction - without)
+            point.unconditional = (latents, unconditional) if plus else None
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         return features
@@ -239,6 +282,15 @@ def check_level(what: str, sigmas: Tensor, sigma: float) -> None:
             f"{what} runs from sigma {first:.4g} to {last:.4g} but is needed at {sigma:.4g}; invert the picture with "
             "sigmas that begin as high as the sampler's and end as low."
         )
+
+
+def step_by_the_unconditional(
+    clean: Tensor, latents: Tensor, unconditional: Tensor, sigma: float, following: float, noise_scaling: NoiseScaling
+) -> Tensor:
+    """A step of CFG++ (Chung et al. 2024): the guided prediction `clean`, noised to `following` with the noise that
+    some latents have by their unconditional prediction at `sigma`."""
+    mean = noise_scaling(sigma, torch.zeros_like(latents), unconditional)
+    return noise_scaling(following, (latents - mean) / sigma, clean)
 
 
 def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:

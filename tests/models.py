@@ -155,6 +155,7 @@ def sample(
     seed: int = 5,
     latent: Tensor | None = None,
     mask: Tensor | None = None,
+    denoise: float = 1.0,
     callback: Callable[..., None] | None = None,
 ) -> Tensor:
     """What the host's KSampler node does, with noise of ours."""
@@ -172,6 +173,7 @@ def sample(
             known_prompt(**second_context(model, 1)) if positive is None else positive,
             prompt(2, **second_context(model, 2)) if negative is None else negative,
             torch.zeros_like(noise) if latent is None else latent,
+            denoise=denoise,
             noise_mask=mask,
             callback=callback,
             disable_pbar=True,

@@ -27,6 +27,7 @@ from subject_patches.tests.models import (
     recycled,
     small_model,
     swapped,
+    through,
     trajectory,
 )
 from torch import Tensor
@@ -63,14 +64,12 @@ def counted(model: Any) -> tuple[Any, Callable[[], list[int]]]:
     """A clone, and what tells how many rows the model saw at each noise level, from the highest on."""
     calls: dict[float, int] = {}
 
-    def count(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        sigma = float(arguments["timestep"][0])
-        calls[sigma] = calls.get(sigma, 0) + len(arguments["input"])
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+    def count(apply: Callable[..., Tensor], x: Tensor, sigma: Tensor, **values: Any) -> Tensor:
+        level = float(sigma[0])
+        calls[level] = calls.get(level, 0) + len(x)
+        return apply(x, sigma, **values)
 
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(count)
-    return clone, lambda: [calls[sigma] for sigma in sorted(calls, reverse=True)]
+    return through(model, count), lambda: [calls[level] for level in sorted(calls, reverse=True)]
 
 
 # The schedule
