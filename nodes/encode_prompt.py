@@ -40,7 +40,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
                     placeholder="one phrase a line",
                     tooltip=(
                         "The phrases to find, one a line or separated by semicolons, written as they stand in the "
-                        "prompt. Letter case and weights do not matter. May be empty."
+                        "prompt. Letter case and weights do not matter. dog#2 is the second dog alone. May be empty."
                     ),
                 ),
                 SubjectType.Input(

@@ -49,8 +49,8 @@ class SubjectNode(io.ComfyNode):
                 io.String.Input(
                     "phrase",
                     default="",
-                    tooltip="What prompts call the subject, for example: red dog. Nodes that look for the subject's "
-                    "words use it; may stay empty otherwise.",
+                    tooltip="What the prompt calls the subject, for example: red dog; dog#2 is its second dog. Only "
+                    "nodes that route several subjects look for it; may stay empty otherwise.",
                 ),
                 io.Int.Input(
                     "size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,6 +16,8 @@ from .training_inputs import (
     check_training,
     checked_noun,
     loss_output,
+    rate_input,
+    settled,
     side_input,
     steps_input,
     training_inputs,
@@ -30,7 +33,6 @@ class TrainConceptNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        rates = {"min": 0.0, "max": 1.0, "step": 1e-6}
         return io.Schema(
             node_id="SubjectPatchesTrainConcept",
             display_name="Train ICO Concept",
@@ -50,12 +52,15 @@ class TrainConceptNode(io.ComfyNode):
                 "DreamBooth",
             ],
             is_output_node=True,
+            is_input_list=True,
             inputs=[
                 model_input(),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input(
-                    "images", tooltip="Pictures of the concept, about 3 to 6. Their middle squares are taken."
+                    "images",
+                    tooltip="Pictures of the concept, about 3 to 6: from Batch Images, or the list of Load Image (from "
+                    "Folder). Their middle squares are taken.",
                 ),
                 io.String.Input("noun", default="", tooltip="What the concept is, in a word: backpack, dog, emblem."),
                 io.String.Input(
@@ -72,13 +77,15 @@ class TrainConceptNode(io.ComfyNode):
                     "concept, 2 after, 2 for the concept. 'for dual-branch', which knows the concept better and "
                     "follows prompts less: 1, 1 and 3. 'fixed template': 'a photo of a', none of its own, 2.",
                 ),
-                steps_input(500, "Steps of training. More know the concept better and follow prompts less."),
-                side_input("size", "The pictures' size in training: what the checkpoint was made for."),
-                batch_input(2, "Pictures in each step."),
-                io.Float.Input("learning_rate", default=1e-5, tooltip="Learning rate of the projections.", **rates),
-                io.Float.Input(
-                    "word_learning_rate", default=5e-4, tooltip="Learning rate of the learnt words.", **rates
+                steps_input(
+                    "Steps of training. More know the concept better and follow prompts less; 500 is the paper's."
                 ),
+                side_input("size"),
+                rate_input("learning_rate", 1e-6, "Learning rate of the projections: 0.00001 for Stable Diffusion."),
+                rate_input(
+                    "word_learning_rate", 1e-5, "Learning rate of the learnt words: 0.0005 for Stable Diffusion."
+                ),
+                batch_input("Pictures in each step."),
                 io.Float.Input(
                     "smallest_crop",
                     default=0.75,
@@ -116,20 +123,24 @@ class TrainConceptNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:
+        return cls.trained(images, **{name: values[0] for name, values in given.items()})
+
+    @classmethod
+    def trained(
         cls,
+        images: Sequence[Any],
         model: Any,
         clip: Any,
         vae: Any,
-        images: Any,
         noun: str,
         name: str,
         preset: str,
-        steps: int,
-        size: int,
-        batch_size: int = 2,
-        learning_rate: float = 1e-5,
-        word_learning_rate: float = 5e-4,
+        steps: int = 0,
+        size: int = 0,
+        learning_rate: float = 0.0,
+        word_learning_rate: float = 0.0,
+        batch_size: int = 0,
         smallest_crop: float = 0.75,
         image_noise: float = 0.02,
         seed: int = 0,
@@ -137,6 +148,7 @@ class TrainConceptNode(io.ComfyNode):
         gradient_checkpointing: bool = True,
         resume_name: str = "",
     ) -> io.NodeOutput:
+        """`execute`, of the values themselves and a sequence of IMAGE batches."""
         import comfy.sd
         import torch
 
@@ -146,6 +158,7 @@ class TrainConceptNode(io.ComfyNode):
         from ..training.images import latents_of, pictures_of, square
         from ..training.loop import compute_dtype
         from ..training.state import StateFile
+        from ..training.usual import Usual, usual_concept
 
         check_loaded(clip, vae)
         check_learns(model, clip)
@@ -157,16 +170,20 @@ class TrainConceptNode(io.ComfyNode):
         check_number("image noise", image_noise, 0.0, 1.0)
         noun = checked_noun(noun)
         family, files = family_of(model).name, ConceptFiles(name.strip())
-        pictures = [square(picture, size) for picture in pictures_of([images])]
+        usual = usual_concept(model)
+        taken = settled(Usual(steps, batch_size, size, learning_rate, word_learning_rate), usual, "Train ICO Concept")
+        pictures = [square(picture, taken.side) for picture in pictures_of(images)]
+        if not pictures:
+            raise ValueError("There are no training pictures; give about 3 to 6 of the concept.")
         digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
         about = {
             "family": family,
             "noun": noun,
             "preset": preset,
             "pictures": digest,
-            "batch size": str(batch_size),
-            "learning rate": str(learning_rate),
-            "word learning rate": str(word_learning_rate),
+            "batch size": str(taken.batch),
+            "learning rate": str(taken.rate),
+            "word learning rate": str(taken.words),
             "smallest crop": str(smallest_crop),
             "image noise": str(image_noise),
             "precision": str(compute_dtype(precision, model.load_device)),
@@ -182,10 +199,10 @@ class TrainConceptNode(io.ComfyNode):
         settings = Settings(
             noun,
             SCHEMES[preset],
-            steps,
-            batch_size,
-            learning_rate,
-            word_learning_rate,
+            taken.steps,
+            taken.batch,
+            taken.rate,
+            taken.words,
             seed,
             precision,
             gradient_checkpointing,

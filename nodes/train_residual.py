@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,6 +16,8 @@ from .training_inputs import (
     check_training,
     checked_noun,
     loss_output,
+    rate_input,
+    settled,
     side_input,
     steps_input,
     training_inputs,
@@ -60,17 +63,14 @@ class TrainResidualToken(io.ComfyNode):
                     default="",
                     tooltip="What the subject is: dog, backpack. A noun of several tokens gets a vector for each.",
                 ),
-                steps_input(3000, "How many steps. 3000 is the paper's."),
-                io.Float.Input(
+                steps_input("How many steps. 3000 is the paper's."),
+                rate_input(
                     "learning_rate",
-                    default=1e-6,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-8,
-                    tooltip="0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take "
-                    "more.",
+                    1e-8,
+                    "0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take more, a "
+                    "residual alone about 0.05.",
                 ),
-                batch_input(1, "Pictures a step. 1 is the paper's."),
+                batch_input("Pictures a step. 1 is the paper's."),
                 io.Float.Input(
                     "preservation",
                     default=0.1,
@@ -82,11 +82,7 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
                     "More keeps residuals of several subjects apart better, less learns faster.",
                 ),
-                side_input(
-                    "resolution",
-                    "Side of the square that each picture becomes: what the checkpoint is made for, 512 for SD 1.x, "
-                    "768 for SD 2.x, 1024 for SDXL.",
-                ),
+                side_input("resolution"),
                 io.String.Input(
                     "captions",
                     multiline=True,
@@ -134,43 +130,47 @@ class TrainResidualToken(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:
+        return cls.trained(images, **{name: values[0] for name, values in given.items()})
+
+    @classmethod
+    def trained(
         cls,
-        model: list[Any],
-        clip: list[Any],
-        vae: list[Any],
-        images: list[Any],
-        noun: list[str],
-        steps: list[int],
-        learning_rate: list[float],
-        resolution: list[int],
-        captions: list[str],
-        batch_size: list[int] | None = None,
-        preservation: list[float] | None = None,
-        seed: list[int] | None = None,
-        more_templates: list[str] | None = None,
-        tunes: list[str] | None = None,
-        loss: list[str] | None = None,
-        precision: list[str] | None = None,
-        gradient_checkpointing: list[bool] | None = None,
-        resume_name: list[str] | None = None,
+        images: Sequence[Any],
+        model: Any,
+        clip: Any,
+        vae: Any,
+        noun: str,
+        steps: int = 0,
+        learning_rate: float = 0.0,
+        resolution: int = 0,
+        captions: str = "a photo of a {}",
+        batch_size: int = 0,
+        preservation: float = 0.1,
+        more_templates: str = "",
+        tunes: str = ENCODER,
+        loss: str = OWN,
+        seed: int = 0,
+        precision: str = "auto",
+        gradient_checkpointing: bool = True,
+        resume_name: str = "",
     ) -> io.NodeOutput:
+        """`execute`, of the values themselves and a sequence of IMAGE batches."""
         from ..training.copies import fingerprint, with_gradients
         from ..training.images import latents_of, pictures_of, square
         from ..training.loop import compute_dtype
         from ..training.residual import Plan, filled, shipped_templates, train_residual_token
         from ..training.state import StateFile
+        from ..training.usual import Usual, usual_residual
 
-        name, chosen, learner = checked_noun(noun[0]), _first(precision, "auto"), _first(tunes, ENCODER)
-        of = _first(loss, OWN)
-        batch, kept, number = _first(batch_size, 1), _first(preservation, 0.1), _first(seed, 0)
-        check_training(steps[0], batch, chosen, resolution=resolution[0])
-        check_number("learning rate", learning_rate[0], 1e-8, 1.0)
-        check_number("preservation", kept, 0.0, 1000.0)
-        check_choice("tunes", learner, (ENCODER, ALONE))
-        check_choice("loss", of, (OWN, AS_V))
-        check_loaded(clip[0], vae[0])
-        check_learns(model[0], clip[0])
+        noun = checked_noun(noun)
+        check_training(steps, batch_size, precision, resolution=resolution)
+        check_number("learning rate", learning_rate, 0.0, 1.0)
+        check_number("preservation", preservation, 0.0, 1000.0)
+        check_choice("tunes", tunes, (ENCODER, ALONE))
+        check_choice("loss", loss, (OWN, AS_V))
+        check_loaded(clip, vae)
+        check_learns(model, clip)
         pictures = pictures_of(images)
         if not pictures:
             raise ValueError("There are no training pictures; give 3 to 5 of the subject.")
@@ -179,54 +179,52 @@ class TrainResidualToken(io.ComfyNode):
                 "Train Residual Token has one picture: it will learn the ground and the view along with the subject. "
                 "Give 3 to 5 from different sides if you can."
             )
-        lines = _templates(captions[0], "captions") or ["a photo of a {}"]
+        lines = _templates(captions, "captions") or ["a photo of a {}"]
         if len(lines) not in (1, len(pictures)):
             raise ValueError(
                 f"There are {len(lines)} captions for {len(pictures)} pictures; write one line for all, or one for "
                 "each."
             )
-        shown = [filled(line, name) for line in (lines * len(pictures) if len(lines) == 1 else lines)]
-        templates = shipped_templates() + _templates(_first(more_templates, ""), "more_templates")
-        squares = [square(picture, resolution[0]) for picture in pictures]
-        _check_widths(model[0], clip[0])
-        dtype = compute_dtype(chosen, model[0].load_device)
-        resumed = _first(resume_name, "").strip()
+        shown = [filled(line, noun) for line in (lines * len(pictures) if len(lines) == 1 else lines)]
+        templates = shipped_templates() + _templates(more_templates, "more_templates")
+        usual = usual_residual(model, alone=tunes == ALONE)
+        taken = settled(Usual(steps, batch_size, resolution, learning_rate), usual, "Train Residual Token")
+        squares = [square(picture, taken.side) for picture in pictures]
+        _check_widths(model, clip)
+        dtype = compute_dtype(precision, model.load_device)
+        resumed = resume_name.strip()
         about = {
-            "noun": name,
-            "tunes": learner,
-            "loss": of,
+            "noun": noun,
+            "tunes": tunes,
+            "loss": loss,
             "pictures": _digest(squares),
             "captions": "; ".join(shown),
             "sentences": f"{len(templates)}, {hashlib.sha256(chr(10).join(templates).encode()).hexdigest()[:16]}",
-            "learning rate": str(learning_rate[0]),
-            "batch size": str(batch),
-            "preservation": str(kept),
+            "learning rate": str(taken.rate),
+            "batch size": str(taken.batch),
+            "preservation": str(preservation),
             "precision": str(dtype),
-            "seed": str(number),
+            "seed": str(seed),
         }
         state = None
         if resumed:
-            state = StateFile(resumed, {**about, "model and CLIP": fingerprint(model[0], clip[0].patcher)})
+            state = StateFile(resumed, {**about, "model and CLIP": fingerprint(model, clip.patcher)})
         with with_gradients():
-            latents = latents_of(vae[0], squares)
+            latents = latents_of(vae, squares)
         plan = Plan(
-            steps[0],
-            learning_rate[0],
-            batch,
-            kept,
-            number,
+            taken.steps,
+            taken.rate,
+            taken.batch,
+            preservation,
+            seed,
             dtype,
-            _first(gradient_checkpointing, True),
-            alone=learner == ALONE,
-            as_v=of == AS_V,
+            gradient_checkpointing,
+            alone=tunes == ALONE,
+            as_v=loss == AS_V,
         )
-        sentences = [filled(line, name) for line in templates]
-        residual, loss_map = train_residual_token(model[0], clip[0], latents, shown, sentences, name, plan, state)
+        sentences = [filled(line, noun) for line in templates]
+        residual, loss_map = train_residual_token(model, clip, latents, shown, sentences, noun, plan, state)
         return io.NodeOutput(residual, loss_map)
-
-
-def _first(values: list[Any] | None, otherwise: Any) -> Any:
-    return values[0] if values else otherwise
 
 
 def _templates(text: str, name: str) -> list[str]:

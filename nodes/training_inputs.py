@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -10,6 +12,7 @@ from comfy_api.latest import io
 from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet
 from ..patches.prompt import CLIPS
+from ..training.usual import Usual
 from .checks import check_choice, check_number
 from .types import seed_input
 
@@ -20,30 +23,52 @@ STEPS_MAX = 1_000_000
 BATCH_MAX = 64
 # Pixels: the least and the greatest side of a training picture.
 SIDE = (64, 4096)
+AUTO = "0 is what suits the model; the log says what was taken."
 NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 
-def steps_input(default: int, tooltip: str) -> io.Int.Input:
-    return io.Int.Input("steps", default=default, min=1, max=STEPS_MAX, tooltip=tooltip)
+def steps_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("steps", default=0, min=0, max=STEPS_MAX, tooltip=f"{tooltip} {AUTO}")
 
 
-def side_input(name: str, tooltip: str) -> io.Int.Input:
-    return io.Int.Input(name, default=512, min=SIDE[0], max=SIDE[1], step=8, tooltip=tooltip)
+def side_input(name: str) -> io.Int.Input:
+    tooltip = (
+        "Side of the square in pixels that each picture becomes: what the checkpoint is made for, 512 for SD 1.x, "
+    )
+    tooltip += "512 or 768 for SD 2.x, 1024 for SDXL."
+    return io.Int.Input(name, default=0, min=0, max=SIDE[1], step=8, tooltip=f"{tooltip} {AUTO}")
 
 
-def batch_input(default: int, tooltip: str) -> io.Int.Input:
-    bounds = {"default": default, "min": 1, "max": BATCH_MAX}
-    return io.Int.Input("batch_size", **bounds, tooltip=tooltip, optional=True, advanced=True)
+def batch_input(tooltip: str) -> io.Int.Input:
+    bounds = {"default": 0, "min": 0, "max": BATCH_MAX}
+    return io.Int.Input("batch_size", **bounds, tooltip=f"{tooltip} {AUTO}", optional=True, advanced=True)
+
+
+def rate_input(name: str, step: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=step, tooltip=f"{tooltip} {AUTO}")
 
 
 def check_training(steps: int, batch_size: int, precision: str, **side: int) -> None:
     """Raises ValueError for a number or choice of these that the inputs would not take; `side` is that of the pictures,
     by the name of its input."""
-    check_number("steps", steps, 1, STEPS_MAX)
-    check_number("batch size", batch_size, 1, BATCH_MAX)
+    check_number("steps", steps, 0, STEPS_MAX)
+    check_number("batch size", batch_size, 0, BATCH_MAX)
     check_choice("precision", precision, PRECISIONS)
     for name, value in side.items():
-        check_number(name, value, *SIDE)
+        if value:
+            check_number(name, value, *SIDE)
+
+
+def settled(given: Usual, usual: Usual, node: str) -> Usual:
+    """What a node was given, with what is usual where that is 0; the log says what was taken."""
+    taken = {field.name: getattr(given, field.name) or getattr(usual, field.name) for field in fields(Usual)}
+    settings = Usual(**taken)
+    words = f" and, for the words, {settings.words:g}" if settings.words else ""
+    logging.info(
+        f"{node}: {settings.steps} steps of {settings.batch} pictures at {settings.side} x {settings.side}, learning "
+        f"rate {settings.rate:g}{words}."
+    )
+    return settings
 
 
 def check_learns(model: Any, clip: Any) -> None:

@@ -18,6 +18,8 @@ SPANS_KEY = "subject_patches_spans"
 # Half-open ranges of positions along the context's token axis, ascending and disjoint.
 Spans = tuple[tuple[int, int], ...]
 
+# "emblem#2": the second emblem of the prompt.
+_ONE_OF = re.compile(r"(?P<phrase>.*\S)#(?P<number>[1-9]\d*)", re.DOTALL)
 _EMBEDDING = "embedding:"
 # A word that is in no template, to see where a template puts the prompt.
 _PROBE = "zebra"
@@ -69,8 +71,9 @@ def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]
 
     The phrases are written as in a prompt; letter case does not count, nor do weights where the text encoder reads any.
     Empty phrases are left out. A phrase maps to all its occurrences, left to right and not overlapping; one that runs
-    on into the next chunk of 77 gives a range in each. CLIP's start token counts, so a prompt's first word is at 1;
-    what a template puts before the prompt counts where the host keeps it.
+    on into the next chunk of 77 gives a range in each. "dog#2", where the prompt itself has no such words, is the
+    second "dog" alone. CLIP's start token counts, so a prompt's first word is at 1; what a template puts before the
+    prompt counts where the host keeps it.
 
     Positions are those of the conditioning's context. SD 3.5's is CLIP's tokens and then T5's: a phrase has its
     occurrences in both. HiDream's Llama tokens, a tensor of their own, count on after T5's. In Anima's, an adapter puts
@@ -174,7 +177,8 @@ class _Prompt:
         )
 
 
-def _find(prompt: _Prompt, phrase: str) -> Spans:
+def _find(prompt: _Prompt, phrase: str, number: int = 0) -> Spans:
+    """All occurrences of a phrase, or the one of this number, counted from 1."""
     if phrase.endswith(_EMBEDDING):
         raise ValueError(f"The phrase '{phrase}' names no embedding; write its file name after the colon.")
     sought = _Prompt(prompt.clip, phrase).texts
@@ -186,6 +190,16 @@ def _find(prompt: _Prompt, phrase: str) -> Spans:
             "and lies in the embeddings folder."
         )
     found = {name: _occurrences(prompt, name, sought[name], phrase) for name in prompt.texts}
+    if not any(found.values()) and (one := _ONE_OF.fullmatch(phrase)):
+        return _find(prompt, one["phrase"], int(one["number"]))
+    if number and any(found.values()):
+        count = max(map(len, found.values()))
+        if number > count:
+            raise ValueError(
+                f"The phrase '{phrase}#{number}' asks for occurrence {number} of '{phrase}', which the prompt has "
+                f"{count} time{'s' if count > 1 else ''}; give a number from 1 to {count}, or none for every one."
+            )
+        found = {name: ranges[number - 1 : number] for name, ranges in found.items()}
     spans = prompt.spans(
         found, f"The phrase '{phrase}' is", "use an embedding that is made for this CLIP, or put the phrase before it"
     )

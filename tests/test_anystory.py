@@ -127,9 +127,7 @@ def test_a_bias_goes_with_the_keys_that_are_taken() -> None:
     """What another edit added to them is given with them, and stays for the rest."""
     query, key = randn(1, 4, 8, seed=1), randn(1, 9, 8, seed=2)
     chunk = Chunk(slice(0, 1), "positive", True, {}, (4, 4))
-    call = AttentionCall(
-        query, key, key, HEADS, Site("joint", "double", 0, 0), chunk, (2, 2), slice(0, 3), slice(5, 9)
-    )
+    call = AttentionCall(query, key, key, HEADS, Site("joint", "double", 0, 0), chunk, (2, 2), slice(0, 3), slice(5, 9))
     call.bias(torch.arange(9.0).expand(1, 4, 9))
     *_, bias = call.take(slice(3, 5))
     assert bias[0, 0].tolist() == [3.0, 4.0]

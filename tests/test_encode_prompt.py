@@ -136,7 +136,7 @@ def test_errors_end_at_the_node(clip: comfy.sd.CLIP) -> None:
 
 def test_the_schema_explains_itself() -> None:
     schema = EncodePromptWithSubjects.GET_SCHEMA()
-    assert (schema.node_id, schema.category) == ("SubjectPatchesEncodePrompt", "Subject Patches")
+    assert (schema.node_id, schema.category) == ("SubjectPatchesEncodePrompt", "Subject Patches/subject")
     assert [(each.id, each.optional) for each in schema.inputs] == [
         ("clip", False),
         ("text", False),

@@ -74,6 +74,9 @@ PLACES = {
     "escaped parentheses": (r"a \(red\) dog", r"\(red\) dog", ((2, 6),)),
     "escaped within weighted": (r"a (cat \(red\):1.2) dog", r"\(red\) dog", ((3, 7),)),
     "repeated": ("dog and dog, dog", "dog", ((1, 2), (3, 4), (5, 6))),
+    "the second of several": ("dog and dog, dog", "dog#2", ((3, 4),)),
+    "the first of several": ("a (red dog:1.2) and a red dog", "Red dog#1", ((2, 4),)),
+    "a number sign of its own": ("dog#2 and dog", "dog#2", ((1, 4),)),
     "never overlapping": ("a dog dog dog", "dog dog", ((2, 4),)),
     "a false start": ("red red dog", "red dog", ((2, 4),)),
     "a word of several tokens": ("an emblemish thing", "emblemish", ((2, 5),)),
@@ -110,6 +113,10 @@ def test_chunks_of_77(sd1: comfy.sd.CLIP, sdxl: comfy.sd.CLIP) -> None:
         # 75 tokens fit a chunk; each has a start token before and an end token after them.
         assert found["red dog"] == ((75, 76), (78, 79), (81, 83))
         assert found["dog"] == ((78, 79), (82, 83), (2 * 77 + 11, 2 * 77 + 12))
+        assert find_spans(clip, text, ["red dog#1", "red dog#2"]) == {
+            "red dog#1": ((75, 76), (78, 79)),
+            "red dog#2": ((81, 83),),
+        }
 
 
 def test_a_short_group_is_moved_to_the_next_chunk_whole(sd1: comfy.sd.CLIP) -> None:
@@ -165,6 +172,8 @@ WRONG = {
         "embedding:single",
         r"\[embedding of 1 vector\] and the prompt's are an \| émblem \| with \| \[embedding of 3 vectors\];",
     ),
+    "one too many": ("dog and dog", "dog#3", r"asks for occurrence 3 of 'dog', which the prompt has 2 times; give"),
+    "one of none": ("a red dog", "cat#2", r"The phrase 'cat' is not in the prompt"),
     "the start of an embedding": ("embedding:cat", "embedding:kitten", "is not in the prompt"),
     "the end of an embedding": ("embedding:cat", "embedding:tail", "is not in the prompt"),
     "an embedding that is missing": ("a dog", "embedding:nobody", "'embedding:nobody' has no tokens;"),

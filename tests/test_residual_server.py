@@ -27,7 +27,7 @@ def training(steps: int, **values: Any) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     return {
         "1": CHECKPOINT,
-        "2": {"class_type": "LoadImage", "inputs": {"image": "emblem.png"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "subject_patches_emblem.png"}},
         "3": {"class_type": "SubjectPatchesTrainResidualToken", "inputs": {**inputs, **values}},
         "4": {
             "class_type": "SubjectPatchesSaveResidualToken",

@@ -170,6 +170,6 @@ def test_a_concept(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pictures = torch.rand(2, 128, 128, 3, generator=generator(2)).to(DEVICE)
     given = {"noun": "emblem", "name": "there", "preset": "plain", "steps": 2, "size": 128}
     given |= {"precision": "fp32", "resume_name": "there"}
-    model, _, _, losses = TrainConceptNode.execute(toy.model, toy.clip, toy.vae, pictures, **given).args
+    model, _, _, losses = TrainConceptNode.trained([pictures], toy.model, toy.clip, toy.vae, **given).args
     assert len(losses["loss"]) == 2
     assert toy.sample(["an emblem"], [1], model, steps=1).isfinite().all()

@@ -184,7 +184,7 @@ def test_half_precision(precision: str) -> None:
 def made(folders: Path, model: Any, clip: Any, **values: Any) -> tuple[Any, ...]:
     given = {"noun": "dog", "name": "my_dog", "preset": "for dual-branch", "steps": 2, "size": 64}
     rates = {"learning_rate": 1e-2, "word_learning_rate": 1e-2}
-    return TrainConceptNode.execute(model, clip, Vae(), pictures(), **{**given, **rates, **values}).args
+    return TrainConceptNode.trained([pictures()], model, clip, Vae(), **{**given, **rates, **values}).args
 
 
 @pytest.mark.parametrize(
@@ -280,9 +280,9 @@ def test_versions_of_a_picture() -> None:
         ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
         ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
         ({"smallest_crop": 2.0}, "The smallest crop is 2.0"),
-        ({"steps": 0}, "The steps is 0; give a number from 1"),
-        ({"size": 0}, "The size is 0; give a number from 64"),
-        ({"batch_size": 0}, "The batch size is 0; give a number from 1 to 64"),
+        ({"steps": -1}, "The steps is -1; give a number from 0"),
+        ({"size": 8}, "The size is 8; give a number from 64"),
+        ({"batch_size": 65}, "The batch size is 65; give a number from 0 to 64"),
         ({"precision": "int4"}, "The precision is 'int4'; choose one of auto, bf16"),
         ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
     ],

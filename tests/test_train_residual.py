@@ -10,14 +10,16 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from comfy.supported_models import SDXL
+from comfy.supported_models import SD20, SDXL
 from hosting.random_models import SMALL as SMALL_UNET
 from hosting.random_models import generator, model_of
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.nodes.residual import (
     ApplyResidualTokens,
 )
+from subject_patches.nodes.train_concept import TrainConceptNode
 from subject_patches.nodes.train_residual import TrainResidualToken
+from subject_patches.nodes.training_inputs import settled
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.residual import (
     ResidualToken,
@@ -25,7 +27,9 @@ from subject_patches.patches.residual import (
 )
 from subject_patches.tests.clips import FAMILIES, SMALL, small_clip
 from subject_patches.tests.models import CONTEXT, sample, small_model
+from subject_patches.toy.family import UNET, ToyDiffusion
 from subject_patches.training.residual import Tuned, filled, shipped_templates
+from subject_patches.training.usual import Usual, usual_concept, usual_residual, usual_side
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -87,7 +91,7 @@ def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualT
         **values,
     }
     images = given.pop("images", [torch.rand(3, 72, 64, 3, generator=generator(8))])
-    token, loss_map = TrainResidualToken.execute(images=images, **{name: [each] for name, each in given.items()}).args
+    token, loss_map = TrainResidualToken.trained(images, **given).args
     return token, loss_map["loss"]
 
 
@@ -205,9 +209,9 @@ def test_cancel_leaves_the_models() -> None:
         ({"noun": "(dog:1.2)"}, r"The noun is '\(dog:1\.2\)'; write words alone"),
         ({"images": [torch.zeros(0, 64, 64, 3)]}, "There are no training pictures; give 3 to 5"),
         ({"images": []}, "There are no training pictures"),
-        ({"steps": 0}, "The steps is 0; give a number from 1 to"),
-        ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 1e-08 to 1"),
-        ({"batch_size": 0}, "The batch size is 0"),
+        ({"steps": -1}, "The steps is -1; give a number from 0 to"),
+        ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
+        ({"batch_size": -1}, "The batch size is -1"),
         ({"preservation": -1.0}, "The preservation is -1.0; give a number from 0 to 1000"),
         ({"tunes": "all"}, "The tunes is 'all'; choose one of text encoder, residual alone"),
         ({"loss": "x0"}, "The loss is 'x0'; choose one of what the model predicts, v"),
@@ -230,6 +234,22 @@ def test_models_of_two_families() -> None:
         train(clip=small_clip("SD 1.x"))
 
 
-def test_defaults_are_the_papers() -> None:
-    defaults = {each.id: each.default for each in TrainResidualToken.GET_SCHEMA().inputs if hasattr(each, "default")}
-    assert (defaults["steps"], defaults["learning_rate"], defaults["batch_size"]) == (3000, 1e-6, 1)
+def test_what_is_taken_by_itself_suits_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that is right for the toy alone reaches a real family, whose values are the papers' and authors'."""
+    toy = model_of(ToyDiffusion, UNET)
+    second = {**SMALL_UNET, "context_dim": 1024, "use_linear_in_transformer": True, "model_channels": 64}
+    for model, side in ((small_model(), 512), (small_xl(), 1024), (model_of(SD20, second), 512)):
+        assert usual_side(model) == side
+        assert usual_residual(model, alone=False) == Usual(3000, 1, side, 1e-6)
+        assert usual_concept(model) == Usual(500, 2, side, 1e-5, 5e-4)
+    sign = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
+    assert usual_side(model_of(SD20, second, hints=sign)) == 768
+    assert usual_residual(toy, alone=True) == Usual(40, 8, 128, 0.1)
+    with caplog.at_level(logging.INFO):
+        assert settled(Usual(0, 3, 0, 0.0), usual_residual(toy, alone=False), "Train") == Usual(150, 3, 128, 1e-3)
+    assert "Train: 150 steps of 3 pictures at 128 x 128, learning rate 0.001." in caplog.text
+    for node in (TrainConceptNode, TrainResidualToken):
+        settings = {each.id: each for each in node.GET_SCHEMA().inputs}
+        names = {"steps", "batch_size", "learning_rate", "word_learning_rate", "size", "resolution"} & settings.keys()
+        assert {settings[name].default for name in names} == {0}
+        assert [name for name in names if name.endswith("rate") and settings[name].advanced] == []

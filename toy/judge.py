@@ -20,7 +20,7 @@ from torch.nn import functional
 from .scenes import BACKGROUNDS, COLOURS, EMBLEM, SIZE, TEXTURES, Background
 from .shapes import SHAPES
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "tools" / "weights" / "judge.safetensors"
 SHAPE_NAMES = (*SHAPES, EMBLEM)
 COLOUR_NAMES = tuple(COLOURS)
 GRID = 32

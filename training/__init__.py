@@ -8,6 +8,7 @@ loop              the steps: progress, cancel, precision, loss map, resume
 state             the file that a training goes on from
 concept           an ICO concept's prompts, and what of the U-Net it tunes
 concept_run       its training, and the files it is kept in
+usual             what steps, sizes and rates are where an input is 0
 
 A training is:
 

@@ -18,7 +18,7 @@ _FOLDERS = ("models/checkpoints", "models/loras", "models/vae", "custom_nodes", 
 
 
 def prepare(base: Path, checkpoints: Sequence[Path] = ()) -> None:
-    """Fill `base` with what a server needs: the pack, the shipped weights and input pictures, and `checkpoints`.
+    """Fill `base` with what a server needs: the pack, which brings its weights and pictures itself, and `checkpoints`.
 
     May be called again on the same folder. Raises ToolError if a checkpoint is no file.
     """
@@ -30,15 +30,10 @@ def prepare(base: Path, checkpoints: Sequence[Path] = ()) -> None:
         # Without it the page opens with its list of templates on top.
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"Comfy.TutorialCompleted": true}\n', encoding="utf-8")
-    for entry in manifest_entries():
-        if entry["path"] is not None and entry["folder"] is not None:
-            _link_file(ROOT / entry["path"], base / "models" / entry["folder"] / entry["file"])
     for checkpoint in checkpoints:
         if not checkpoint.is_file():
             raise ToolError(f"There is no checkpoint {checkpoint}; give the path of a .safetensors file.")
         _link_file(checkpoint.absolute(), base / "models" / "checkpoints" / checkpoint.name)
-    for picture in sorted((ROOT / "workflows" / "input").glob("*")):
-        shutil.copyfile(picture, base / "input" / picture.name)
 
 
 def remove(base: Path) -> None:
