@@ -31,7 +31,7 @@ from .models import (
     small_model,
     subject_for,
     swapped,
-    trajectory,
+    trajectory_for,
 )
 
 Window = tuple[float, float]
@@ -147,13 +147,9 @@ def _retouched(
     if not subjects:
         return swapped(model, **{**given, "blend_mask": None})
     latents, cache = subjects[0].references[0].latents, subjects[0].cache
-    # A model of a family that the pack does not know is for the node to refuse.
-    family = {"SD20": "SD 2.x", "SDXL": "SDXL", "SDXLRefiner": "SDXL refiner"}.get(
-        type(model.model.model_config).__name__, "SD 1.x"
-    )
-    reference = trajectory(latents, cache, family=family) if strength else None
+    reference = trajectory_for(model, latents, cache) if strength else None
     turned = torch.nn.functional.interpolate(latents.flip(-1), size)
-    layout = trajectory(turned, family=family) if values or not strength else None
+    layout = trajectory_for(model, turned) if values or not strength else None
     return swapped(model, layout, reference, **given)
 
 

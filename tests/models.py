@@ -20,6 +20,7 @@ from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
 from subject_patches.nodes.router import RouteByAttentionNode, RouteByMasksNode
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
+from subject_patches.patches.families import Transformer, family_of
 from subject_patches.patches.inversion import Inversion
 from subject_patches.patches.layout_regions import Layout
 from subject_patches.patches.prompt import SPANS_KEY
@@ -183,7 +184,7 @@ def sample(
 
 def recycled(model: Any, subjects: tuple[Subject, ...] | None = None, **values: Any) -> Any:
     """The Recycled Self-Attention node with its defaults; `values` are its inputs."""
-    given = {"strength": 1.0, "keep_probability": 1.0, "sites": "decoder", "start_percent": 0.0, "end_percent": 1.0}
+    given = {"strength": 1.0, "keep_probability": 1.0, "sites": "usual", "start_percent": 0.0, "end_percent": 1.0}
     chosen = (subject(),) if subjects is None else subjects
     return RecycledSelfAttentionNode.execute(model, chosen, **{**given, "seed": 0, **values}).args[0]
 
@@ -226,6 +227,20 @@ def trajectory(latents: Tensor, cache: FeatureCache | None = None, seed: int = 4
     noise = torch.randn(latents.shape, generator=generator(seed))
     states = latents + sigmas.view(-1, 1, 1, 1, 1) * noise
     return Inversion(sigmas, states, family, FeatureCache(64 * MEGABYTE) if cache is None else cache)
+
+
+def trajectory_for(model: Any, latents: Tensor, cache: FeatureCache | None = None, seed: int = 40) -> Inversion:
+    """As `trajectory`, for a MODEL of any family that the pack knows; of any other, as for the small model."""
+    try:
+        family = family_of(model)
+    except ValueError:
+        return trajectory(latents, cache, seed)
+    if not isinstance(family, Transformer):
+        return trajectory(latents, cache, seed, family.name)
+    sigmas = torch.tensor([1.0, 0.7, 0.4, 0.1, 0.0])
+    noise = torch.randn(latents.shape, generator=generator(seed))
+    states = torch.stack([torch.lerp(latents, noise, float(sigma)) for sigma in sigmas])
+    return Inversion(sigmas, states, family.name, FeatureCache(64 * MEGABYTE) if cache is None else cache)
 
 
 def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | None = None, **values: Any) -> Any:

@@ -127,3 +127,22 @@ def couple(model: Any, regions: int = 1, length: int = 7) -> Any:
     clone.set_model_attn2_patch(widen)
     clone.set_model_attn2_output_patch(mix)
     return clone
+
+
+def splitting(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+    """A function wrapper as packs that save memory have it: each chunk in a call of its own, the last one first."""
+    x, timestep, c = arguments["input"], arguments["timestep"], arguments["c"]
+    options = c["transformer_options"]
+    count = len(options["cond_or_uncond"])
+    size = len(x) // count
+    outputs = []
+    for index in reversed(range(count)):
+        rows = slice(index * size, (index + 1) * size)
+        part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in c.items()}
+        part["transformer_options"] = {
+            **options,
+            "cond_or_uncond": [options["cond_or_uncond"][index]],
+            "uuids": [options["uuids"][index]],
+        }
+        outputs.insert(0, apply(x[rows], timestep[rows], **part))
+    return torch.cat(outputs)

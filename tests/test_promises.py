@@ -23,6 +23,7 @@ from subject_patches.patches.window import Window
 from subject_patches.tests.look import Look
 from subject_patches.tests.mechanisms import IDLE, MECHANISMS, Mechanism, fingerprint, over_mechanisms
 from subject_patches.tests.models import difference, latent_noise, prompt, sample, small_model, subject
+from subject_patches.tests.peers import splitting
 from torch import Tensor
 
 # For sums taken in another order, as a share of the largest value: a batch of another size, say.
@@ -204,25 +205,6 @@ def counting(model: Any, calls: list[int]) -> Any:
     counted = model.clone()
     counted.set_model_unet_function_wrapper(wrapped)
     return counted
-
-
-def splitting(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-    """A function wrapper as packs that save memory have it: each chunk in a call of its own, the last one first."""
-    x, timestep, c = arguments["input"], arguments["timestep"], arguments["c"]
-    options = c["transformer_options"]
-    count = len(options["cond_or_uncond"])
-    size = len(x) // count
-    outputs = []
-    for index in reversed(range(count)):
-        rows = slice(index * size, (index + 1) * size)
-        part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in c.items()}
-        part["transformer_options"] = {
-            **options,
-            "cond_or_uncond": [options["cond_or_uncond"][index]],
-            "uuids": [options["uuids"][index]],
-        }
-        outputs.insert(0, apply(x[rows], timestep[rows], **part))
-    return torch.cat(outputs)
 
 
 @over_mechanisms
