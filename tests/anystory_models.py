@@ -139,11 +139,18 @@ def golden_model(**options: Any) -> Any:
         given = {name: tensor.clone() for name, tensor in weights.items()}
         network.load_state_dict(comfy.model_detection.convert_diffusers_mmdit(given))
 
-    return model_of(comfy.supported_models.Flux, config, fill_with=fill, **options)
+    model = model_of(comfy.supported_models.Flux, config, fill_with=fill, **options)
+    model.model.latent_format.latent_channels = config["in_channels"]
+    return model
 
 
 @cache
 def golden_anystory() -> AnyStory:
+    """The small weights, loaded once for all tests."""
+    return loaded_anystory()
+
+
+def loaded_anystory() -> AnyStory:
     """The small weights, converted and loaded."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from subject_patches.encoders.anystory import AnyStory
 from subject_patches.patches.anystory_loras import Loras
 from subject_patches.patches.anystory_references import clean_reference
 from subject_patches.patches.anystory_run import AnyStorySettings
 from subject_patches.patches.cache import FeatureCache
+from subject_patches.patches.dual_branch import BRANCH_KEY
+from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
+from subject_patches.patches.layout_regions import Layout, Region
+from subject_patches.patches.prompt import SPANS_KEY
+from subject_patches.patches.window import Window
 from torch import Tensor
 
-from .anystory_models import golden_anystory, golden_model, told
-from .models import difference, latent_noise, randn
+from .anystory_models import golden_anystory, golden_model, loaded_anystory, told
+from .look import Look
+from .models import (
+    AUXILIARY,
+    CONCEPT,
+    difference,
+    integrated,
+    laid_out,
+    latent_noise,
+    randn,
+    recycled,
+    reference,
+    subject,
+)
+from .second_device import DEVICE, SecondDevice
 from .test_anystory_golden import Watch
 
 WHOLE, NEVER = (0.0, 1.0), (0.0, 0.0)
@@ -27,9 +49,17 @@ def model() -> Any:
     return golden_model()
 
 
-def settings(count: int = 2, router: bool = True, strength: float = 1.0, seed: int = 0, **given: Any) -> Any:
+def settings(
+    count: int = 2,
+    router: bool = True,
+    strength: float = 1.0,
+    seed: int = 0,
+    anystory: AnyStory | None = None,
+    **given: Any,
+) -> AnyStorySettings:
     """Subjects of random tokens and references; the mask leaves a part of each out."""
-    form, loras = golden_anystory().form, Loras(golden_anystory(), strength, 1.0)
+    loras = Loras(anystory or golden_anystory(), strength, 1.0)
+    form = loras.anystory.form
     tokens = randn(1, 9 * count, form.context, seed=seed + 1)
     routers = randn(1, 4 * count, form.context, seed=seed + 2) if router else None
     mask = torch.ones(1, 12)
@@ -266,6 +296,58 @@ def test_a_lora_on_the_model(model: Any) -> None:
     assert torch.equal(again, plain)
 
 
+def _known_prompt() -> list[list[Any]]:
+    """A prompt that knows where its phrases are."""
+    return prompt(**{SPANS_KEY: {"subject": ((2, 4),), "scene": ((5, 6),)}})
+
+
+def _layout() -> Layout:
+    half = torch.zeros(20, 30, dtype=torch.bool)
+    half[:, :15] = True
+    return Layout(30, 20, (Region("subject", half), Region("scene", ~half)))
+
+
+@pytest.mark.parametrize("other", ["layout bias", "recycled self-attention", "dual branch"])
+def test_with_another_node_of_the_pack_in_any_order(other: str, model: Any) -> None:
+    """Both have their effect, and the order of nodes does not matter."""
+    who = subject(reference(channels=4))
+    nodes: dict[str, Callable[[Any], Any]] = {
+        "layout bias": lambda model: laid_out(model, _layout(), guidance_weight=0.5),
+        "recycled self-attention": lambda model: recycled(model, (who,), sites="usual"),
+        "dual branch": lambda model: integrated(model, auxiliary=_auxiliary(), concept=_concept()),
+    }
+    node, given = nodes[other], settings()
+    positive = _concept() if other == "dual branch" else _known_prompt()
+    before, behind, *alone = (
+        sample(each, positive=positive, size=(12, 12))
+        for each in (told(node(model), given), node(told(model, given)), node(model), told(model, given))
+    )
+    assert difference(before, behind) < 1e-5
+    for each in alone:
+        assert difference(before, each) > 1e-3
+
+
+def _concept() -> list[list[Any]]:
+    return prompt(**{BRANCH_KEY: CONCEPT})
+
+
+def _auxiliary() -> list[list[Any]]:
+    return prompt(9, **{BRANCH_KEY: AUXILIARY})
+
+
+def test_maps_are_told_to_who_looks(model: Any) -> None:
+    """Every layer's routes, by subject, over the picture's places."""
+    look = Look(frozenset(attention_sites(model)), Window())
+    sample(add_edit(told(model, settings(count=3)), look), batch=2)
+    for seen in look.seen:
+        (note,) = (note for note in seen.call.notes if note.name == "routing map")
+        assert note.labels == ("subject 1", "subject 2", "subject 3")
+        maps = note.maps()
+        assert maps.shape == (2, 3, 5, 6)
+        assert (maps.sum(1) == 1).all()
+    assert len(look.seen) == 2 * 4
+
+
 def test_two_nodes_stack(model: Any) -> None:
     """Subjects of two nodes are all seen, each node's routed among themselves."""
     one, two = settings(), settings(seed=100)
@@ -331,3 +413,19 @@ def test_it_moves_with_the_model() -> None:
     weights = golden_anystory().patcher.model
     assert [each.model for each in patched.get_nested_additional_models()] == [weights]
     assert [each.model for each in patched.clone().get_nested_additional_models()] == [weights]
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_on_a_second_device(router: bool, model: Any) -> None:
+    """Model and weights on a device that is not the CPU, where tensors of both in one operation are an error."""
+    expected = sample(told(model, settings(router=router, shift=-0.5)), batch=2, cfg=2.0)
+    with SecondDevice():
+        there, anystory = golden_model(), loaded_anystory()
+        there.load_device = anystory.patcher.load_device = DEVICE
+        given = settings(router=router, shift=-0.5, anystory=anystory)
+        # The second run has everything from the caches.
+        found = [sample(told(there, given), batch=2, cfg=2.0) for _ in range(2)]
+        for patcher in (there, anystory.patcher):
+            comfy.model_management.unload_model_and_clones(patcher)
+    for each in found:
+        assert difference(each, expected) < 1e-3
