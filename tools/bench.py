@@ -22,7 +22,14 @@ from hosting.errors import ToolError
 from measuring.given import PHRASES, Shape
 
 SHAPES = {
-    shape.name: shape for shape in (Shape("toy", 16, 8, 64), Shape("sd15", 64, 4, 768), Shape("sdxl", 128, 4, 2048))
+    shape.name: shape
+    for shape in (
+        Shape("toy", 16, 8, 64),
+        Shape("sd15", 64, 4, 768),
+        Shape("sdxl", 128, 4, 2048),
+        Shape("flux", 128, 16, 4096, 512),
+        Shape("flux-quarter", 64, 16, 4096, 128),
+    )
 }
 
 
@@ -97,13 +104,18 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
     print("|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     conditionings = [
-        [[torch.randn(1, 77, shape.width, generator=generator), {**shape.pooled(generator), **known}]]
+        [[torch.randn(1, shape.tokens, shape.width, generator=generator), {**shape.pooled(generator), **known}]]
         for known in ({SPANS_KEY: PHRASES, BRANCH_KEY: concept_tokens()}, {})
     ]
     vanilla = _sampling(model, shape, conditionings, steps, cfg, clock)
     # Once each before anything counts.
     vanilla(0)
     for name in names:
+        try:
+            patches[name](model)
+        except ValueError as refused:
+            print(f"| {name} | not for this model: {refused} | | | |")
+            continue
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
         for repeat in range(repeats):
             # A fresh subject each time: the first picture pays for its features, the second finds them.
@@ -133,9 +145,12 @@ def _model(shape: Shape) -> Any:
         return Toy.load().model
     import comfy.supported_models as families
     import torch
-    from hosting.random_models import SD, SDXL, model_of
+    from hosting.random_models import FLUX, FLUX_QUARTER, SD, SDXL, model_of
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    if shape.flux:
+        half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return model_of(families.Flux, FLUX if shape.name == "flux" else FLUX_QUARTER, dtype=half)
     if shape.name == "sd15":
         return model_of(families.SD15, {**SD, "context_dim": shape.width}, dtype=dtype)
     return model_of(families.SDXL, SDXL, dtype=dtype)

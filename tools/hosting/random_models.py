@@ -63,6 +63,27 @@ SDXL: dict[str, Any] = {
     "use_linear_in_transformer": True,
     "context_dim": 2048,
 }
+# FLUX.1's shape in all but depth: as many single blocks to a double one.
+FLUX: dict[str, Any] = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "hidden_size": 3072,
+    "context_in_dim": 4096,
+    "vec_in_dim": 768,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 1,
+    "depth_single_blocks": 2,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+}
+# A quarter as wide: over a quarter of the tokens, attention is the same share of its work.
+FLUX_QUARTER = {**FLUX, "hidden_size": 768, "num_heads": 6}
 Fill = Callable[[torch.nn.Module, int], None]
 # A norm of the host that is none of these keeps its weight as the distance from 1.
 _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)

@@ -64,18 +64,25 @@ class Given:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape: its name, latent size and channels, and context width."""
+    """A model's shape: its name, latent size and channels, context width, and how many tokens a prompt has."""
 
     name: str
     size: int
     channels: int
     width: int
+    tokens: int = 77
+
+    @property
+    def flux(self) -> bool:
+        """Whether it is FLUX.1's."""
+        return self.name.startswith("flux")
 
     def pooled(self, generator: Any) -> dict[str, Any]:
         """What a conditioning of this shape has besides its tokens, at random."""
         import torch
 
-        return {"pooled_output": torch.randn(1, 1280, generator=generator)} if self.name == "sdxl" else {}
+        wide = 1280 if self.name == "sdxl" else 768 * self.flux
+        return {"pooled_output": torch.randn(1, wide, generator=generator)} if wide else {}
 
 
 def chosen(words: str, names: Iterable[str]) -> list[str]:

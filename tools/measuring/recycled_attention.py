@@ -171,4 +171,32 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
         "recycled self-attention": recycled(),
         "recycled self-attention, strength 0.5": recycled(strength=0.5),
         "recycled self-attention, region and reference masks": recycled(region_mask=region, mask=region),
+        **({"the recycled attention alone, not in the pack": _alone(shape)} if shape.flux else {}),
     }
+
+
+def _alone(shape: Shape) -> Callable[[Any], Any]:
+    """What recycling costs at least in a transformer: every attention of the conditioned chunk with as many more keys
+    as the picture has, the same ones each time, by a bare override."""
+    import torch
+
+    count = (shape.size // 2) ** 2
+    more: list[Tensor] = []
+
+    def attend(function: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, **named: Any) -> Tensor:
+        if not more:
+            more.append(torch.randn((1, *key.shape[1:2], count, key.shape[3])).to(key))
+        outputs = []
+        size = len(query) // len(named["transformer_options"]["cond_or_uncond"])
+        for number, chunk in enumerate(named["transformer_options"]["cond_or_uncond"]):
+            rows = slice(number * size, (number + 1) * size)
+            k, v = (torch.cat([each[rows], more[0]], 2) if chunk == 0 else each[rows] for each in (key, value))
+            outputs.append(function(query[rows], k, v, heads, **named))
+        return torch.cat(outputs)
+
+    def patch(model: Any) -> Any:
+        alone = model.clone()
+        alone.model_options["transformer_options"]["optimized_attention_override"] = attend
+        return alone
+
+    return patch

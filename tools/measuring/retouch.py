@@ -252,9 +252,11 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     region[:, shape.size // 4 : 3 * shape.size // 4, shape.size // 4 : 3 * shape.size // 4] = 1
 
     def path(model: Any) -> Inversion:
-        sigmas = torch.linspace(20, 0, 20)
+        sigmas = torch.linspace(1 if shape.flux else 20, 0, 20)
         clean, noise = (torch.randn(1, shape.channels, shape.size, shape.size, generator=generator) for _ in range(2))
-        return Inversion(sigmas, clean + sigmas.view(-1, 1, 1, 1, 1) * noise, family_of(model).name)
+        levels = sigmas.view(-1, 1, 1, 1, 1)
+        states = (1 - levels) * clean + levels * noise if shape.flux else clean + levels * noise
+        return Inversion(sigmas, states, family_of(model).name)
 
     def swap(masked: bool, **settings: Any) -> Callable[[Any], Any]:
         def patch(model: Any) -> Any:
