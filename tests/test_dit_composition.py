@@ -1,0 +1,163 @@
+"""Transformers beside what other packs and the host's own nodes do to them, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.engine import add_edit
+from subject_patches.patches.families import attention_sites
+from subject_patches.patches.window import Window
+from subject_patches.tests.dit_models import dit_model
+from subject_patches.tests.mechanisms import MECHANISMS, Mechanism
+from subject_patches.tests.models import difference, known_prompt, latent_noise, recycled, sample, subject_for
+from subject_patches.tests.test_openings import Look
+from torch import Tensor
+
+# One that extends the keys, one that biases them, one that takes the output apart.
+CHOSEN = [m for m in MECHANISMS if m.name in ("recycled self-attention", "soft layout bias", "dual branch")]
+over_chosen = pytest.mark.parametrize("mechanism", CHOSEN, ids=lambda m: m.name)
+Other = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def flux() -> Any:
+    return dit_model("FLUX.1")
+
+
+@pytest.fixture(scope="module")
+def sd3() -> Any:
+    return dit_model("SD 3.5")
+
+
+def with_override(function: Callable[..., Tensor]) -> Other:
+    def patch(model: Any) -> Any:
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = function
+        return clone
+
+    return patch
+
+
+def another_function(
+    function: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **named: Any
+) -> Tensor:
+    """As packs with attention functions of their own: the given one is not called. Halved, so that one sees it act."""
+    return comfy.ldm.modules.attention.attention_basic(q, k, v, heads, mask=mask, **named) / 2
+
+
+def replaced(model: Any) -> Any:
+    """Another pack's replacement of a block, which runs the block on less."""
+
+    def replacement(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return extra["original_block"]({**given, "img": given["img"] * 0.8})
+
+    clone = model.clone()
+    for name in ("double_block", "single_block"):
+        clone.set_model_patch_replace(replacement, "dit", name, 0)
+    return clone
+
+
+def skipping(model: Any) -> Any:
+    return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "1").args[0]
+
+
+def caching(model: Any) -> Any:
+    return EasyCacheNode.execute(model, 1e6, 0.0, 1.0, False).args[0]
+
+
+OTHERS: dict[str, Other] = {
+    "an attention function": with_override(another_function),
+    "replaced blocks": replaced,
+    "Skip Layer Guidance": skipping,
+    "a step cache": caching,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@over_chosen
+def test_beside_others(mechanism: Mechanism, family: str, name: str, request: pytest.FixtureRequest) -> None:
+    model, other = request.getfixturevalue(family), OTHERS[name]
+    steps = 4 if name == "a step cache" else 2
+    subjects = (subject_for(model),)
+    alone = sample(other(model), steps=steps)
+    before = sample(mechanism.on(other(model), subjects), steps=steps)
+    assert torch.equal(sample(other(mechanism.on(model, subjects)), steps=steps), before)
+    # Ours acts, and theirs.
+    assert difference(before, alone) > 1e-3
+    assert difference(before, sample(mechanism.on(model, subjects), steps=steps)) > 1e-3
+
+
+def test_an_override_is_left_alone_where_nothing_is_amended(flux: Any) -> None:
+    other = OTHERS["an attention function"](flux)
+    idle = add_edit(other, Look(frozenset(attention_sites(flux)), Window(), lambda call: None))
+    assert torch.equal(sample(idle), sample(other))
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Qwen-Image"])
+def test_reference_latents_of_the_hosts_own(name: str) -> None:
+    """Theirs stand behind the picture: it attends to them and to ours, and they are nobody's own keys."""
+    model = dit_model(name)
+    channels, frames = (
+        model.model.latent_format.latent_channels,
+        (1,) * (model.model.latent_format.latent_dimensions - 2),
+    )
+    latents = [latent_noise(1, size, 9, channels, frames) for size in ((6, 8), (4, 4))]
+    given = {"positive": known_prompt(reference_latents=latents), "steps": 1}
+    look = Look(frozenset(attention_sites(model)), Window(), lambda call: None)
+    plain = sample(model, **given)
+    assert torch.equal(sample(add_edit(model, look), **given), plain)
+    patch = 1 if name == "FLUX.2" else 2
+    more = sum(-(-h // patch) * -(-w // patch) for h, w in ((6, 8), (4, 4)))
+    for call in look.seen:
+        assert call.own.stop == call.key.shape[1] - more
+        assert call.own.stop - call.own.start == call.query.shape[1]
+    ours = sample(recycled(model, (subject_for(model),)), **given)
+    assert difference(ours, plain) > 1e-3
+    assert difference(ours, sample(recycled(model, (subject_for(model),)), steps=1)) > 1e-3
+
+
+def test_the_models_own_mask_goes_with_the_keys() -> None:
+    """Qwen-Image's mask of padded prompts: what it hides stays hidden, whatever else is attended to."""
+    model = dit_model("Qwen-Image")
+    mask = torch.ones(1, 7)
+    mask[:, -2:] = 0
+
+    def hidden(call: AttentionCall) -> None:
+        call.extend(call.key[:, :3], call.value[:, :3])
+
+    look = Look(frozenset(attention_sites(model)), Window(), hidden)
+    results = []
+    for other in (1.0, 5.0):
+        tokens, values = known_prompt(attention_mask=mask.long())[0]
+        tokens = tokens.clone()
+        tokens[:, -2:] *= other
+        results.append(sample(add_edit(model, look), positive=[[tokens, values]], cfg=1.0, steps=1))
+    assert difference(*results) < 1e-5
+
+
+def test_an_area_of_the_picture(flux: Any) -> None:
+    (tokens, values), *_ = known_prompt()
+    area = [[tokens, {**values, "area": (4, 6, 2, 2)}]]
+    look = Look(frozenset(attention_sites(flux)), Window(), lambda call: None)
+    given = {"positive": [*known_prompt(3), *area], "size": (8, 10), "steps": 1}
+    assert torch.equal(sample(add_edit(flux, look), **given), sample(flux, **given))
+    assert {call.grid for call in look.seen} == {(4, 5), (2, 3)}
+    for mechanism in CHOSEN[:2]:
+        assert sample(mechanism.on(flux, (subject_for(flux),)), **given).isfinite().all()
+
+
+def test_a_compiled_model(flux: Any) -> None:
+    torch._dynamo.reset()
+    exact = sample(recycled(flux, (subject_for(flux),)))
+    patched = TorchCompileModel.execute(recycled(flux, (subject_for(flux),)), "eager").args[0]
+    assert difference(sample(patched), exact) < 1e-5
+    torch._dynamo.reset()
