@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import AttentionCall
+from .call import AttentionCall, Chunk
 
 
 def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tensor | None:
@@ -27,16 +27,35 @@ def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tens
     return (shares @ chosen.to(shares)).mT.unflatten(-1, call.grid)
 
 
+def spread_out(maps: Tensor, chunk: Chunk) -> Tensor:
+    """Maps (rows, n, *size) of a chunk that may be part of the picture, at its places of all of it and, of a tile, at
+    its rows of the run's batch: (rows or pictures, n, *latent), 0 elsewhere."""
+    if chunk.part == (None, None, None):
+        return maps
+    count = len(maps) if chunk.pictures is None else chunk.count
+    canvas = maps.new_zeros((count, maps.shape[1], *chunk.latent))
+    rows = range(len(maps)) if chunk.pictures is None else chunk.pictures
+    if chunk.lines is None:
+        for row, each in zip(rows, maps, strict=True):
+            chunk.cut(canvas[row]).copy_(each)
+        return canvas
+    down, across = (torch.tensor(each, device=maps.device) for each in chunk.lines)
+    for row, each in zip(rows, maps, strict=True):
+        canvas[row, :, down[:, None], across] = each
+    return canvas
+
+
 @dataclass
 class MeanMap:
-    """The mean of the maps it is told of, all of one shape."""
+    """The mean of the maps it is told of, in the shape of the last one: a sampler may change a picture's size."""
 
     value: Tensor
     count: int = 1
 
     def add(self, value: Tensor) -> None:
         self.count += 1
-        self.value = self.value + (value - self.value) / self.count
+        before = self.value if self.value.ndim < 3 else resized(self.value, value.shape[-2:])
+        self.value = before + (value - before) / self.count
 
 
 def normalised(maps: Tensor) -> Tensor:

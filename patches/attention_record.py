@@ -133,31 +133,42 @@ class RecordAttention(Edit):
         return self
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        row = self._row(call.chunk)
+        if row is None:
+            return
         if call.extensions:
-            measures = subject_attention(call, self.record.picture), latent_difference(call, self.record.picture)
+            measures = subject_attention(call, row), latent_difference(call, row)
             self.record.rows.append(Row(sigma, call.site, *measures))
         if acts_as(call.site, "cross"):
-            self._keep_phrases(call, sigma)
+            self._keep_phrases(call, sigma, row)
         for note in call.notes:
-            maps = note.maps()
-            maps = _of(maps, self.record.picture)
+            maps = _of(note.maps(), row)
             labels = note.labels or tuple(f"{n}" if len(maps) > 1 else note.name for n in range(1, len(maps) + 1))
             for label, values in zip(labels, maps, strict=True):
                 self.record.add(Shown(note.name, _placed(label, call.chunk)), call.site, sigma, values)
 
-    def _keep_phrases(self, call: AttentionCall, sigma: float) -> None:
+    def _row(self, chunk: Chunk) -> int | None:
+        """Which row of a chunk is the recorded picture; None where another pack's call is without it."""
+        if chunk.pictures is None:
+            return self.record.picture
+        picture = min(self.record.picture, chunk.count - 1)
+        return chunk.pictures.index(picture) if picture in chunk.pictures else None
+
+    def _keep_phrases(self, call: AttentionCall, sigma: float, row: int) -> None:
         groups = phrase_tokens(call.chunk.spans, self.phrases)
         maps = attention_maps(call, list(groups.values())) if groups else None
         if maps is None:
             return
-        maps = _of(maps, self.record.picture)
+        maps = _of(maps, row)
         for shown, values in zip(groups, maps, strict=True):
             placed = Shown(shown.kind, _placed(shown.label, call.chunk), shown.token)
             self.record.add(placed, call.site, sigma, values)
 
 
 def _placed(label: str, chunk: Chunk) -> str:
-    """A label that says which part of the picture a map is of, where area conditioning cut one out."""
+    """A label that says which part of the picture a map is of, where area conditioning or a tile cut one out."""
+    if chunk.lines is not None:
+        return f"{label} (part of the picture)"
     if chunk.area is None:
         return label
     height, width, y, x = chunk.area

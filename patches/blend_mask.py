@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention_maps import attention_maps, normalised
+from .attention_maps import attention_maps, normalised, resized, spread_out
 from .call import AttentionCall, Chunk
 from .edit import Edit
 from .layout import tokens_of
@@ -147,19 +147,27 @@ class MaskInRun:
     _sigma: float = float("nan")
     _earlier: Tensor | None = None
     _here: Tensor | None = None
+    _cover: Tensor | None = None
     _stages: Stages | None = None
     _made: tuple[float, tuple[int, int]] | None = None
 
-    def add(self, sigma: float, attention: Tensor) -> None:
-        """More attention, (rows, height, width) at the latents' size."""
+    def add(self, sigma: float, attention: Tensor, cover: Tensor | None = None) -> None:
+        """More attention, (rows, height, width) at the latents' size; `cover` of that shape says where it is known, for
+        a tile of the picture, and everywhere without it. What tiles know twice counts once."""
         self._arrive(sigma)
-        self._here = attention if self._here is None else self._here + attention
+        if self._here is not None and self._here.shape != attention.shape:
+            # A sampler may change the size between two steps, and within one.
+            self._here, self._cover = None, None
+        here = torch.zeros_like(attention) if self._here is None else self._here
+        known = torch.ones_like(attention) if cover is None else cover
+        self._here, self._cover = here + attention, known if self._cover is None else self._cover + known
 
     def stages(self, sigma: float, latent: tuple[int, int]) -> Stages | None:
         """The mask at a noise level; see `AdaptiveMask.stages`."""
         self._arrive(sigma)
         if self._made != (sigma, latent):
-            self._stages, self._made = self.mask.stages(latent, self._earlier), (sigma, latent)
+            earlier = None if self._earlier is None else resized(self._earlier[:, None], latent)[:, 0]
+            self._stages, self._made = self.mask.stages(latent, earlier), (sigma, latent)
         return self._stages
 
     def _arrive(self, sigma: float) -> None:
@@ -167,8 +175,13 @@ class MaskInRun:
             return
         if self._here is not None:
             # The sum serves as well as the mean: only its shape counts.
-            self._earlier = self._here if self._earlier is None else self._earlier + self._here
-        self._sigma, self._here = sigma, None
+            most = self._cover.amax()
+            here = self._here if bool((self._cover == most).all()) else self._here * most / self._cover.clamp(min=1)
+            if self._earlier is None or len(self._earlier) != len(here):
+                self._earlier = here
+            else:
+                self._earlier = resized(self._earlier[:, None], here.shape[-2:])[:, 0] + here
+        self._sigma, self._here, self._cover = sigma, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,16 +194,16 @@ class Gathering(Edit):
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         groups = tokens_of(call.chunk.spans, [canonical(self.mask.mask.phrase)])
         maps = attention_maps(call, [[token for tokens in groups.values() for token in tokens]]) if groups else None
+        if groups and (call.grid is None or call.prompt is None):
+            call.leave("Adaptive Blend Mask")
         if maps is not None:
-            self.mask.add(sigma, on_canvas(maps[:, 0], call.chunk))
+            self.mask.add(sigma, *on_canvas(maps[:, :1], call.chunk))
 
 
-def on_canvas(maps: Tensor, chunk: Chunk) -> Tensor:
-    """A call's maps (rows, h, w) at the latents' size, (rows, *latent); 0 outside of area conditioning's part."""
-    size = chunk.latent if chunk.area is None else chunk.area[:2]
-    maps = functional.interpolate(maps[:, None].float(), tuple(size), mode="bilinear")[:, 0]
-    if chunk.area is None:
-        return maps
-    height, width, y, x = chunk.area
-    below, right = chunk.latent[0] - y - height, chunk.latent[1] - x - width
-    return functional.pad(maps, (x, right, y, below))
+def on_canvas(maps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    """A call's maps (rows, 1, h, w) at the latents' size, (rows or pictures, *latent), 0 outside of a chunk's part; and
+    where they are known, of a tile."""
+    whole = spread_out(functional.interpolate(maps.float(), tuple(chunk.size), mode="bilinear"), chunk)[:, 0]
+    if chunk.pictures is None:
+        return whole, None
+    return whole, spread_out(maps.new_ones((len(maps), 1, *chunk.size)), chunk)[:, 0]

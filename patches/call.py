@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .placing import Lines, cut
 from .prompt import SPANS_KEY, Spans
+from .rows import in_turn
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 # The name of a chunk that is the pass of a branch beside the generation.
 BRANCH = "branch"
+# What another pack may have changed in a layer, so that an edit cannot act there.
+PLACES = "where its queries lie in the picture"
+PROMPT = "the tokens of its prompt"
+BATCH = "the rows of its batch"
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,10 @@ class Chunk:
 
     `before` is how many tokens the model puts before the conditioning's own in the context that it makes of it.
     `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
-    whole latent's (height, width)."""
+    whole latent's (height, width). Where another pack calls the model on part of the picture, a tile, that has its area
+    too, or its `lines` where these do not follow each other; `pictures` are then the numbers of its rows in the run's
+    batch of `count`. Without `known_places` nothing
+    is known of where it lies."""
 
     rows: slice
     name: str
@@ -41,6 +50,42 @@ class Chunk:
     area: tuple[int, int, int, int] | None = None
     stream: Stream | None = None
     before: int = 0
+    lines: Lines | None = None
+    pictures: tuple[int, ...] | None = None
+    count: int = 0
+    known_places: bool = True
+
+    @property
+    def part(self) -> tuple[Any, ...]:
+        """Which part of which pictures it is, as a key."""
+        return (self.area, self.lines, self.pictures)
+
+    @property
+    def is_tile(self) -> bool:
+        """Whether another pack cut it out of the picture."""
+        return self.pictures is not None and (self.area is not None or self.lines is not None)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of its own latents."""
+        if self.lines is not None:
+            return len(self.lines[0]), len(self.lines[1])
+        return self.latent if self.area is None else self.area[:2]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """What of the whole picture's latent pixels (..., height, width) it shows: (..., *size)."""
+        if self.lines is not None:
+            return cut(whole, self.lines)
+        if self.area is None:
+            return whole
+        height, width, y, x = self.area
+        return whole[..., y : y + height, x : x + width]
+
+    def lent(self, things: Tensor, rows: int) -> Tensor:
+        """Of things (count, ...) that go with the batch's pictures in turn, those of its rows: (rows, ...)."""
+        if self.pictures is None or len(things) == 1:
+            return in_turn(things, rows)
+        return things[[picture % len(things) for picture in self.pictures]]
 
     @property
     def spans(self) -> dict[str, Spans]:
@@ -135,6 +180,13 @@ class AttentionCall:
     notes: list[Note] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def leave(self, node: str) -> None:
+        """Tells that an edit of `node` leaves the call as it is, because another pack changed what it needs."""
+        what = PLACES if self.grid is None else PROMPT
+        if (node, what) not in self.left:
+            self.left.append((node, what))
 
     @property
     def reads(self) -> bool:

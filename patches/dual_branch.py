@@ -193,16 +193,22 @@ class DualBranchIntegration(Edit):
             return
         (branch,) = self._branch
         features = recorded(branch)
+        if call.grid is None or call.prompt is None:
+            call.leave(self.node)
         if features is None or call.grid is None or not call.reads:
             return
         grid = branch.grids[call.site]
-        query, output = (crop(features[part], grid, call) for part in ("query", "prompt_output"))
+        query, output = (
+            call.chunk.lent(crop(features[part], grid, call), len(call.query)) for part in ("query", "prompt_output")
+        )
         if query.shape[:2] != call.query.shape[:2]:
             return
         bias = branch.biases.get(call.site)
         if bias is not None:
             bias = crop(bias.expand(torch.broadcast_shapes(bias.shape, (1, math.prod(grid), 1))), grid, call)
-        beside = replace(call, query=query, key=features["prompt_key"], own_bias=bias)
+            bias = bias if len(bias) == 1 else call.chunk.lent(bias, len(call.query))
+        key = call.chunk.lent(features["prompt_key"], len(call.query))
+        beside = replace(call, query=query, key=key, own_bias=bias)
         length = call.chunk.length
 
         @cache
@@ -252,11 +258,11 @@ class DualBranchIntegration(Edit):
 
     def gain_at(self, chunk: Chunk) -> float:
         """The gain in a chunk's picture."""
-        height, width = chunk.latent if chunk.area is None else chunk.area[:2]
+        height, width = chunk.size
         return self.gain * (height * width / USUAL_PLACES if self.by_resolution else 1.0)
 
 
 def crop(tokens: Tensor, grid: tuple[int, int], call: AttentionCall) -> Tensor:
     """What of the whole picture's tokens (rows, places, channels) lies where a call's chunk is, whose latent area
-    conditioning may have cropped."""
-    return tokens if call.chunk.area is None else tokens_at(tokens.unflatten(1, grid), call)
+    conditioning or a tile may have cropped."""
+    return tokens_at(tokens.unflatten(1, grid), call) if tokens.shape[1] == math.prod(grid) else tokens

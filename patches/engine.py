@@ -84,6 +84,7 @@ def _sample(
     try:
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         session.warn_of_idle()
+        session.warn_of_left()
         return result
     finally:
         del options[SESSION]

@@ -6,7 +6,6 @@ The published code differs from the paper; this follows the code where it is one
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from torch.nn import functional
 from .call import BRANCH, AttentionCall, Chunk, head_split
 from .edit import Edit, Start
 from .layout_regions import Layout, canonical
+from .placing import cut
 from .process import DIFFUSION, Process
 from .prompt import SPANS_KEY, Spans
 from .streams import Features, Stream
@@ -111,8 +111,10 @@ def tokens_of(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[frozen
 
 
 def crop(values: Tensor, chunk: Chunk) -> Tensor:
-    """The part of a canvas (height, width) that a chunk's area conditioning cuts out of the latent, to the nearest
-    pixel of the canvas; all of it without an area."""
+    """The part of a canvas (height, width) that a chunk shows, which area conditioning or a tile cuts out of the
+    latent, to the nearest pixel of the canvas; all of it without either."""
+    if chunk.lines is not None:
+        return cut(values, tuple(map(_canvas_lines, chunk.lines, values.shape, chunk.latent)))
     if chunk.area is None:
         return values
     height, width, y, x = chunk.area
@@ -120,6 +122,14 @@ def crop(values: Tensor, chunk: Chunk) -> Tensor:
     y0, x0 = min(round(y * down), values.shape[0] - 1), min(round(x * across), values.shape[1] - 1)
     y1, x1 = max(round((y + height) * down), y0 + 1), max(round((x + width) * across), x0 + 1)
     return values[y0:y1, x0:x1]
+
+
+def _canvas_lines(lines: Sequence[int], side: int, latent: int) -> tuple[int, ...]:
+    """The lines of a canvas, of one direction, that stand for some of the latent's."""
+    scale = side / latent
+    starts = [min(round(line * scale), side - 1) for line in lines]
+    stops = [max(round((line + 1) * scale), start + 1) for line, start in zip(lines, starts, strict=True)]
+    return tuple(n for start, stop in zip(starts, stops, strict=True) for n in range(start, min(stop, side)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +151,9 @@ class LayoutBias(Edit):
     each_row: bool = True
     _process: list[Process] = field(default_factory=lambda: [DIFFUSION], repr=False)
     _weights: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
-    _warned: set[str] = field(default_factory=set, repr=False)
 
     def begin(self) -> LayoutBias:
-        return replace(self, _process=[DIFFUSION], _weights={}, _warned=set())
+        return replace(self, _process=[DIFFUSION], _weights={})
 
     def start(self, start: Start) -> None:
         self._process[0] = start.process
@@ -176,9 +185,7 @@ class LayoutBias(Edit):
         if not groups or (call.prompt is not None and not call.reads):
             return
         if call.grid is None or call.prompt is None:
-            self._warn(
-                "Another pack changed the tokens inside cross-attention layers; Layout Bias leaves those as they are."
-            )
+            call.leave(self.node)
             return
         # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
         length, begins = call.chunk.length, call.prompt.start
@@ -198,7 +205,7 @@ class LayoutBias(Edit):
         """M for a call, (queries, keys of the prompt) float32 on its device; a layer's is the same at every step."""
         keys, chunk = call.prompt.stop - call.prompt.start, call.chunk
         tokens = tuple((names, tuple(found)) for names, found in groups.items())
-        place = (tokens, length, keys, call.grid, chunk.area, chunk.latent, call.query.device)
+        place = (tokens, length, keys, call.grid, chunk.part, chunk.latent, call.query.device)
         if place not in self._weights:
             weights = torch.zeros(call.query.shape[1], keys)
             for names, found in groups.items():
@@ -212,8 +219,3 @@ class LayoutBias(Edit):
         own = torch.stack([shown[name] for name in sorted(names)]).any(0)
         others = (mask for name, mask in shown.items() if name not in names)
         return region_values(own, irrelevant_to(own, others, self.everywhere), self.positive, self.negative)
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logging.warning(message)

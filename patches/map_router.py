@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_maps import MeanMap, attention_maps, normalised, resized, smoothed
+from .attention_maps import MeanMap, attention_maps, normalised, resized, smoothed, spread_out
 from .call import AttentionCall
 from .layout_regions import canonical
 from .prompt import SPANS_KEY, Spans, positions_of
@@ -80,10 +80,11 @@ class MapRouting(Routing):
     _maps: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
     _means: dict[Hashable, MeanMap] = field(default_factory=dict, repr=False)
     _tokens: dict[Hashable, list[list[int]]] = field(default_factory=dict, repr=False)
+    _canvases: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
     _sigma: list[float] = field(default_factory=lambda: [float("nan")], repr=False)
 
     def begin(self) -> MapRouting:
-        return replace(self, _last=[], _maps={}, _means={}, _tokens={}, _sigma=[float("nan")])
+        return replace(self, _last=[], _maps={}, _means={}, _tokens={}, _canvases={}, _sigma=[float("nan")])
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run knows the subjects' phrases, each in a place of its own."""
@@ -117,20 +118,49 @@ class MapRouting(Routing):
         tokens = self._tokens[key]
         maps = attention_maps(call, tokens) if any(tokens) else None
         if maps is None:
+            if any(tokens) and (call.grid is None or call.prompt is None):
+                call.leave("Map Router")
             return
-        maps = normalised(smoothed(maps, self.router.smoothing))
+        maps = smoothed(maps, self.router.smoothing)
+        if call.chunk.is_tile:
+            self._gather(key, call, maps)
+            return
+        maps = normalised(maps)
         if not self.router.running_mean:
             self._maps[key, call.site] = (sigma, maps)
             return
-        maps = resized(maps, call.chunk.area[:2] if call.chunk.area else call.chunk.latent)
-        if key in self._means and self._means[key].value.shape == maps.shape:
+        maps = resized(maps, call.chunk.size)
+        if key in self._means and len(self._means[key].value) == len(maps):
             self._means[key].add(maps)
         else:
             self._means[key] = MeanMap(maps)
 
+    def _gather(self, key: Hashable, call: AttentionCall, maps: Tensor) -> None:
+        """Adds a tile's maps to those of the whole picture: stretched alone, a tile would show some of everything."""
+        maps = resized(maps, call.chunk.size)
+        both = spread_out(torch.cat([maps, maps.new_ones((len(maps), 1, *call.chunk.size))], 1), call.chunk)
+        place = key if self.router.running_mean else (key, call.site, self._sigma[0])
+        known = self._canvases.get(place)
+        self._canvases[place] = both if known is None or known.shape != both.shape else known + both
+
+    def _of_canvas(self, key: Hashable, call: AttentionCall) -> Tensor | None:
+        """A tile's part of the maps of the whole picture, as far as these are known."""
+        mean = self.router.running_mean
+        both = self._canvases.get(key if mean else (key, self.before.get(call.site), self._sigma[0]))
+        if both is None or tuple(both.shape[-2:]) != call.chunk.latent:
+            return None
+        cover = both[:, -1:]
+        maps = both[:, :-1] / cover.clamp(min=1)
+        # What is not known yet must not count in the smallest and largest.
+        low = maps.masked_fill(cover == 0, torch.inf).amin((-2, -1), keepdim=True)
+        maps = normalised(torch.where(cover == 0, low.clamp(max=torch.finfo(maps.dtype).max), maps))
+        return call.chunk.cut(maps[list(call.chunk.pictures)])
+
     def _find(self, call: AttentionCall) -> Route | None:
         key = _key(call)
-        if self.router.running_mean:
+        if call.chunk.is_tile:
+            maps = self._of_canvas(key, call)
+        elif self.router.running_mean:
             mean = self._means.get(key)
             maps = None if mean is None else normalised(mean.value)
         else:
@@ -158,4 +188,5 @@ def tokens_in_turn(spans: Mapping[str, Spans], phrases: Sequence[str]) -> list[l
 
 
 def _key(call: AttentionCall) -> Hashable:
-    return (call.chunk.conditioning.get("uuid"), call.chunk.name, call.chunk.area)
+    chunk = call.chunk
+    return (chunk.conditioning.get("uuid"), chunk.name, None if chunk.is_tile else chunk.part)

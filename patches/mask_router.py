@@ -76,7 +76,7 @@ class MaskRouting(Routing):
 
     def _find(self, call: AttentionCall) -> Route:
         chunk = call.chunk
-        place = (call.grid, chunk.area, chunk.latent)
+        place = (call.grid, chunk.part, chunk.latent)
         if place not in self._routes:
             cover = torch.cat([region_at(mask[None], chunk, call.grid, 1) for mask in self.masks.float()])
             self._routes[place] = Route(route_of_cover(cover), len(self.masks))

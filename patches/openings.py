@@ -214,11 +214,8 @@ class Opening:
         )
         rows = attention.values["q"].shape[0]
         if tokens is None or (wanted and rows != self.forward.rows):
-            changed = "tokens" if tokens is None else "batch"
-            self.session.warn_once(
-                f"Another pack changed the {changed} inside the attention layer {site}; Subject Patches leaves it as "
-                "it is."
-            )
+            if wanted:
+                self.session.leave(site, self.forward)
             return attention.plain()
         calls = self._calls(attention, site, tokens, grid) if wanted else []
         amended = [call for call in calls if call.amended]
@@ -233,8 +230,9 @@ class Opening:
         for chunk in self.forward.chunks:
             query = attention.tokens("q", chunk.rows, tokens.picture)
             key, value = (attention.tokens(name, chunk.rows) for name in ("k", "v"))
+            places = grid if chunk.known_places else None
             call = AttentionCall(
-                query, key, value, attention.heads, site, chunk, grid, tokens.prompt, tokens.own,
+                query, key, value, attention.heads, site, chunk, places, tokens.prompt, tokens.own,
                 own_bias=attention.bias(chunk.rows, tokens.picture),
             )  # fmt: skip
             self.session.amend(call)

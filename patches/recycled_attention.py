@@ -103,7 +103,7 @@ class RecycledSelfAttention(Edit):
 
     def _region(self, call: AttentionCall) -> Tensor:
         # A layer's region is the same at every step.
-        place = (call.grid, call.chunk.area, call.chunk.latent, call.query.shape[0])
+        place = (call.grid, call.chunk.part, call.chunk.latent, call.query.shape[0])
         if place not in self._regions:
             self._regions[place] = region_at(self.region_mask, call.chunk, call.grid, call.query.shape[0])
         return self._regions[place]
@@ -124,6 +124,7 @@ class RecycledSelfAttention(Edit):
         region = route = None
         if self.region_mask is not None:
             if call.grid is None:
+                call.leave(self.node)
                 return
             region = self._region(call)
             route = region > 0

@@ -104,6 +104,10 @@ class _Lent(Edit):
     def wants(self, chunk: Chunk) -> bool:
         return self.path.beside(chunk) is not None
 
+    def of_rows(self, lent: Tensor, call: AttentionCall) -> Tensor:
+        """What the path lent (pictures, ...), for the rows of a call."""
+        return call.chunk.lent(self.path.of_rows(lent), len(call.query))
+
     def placed(self, lent: Tensor, call: AttentionCall) -> Tensor | None:
         """The path's features with places (rows, height, width, channels) at those of a call: (rows, queries,
         channels). Where area conditioning crops the generation, the same part. None where another pack merged places.
@@ -115,7 +119,10 @@ class _Lent(Edit):
                 f"The layout trajectory is of a picture of {size[1]} x {size[0]} latent pixels but this one has "
                 f"{latent[1]} x {latent[0]}; sample at the layout's size, best from its last latent."
             )
-        return None if call.grid is None or lent.ndim != 4 else tokens_at(lent, call)
+        if call.grid is None or lent.ndim != 4:
+            call.leave(self.node)
+            return None
+        return tokens_at(lent, call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +135,7 @@ class LayoutSwap(_Lent):
         lent = recorded(self.path.beside(call.chunk))
         query = None if lent is None else self.placed(lent["query"], call)
         if query is not None:
-            layout = Attended(*map(self.path.of_rows, (query, lent["key"], lent["value"])))
+            layout = Attended(*(self.of_rows(part, call) for part in (query, lent["key"], lent["value"])))
             call.replace(*swapped_early(Attended(call.query, call.key, call.value), layout))
 
 
@@ -144,7 +151,8 @@ class ReferenceSwap(_Lent):
         if lent is None or "query" in call.replaced:
             return
         own = Attended(call.query, call.key, call.value)
-        given = swapped_late(own, Attended(call.query, *map(self.path.of_rows, (lent["key"], lent["value"]))))
+        keys, values = (self.of_rows(lent[part], call) for part in ("key", "value"))
+        given = swapped_late(own, Attended(call.query, keys, values))
         if "key" in call.replaced:
             call.extend(given.key, given.value)
         else:
@@ -165,7 +173,7 @@ class LayoutBlend(_Lent):
         layout = None if lent is None else self.placed(lent["output"], call)
         if layout is None:
             return
-        rows, layout = len(call.query), self.path.of_rows(layout)
+        rows, layout = len(call.query), self.of_rows(layout, call)
         mask = self.mask
         if isinstance(mask, MaskInRun):
             stages = mask.stages(sigma, call.chunk.latent)

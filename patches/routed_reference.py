@@ -94,6 +94,8 @@ class RoutedReference(Edit):
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         route = self.routing.route(call)
+        if call.grid is None:
+            call.leave(self.node)
         mine = None if route is None else route.places(self.number)
         if mine is None:
             return
@@ -115,6 +117,7 @@ class RoutedTokens(Edit):
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.grid is None:
+            call.leave(self.node)
             return
         key, value = self.prompt.keys_and_values(call)
         query, heads = call.query, call.heads

@@ -13,7 +13,8 @@ import torch
 from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
-from .call import BRANCH, AttentionCall, Chunk
+from .call import BATCH, BRANCH, AttentionCall, Chunk
+from .chunks import UNCONDITIONED, chunks_of
 from .companion import acting_on_companions
 from .conditionings import of_the_stream
 from .edit import Edit, Request
@@ -23,8 +24,6 @@ from .recording import Recording
 from .sites import Site
 from .streams import UNCONDITIONAL, Denoising, Features, Stream
 from .window import Levels
-
-UNCONDITIONED = frozenset({"negative", "empty_negative_prompt"})
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,20 @@ class Session:
         self.run = object()
         self.guider: Any = None
         self.sigma = float("nan")
-        self.latent: tuple[int, int] = (0, 0)
+        # The latents that the sampler last gave.
+        self.whole = torch.empty(0)
         self.active: tuple[Edit, ...] = ()
         self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
         self._acted: set[int] = set()
+        self._left: dict[tuple[str, str], set[Site]] = {}
 
     def close(self) -> None:
         """Lets go of everything the run held."""
         self.guider = None
+        self.whole = torch.empty(0)
         self.active = ()
         self.recordings.clear()
         self._conditionings.clear()
@@ -70,7 +72,7 @@ class Session:
         sigma = float(timestep[0])
         if sigma != self.sigma:
             self.recordings.clear()
-        self.guider, self.sigma, self.latent = guider, sigma, (x.shape[-2], x.shape[-1])
+        self.guider, self.sigma, self.whole = guider, sigma, x
         self._model_key = None
         self.active = tuple(edit for edit in self.edits if self.levels.lie_in(edit.window, sigma))
         self._acted.update(id(edit) for edit in self.active)
@@ -80,6 +82,24 @@ class Session:
         for edit in self.edits:
             if edit.node and self.guider is not None and id(edit) not in self._acted and not edit.window.empty:
                 self.warn_once(f"{edit.node} did nothing: {self.levels.none_in(edit.window)}")
+
+    def leave(self, site: Site, forward: Forward) -> None:
+        """Notes that a layer is left as it is because another pack changed its batch."""
+        for edit in self.active:
+            if edit.node and site in edit.sites and any(edit.wants(chunk) for chunk in forward.chunks):
+                self._left.setdefault((edit.node, BATCH), set()).add(site)
+
+    def warn_of_left(self) -> None:
+        """Says, when the run is over, which nodes left layers as they are because of what other packs did there."""
+        if not self._left:
+            return
+        parts = [
+            f"{node} in {len(sites)} ({what} changed)" for (node, what), sites in sorted(self._left.items())
+        ]  # fmt: skip
+        self.warn_once(
+            "Other packs changed what some attention layers work on, and these nodes left them as they are: "
+            f"{'; '.join(parts)}. Leave out one of the nodes, or the other pack's."
+        )
 
     def requests(self, model_options: Mapping[str, Any]) -> list[Request]:
         """What the active edits want recorded in this call of the model."""
@@ -120,14 +140,9 @@ class Session:
         """What a call of the model is made of, or None when no edit has anything to do in it. Another pack's extra
         pass at another noise level than the sampler's is passed over: the streams have nothing for it."""
         uuids = options.get("uuids")
-        if not uuids or not self.active or sigma != self.sigma or x.shape[0] % len(uuids):
+        if not uuids or not self.active or sigma != self.sigma:
             return None
-        size = x.shape[0] // len(uuids)
-        chunks = []
-        for index, uuid in enumerate(uuids):
-            rows = slice(index * size, (index + 1) * size)
-            chunks.append(self._chunk(uuid, rows, None if context is None else context[rows]))
-        return self._wanted(x.shape[0], *chunks)
+        return self._wanted(len(x), *chunks_of(self.guider.conds, self.family, self.whole, uuids, x, context))
 
     def branch(self, stream: Stream, rows: int) -> Forward | None:
         """What the pass of a branch that denoises by itself is made of, or None when no edit has anything to do in
@@ -140,22 +155,6 @@ class Session:
     def _wanted(self, rows: int, *chunks: Chunk) -> Forward | None:
         sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]
         return Forward(rows, chunks, frozenset().union(*sites)) if sites else None
-
-    def _chunk(self, uuid: Any, rows: slice, context: Tensor | None) -> Chunk:
-        found = [(n, c) for n, listed in self.guider.conds.items() for c in listed or () if c.get("uuid") == uuid]
-        if len({name for name, _ in found}) > 1:
-            # With area conditioning the host copies an entry, uuid and all, into the other list, with that list's
-            # own prompt: the prompt tells them apart.
-            found = [(name, entry) for name, entry in found if _is_prompt_of(entry, context)]
-        if not found:
-            return Chunk(rows, "", False, {}, self.latent)
-        name, entry = found[0]
-        area = entry.get("area")
-        if area is not None:
-            height, width, y, x = area[-4:] if len(area) == 4 else (*area[1:3], *area[-2:])
-            area = (min(height, self.latent[0] - y), min(width, self.latent[1] - x), y, x)
-        before = self.family.before(entry)
-        return Chunk(rows, name, name not in UNCONDITIONED, entry, self.latent, area, before=before)
 
     def amend(self, call: AttentionCall) -> None:
         """Lets every active edit that wants a call amend it, in the order of their nodes, and then look at it."""
@@ -170,6 +169,8 @@ class Session:
             edit.amend(call, self.sigma, recorded)
         for edit in edits:
             edit.observe(call, self.sigma, recorded)
+        for left in call.left:
+            self._left.setdefault(left, set()).add(call.site)
 
     # Streams
 
@@ -268,11 +269,3 @@ class Session:
         # What only cross-attention reads decides nothing in a pass without it.
         unread = {"c_crossattn"} if stream.how.without_cross_attention else set()
         return encoded, digest_of({k: v for k, v in encoded[0]["model_conds"].items() if k not in unread})
-
-
-def _is_prompt_of(entry: Mapping[str, Any], context: Tensor | None) -> bool:
-    own = entry["model_conds"].get("c_crossattn")
-    if own is None or context is None:
-        return False
-    length = own.cond.shape[1]
-    return bool(torch.equal(own.cond[:1].to(context), context[:1, :length]))

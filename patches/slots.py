@@ -86,16 +86,14 @@ def editor(session: Session, forward: Forward, site: Site) -> Patch:
 
     def edit(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
         if query.shape[0] != forward.rows or key.shape[0] != forward.rows:
-            session.warn_once(
-                f"Another pack changed the batch inside the attention layer {site}; Subject Patches leaves it as it is."
-            )
+            session.leave(site, forward)
             return plain(query, key, value, extra, other)
         grid = _grid(query, extra)
         calls = []
         for chunk in forward.chunks:
-            rows = chunk.rows
+            rows, places = chunk.rows, grid if chunk.known_places else None
             call = AttentionCall(
-                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, grid,
+                query[rows], key[rows], value[rows], extra["n_heads"], site, chunk, places,
                 prompt=prompt_keys(site, key[rows], chunk), project=partial(session.project, site),
             )  # fmt: skip
             session.amend(call)

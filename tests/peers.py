@@ -146,3 +146,54 @@ def splitting(apply: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor
         }
         outputs.insert(0, apply(x[rows], timestep[rows], **part))
     return torch.cat(outputs)
+
+
+Box = tuple[int, int, int, int]
+
+
+def tiled(model: Any, boxes: list[Box], together: int = 1, prompts_first: bool = False, roll: int = 0) -> Any:
+    """The model runs on tiles (height, width, y, x), some `together` in one batch: each tile with all prompts, or with
+    `prompts_first` each prompt with all tiles; of the latents rolled to the right by `roll`. Where tiles overlap, their
+    mean counts."""
+
+    def function(apply: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        x, sigma, values = given["input"].roll(roll, -1), given["timestep"], given["c"]
+        prompts = len(values["transformer_options"]["uuids"])
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        for first in range(0, len(boxes), together):
+            some = boxes[first : first + together]
+            # By tile, prompt and picture.
+            cut = [x[..., y : y + h, left : left + w].unflatten(0, (prompts, -1)) for h, w, y, left in some]
+            order = (1, 0) if prompts_first else (0, 1)
+            batch = torch.stack(cut).permute(*order, 2, 3, 4, 5).flatten(0, 2)
+            context = values["c_crossattn"].unflatten(0, (prompts, -1)).expand(len(some), *(-1,) * 4)
+            context = context.permute(*order, 2, 3, 4).flatten(0, 2)
+            out = apply(batch, sigma[:1].expand(len(batch)), **{**values, "c_crossattn": context})
+            shape = (prompts, len(some), -1) if prompts_first else (len(some), prompts, -1)
+            out = out.unflatten(0, shape)
+            for (h, w, y, left), part in zip(some, out.transpose(0, 1) if prompts_first else out, strict=True):
+                total[..., y : y + h, left : left + w] += part.flatten(0, 1)
+                count[..., y : y + h, left : left + w] += 1
+        return (total / count.clamp(min=1)).roll(-roll, -1)
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(function)
+    return clone
+
+
+def prompt_by_prompt(model: Any) -> Any:
+    """Each prompt's rows in a call of their own, the last ones first; what the host says of the call stays the same."""
+
+    def function(apply: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        x, sigma, values = given["input"], given["timestep"], given["c"]
+        count = len(values["transformer_options"]["uuids"])
+        size, outputs = len(x) // count, []
+        for number in reversed(range(count)):
+            rows = slice(number * size, (number + 1) * size)
+            part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in values.items()}
+            outputs.insert(0, apply(x[rows], sigma[rows], **part))
+        return torch.cat(outputs)
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(function)
+    return clone

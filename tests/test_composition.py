@@ -186,10 +186,9 @@ def test_a_widened_batch_is_left_alone_with_one_warning(
     caplog.set_level(logging.WARNING)
     theirs = sample(widened(model, "self", "cross"), steps=3)
     assert torch.equal(sample(widened(mechanism.on(model), "self", "cross"), steps=3), theirs)
-    warnings = [record.getMessage() for record in caplog.records if "Subject Patches" in record.getMessage()]
-    assert any("output.3.0" in warning for warning in warnings)
-    # One for each layer.
-    assert len(set(warnings)) == len(warnings) <= len(attention_sites(model))
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "Other packs changed what some attention layers work on" in warning
+    assert warning.count("the rows of its batch") >= 1
 
 
 @pytest.mark.parametrize("kind", SLOTS)
