@@ -49,7 +49,7 @@ class Session:
         self.guider: Any = None
         self.sigma = float("nan")
         # The latents that the sampler last gave.
-        self.whole = torch.empty(0)
+        self.whole = torch.empty(0, 0)
         self.active: tuple[Edit, ...] = ()
         self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
@@ -58,10 +58,15 @@ class Session:
         self._acted: set[int] = set()
         self._left: dict[tuple[str, str], set[Site]] = {}
 
+    @property
+    def latent(self) -> tuple[int, int]:
+        """The (height, width) of the latents that the sampler last gave."""
+        return (self.whole.shape[-2], self.whole.shape[-1])
+
     def close(self) -> None:
         """Lets go of everything the run held."""
         self.guider = None
-        self.whole = torch.empty(0)
+        self.whole = torch.empty(0, 0)
         self.active = ()
         self.recordings.clear()
         self._conditionings.clear()
