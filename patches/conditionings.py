@@ -35,6 +35,8 @@ _OF_THE_GENERATION = frozenset(
 )
 # What of it says how an inpainting model is shown the picture, which a branch of the same picture is shown too.
 _OF_THE_PICTURE = frozenset({"concat_latent_image", "concat_mask", "noise_concat"})
+# Pictures that the host shows an editing model beside its own.
+_BESIDE_THE_PICTURE = frozenset({"reference_latents", "reference_latents_method"})
 # What SDXL is told of a picture's size.
 _SIZES = frozenset({"width", "height", "crop_w", "crop_h", "target_width", "target_height"})
 
@@ -50,7 +52,8 @@ def of_the_stream(
     the generation's. `own` are the generation's conditioned ones, `latent` its latents' (height, width).
 
     A branch is of the generation's own picture and is told of it what the generation is. A reference is another
-    picture: its size is its own, not what the generation's prompt may say of itself."""
+    picture: its size is its own, not what the generation's prompt may say of itself, and it is run without the pictures
+    that an editing model is shown beside that."""
     if isinstance(stream, Denoising):
         entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION - _OF_THE_PICTURE}
         for each in own:
@@ -58,6 +61,8 @@ def of_the_stream(
                 entry.setdefault(name, each[name])
         return entry
     entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION}
+    if not given:
+        entry = {name: value for name, value in entry.items() if name not in _BESIDE_THE_PICTURE}
     if not given and (stream.pixels is not None or tuple(stream.shape[-2:]) != latent):
         entry = {name: value for name, value in entry.items() if name not in _SIZES}
     if stream.pixels is not None and not _SIZES & entry.keys():

@@ -127,6 +127,36 @@ def test_reference_latents_of_the_hosts_own(name: str) -> None:
     assert difference(ours, sample(recycled(model, (subject_for(model),)), steps=1)) > 1e-3
 
 
+def test_a_reference_is_run_without_the_hosts_reference_latents(flux: Any) -> None:
+    """So its features are the same with them and without."""
+    rows: list[int] = []
+    patched = recycled(flux, (subject_for(flux),))
+    hook = flux.model.diffusion_model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        for latents in ({}, {"reference_latents": [latent_noise(1, (4, 4), 9, 16)]}):
+            rows.clear()
+            sample(patched, positive=known_prompt(**latents), negative=known_prompt(2, **latents), steps=1)
+            assert rows == ([2] if latents else [1, 2])
+    finally:
+        hook.remove()
+
+
+def test_fill_is_told_that_nothing_of_a_reference_is_hidden() -> None:
+    model = dit_model("FLUX.1", in_channels=96)
+    who = subject_for(model)
+    seen: list[Tensor] = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        sample(recycled(model, (who,)), steps=1)
+    finally:
+        hook.remove()
+    companion = seen[0]
+    clean = model.model.process_latent_in(who.references[0].latents)
+    assert companion.shape == (1, 96, 6, 8)
+    torch.testing.assert_close(companion[:, 16:32], clean)
+    assert not companion[:, 32:].any()
+
+
 def test_the_models_own_mask_goes_with_the_keys() -> None:
     """Qwen-Image's mask of padded prompts: what it hides stays hidden, whatever else is attended to."""
     model = dit_model("Qwen-Image")
