@@ -120,16 +120,6 @@ def latents_in(name: str, latent: Any, channels: int, frames: bool = False) -> t
     return samples
 
 
-def encoded_by(vae: Any, picture: Any, what: str) -> torch.Tensor:
-    """A VAE's latents of a picture. Raises ValueError when they are not finite, as some half precision VAEs' are."""
-    latents = vae.encode(picture)
-    if not bool(latents.isfinite().all()):
-        raise ValueError(
-            f"The VAE gave values that are no numbers for {what}; use another VAE, or start ComfyUI with --fp32-vae."
-        )
-    return latents
-
-
 def prompt_in(name: str, conditioning: Any) -> Any:
     """A CONDITIONING as it is, or None. Raises ValueError, calling it `name`, when it is empty or not finite."""
     if conditioning is None:

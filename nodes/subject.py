@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
 from ..patches.streams import resize_mask
-from ..patches.subject import MEGABYTE, Reference, Subject, composite, fit, mask_bounds
-from .checks import check_loaded, check_number, encoded_by, masks_in, pictures_in, single, tell, upside_down
+from ..patches.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
+from .checks import check_loaded, check_number, masks_in, pictures_in, single, tell, upside_down
 from .types import SUBJECT, SubjectType
 
 # The least and the greatest longer side in pixels.
@@ -138,6 +138,6 @@ def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: 
         image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
     pixels = tuple(image.shape[1:3])
     image, masks = fit(image, masks, size, vae.spacial_compression_encode())
-    latents = encoded_by(vae, image, f"the subject's {what}")
+    latents = encoded(vae, image, f"the subject's {what}")
     mask = None if masks is None else resize_mask(masks, tuple(latents.shape[-2:]))
     return Reference(image, latents, mask, masks, pixels)

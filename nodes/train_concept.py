@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..patches.families import family_of
-from .checks import check_choice, check_loaded, check_number
+from ..patches.graph import Place, here, text_of
+from .checks import check_choice, check_loaded, check_number, single, tell
 from .training_inputs import (
     batch_input,
     check_learns,
@@ -21,11 +23,30 @@ from .training_inputs import (
     side_input,
     steps_input,
     training_inputs,
+    training_pictures,
 )
 from .types import CONCEPT, model_input
 
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
+
+
+RANK_MAX = 4096
+# What the files call the settings, by their inputs.
+TOLD = {
+    "noun": "noun",
+    "preset": "preset",
+    "seed": "seed",
+    "batch_size": "batch size",
+    "learning_rate": "learning rate",
+    "word_learning_rate": "word learning rate",
+    "smallest_crop": "smallest crop",
+    "image_noise": "image noise",
+    "steps": "steps",
+    "rank": "rank",
+}
+# Those that the model settles where they are 0.
+SETTLED = frozenset({"steps", "batch_size", "learning_rate", "word_learning_rate"})
 
 
 class TrainConceptNode(io.ComfyNode):
@@ -38,8 +59,7 @@ class TrainConceptNode(io.ComfyNode):
             display_name="Train ICO Concept",
             category=CONCEPT,
             description="Teaches a model a concept from a few pictures of it: words for the concept, and the key and "
-            "value projections of cross-attention (ICO). The result works in any ComfyUI: one file that is an "
-            "embedding and a LoRA.",
+            "value projections of cross-attention (ICO). The result works in any ComfyUI: an embedding and a LoRA.",
             search_aliases=[
                 "ICO",
                 "DCI",
@@ -66,8 +86,9 @@ class TrainConceptNode(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_concept",
-                    tooltip="The file's name: the concept's words are then embedding:my_concept in any prompt, and its "
-                    "projections the LoRA my_concept. A file of that name that this node made is replaced.",
+                    tooltip="The files' name: the concept's words are then embedding:my_concept in any prompt, and its "
+                    "projections the LoRA my_concept. Files of that name are used again if they are of the same "
+                    "training, and replaced if they are of another.",
                 ),
                 io.Combo.Input(
                     "preset",
@@ -109,6 +130,16 @@ class TrainConceptNode(io.ComfyNode):
                     "learnt.",
                 ),
                 *training_inputs(),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=RANK_MAX,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the LoRA file: how many directions of each projection's change are kept. 0 keeps as "
+                    "many as miss no more than a tenth of it; 4096 keeps all.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The given model with the trained projections."),
@@ -123,8 +154,27 @@ class TrainConceptNode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        """The files belong to what the node gives. While they are those of a training with these settings, they stand
+        for it; without them, or with those of another training, the node runs again."""
+        from ..training.concept_files import ConceptFiles
+
+        given = {name: values[0] for name, values in inputs.items() if values and values[0] is not None}
+        # What is 0 is settled by the model, which is not known yet.
+        told = {name: value for name, value in given.items() if value or name not in SETTLED}
+        try:
+            files = ConceptFiles(str(given.get("name", "")).strip())
+            about = files.about()
+            if about is not None and all(about.get(name) == value for name, value in _told(**told).items()):
+                return files.state()
+        except (ValueError, OSError):
+            # For `execute` to say.
+            pass
+        return float("nan")
+
+    @classmethod
     def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:
-        return cls.trained(images, **{name: values[0] for name, values in given.items()})
+        return cls.trained(images, **{name: single(name, values) for name, values in given.items()})
 
     @classmethod
     def trained(
@@ -147,15 +197,17 @@ class TrainConceptNode(io.ComfyNode):
         precision: str = "auto",
         gradient_checkpointing: bool = True,
         resume_name: str = "",
+        rank: int = 0,
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and a sequence of IMAGE batches."""
         import comfy.sd
         import torch
 
         from ..training.concept import SCHEMES, varied
-        from ..training.concept_run import KIND, ConceptFiles, Settings, train_concept
+        from ..training.concept_files import KIND, ConceptFiles, size_of
+        from ..training.concept_run import Settings, train_concept
         from ..training.copies import fingerprint
-        from ..training.images import latents_of, pictures_of, square
+        from ..training.images import latents_of
         from ..training.loop import compute_dtype
         from ..training.state import StateFile
         from ..training.usual import Usual, usual_concept
@@ -168,46 +220,84 @@ class TrainConceptNode(io.ComfyNode):
         check_number("word learning rate", word_learning_rate, 0.0, 1.0)
         check_number("smallest crop", smallest_crop, 0.0, 1.0)
         check_number("image noise", image_noise, 0.0, 1.0)
-        noun = checked_noun(noun)
-        family, files = family_of(model).name, ConceptFiles(name.strip())
+        check_number("rank", rank, 0, RANK_MAX)
+        noun, files, place = checked_noun(noun), ConceptFiles(name.strip()), here()
+        if place is not None:
+            _check_name(files.name, place)
         usual = usual_concept(model)
         taken = settled(Usual(steps, batch_size, size, learning_rate, word_learning_rate), usual, "Train ICO Concept")
-        pictures = [square(picture, taken.side) for picture in pictures_of(images)]
-        if not pictures:
-            raise ValueError("There are no training pictures; give about 3 to 6 of the concept.")
+        pictures = training_pictures(images, taken.side)
         digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
         about = {
-            "family": family,
-            "noun": noun,
-            "preset": preset,
+            "family": family_of(model).name,
+            **_told(noun=noun, preset=preset, seed=seed, smallest_crop=smallest_crop, image_noise=image_noise),
+            **_told(batch_size=taken.batch, learning_rate=taken.rate, word_learning_rate=taken.words),
             "pictures": digest,
-            "batch size": str(taken.batch),
-            "learning rate": str(taken.rate),
-            "word learning rate": str(taken.words),
-            "smallest crop": str(smallest_crop),
-            "image noise": str(image_noise),
             "precision": str(compute_dtype(precision, model.load_device)),
-            "seed": str(seed),
         }
+        weights = fingerprint(model, clip.patcher)
         state = None
         if resumed := resume_name.strip():
-            trained = {"model and CLIP": fingerprint(model, clip.patcher)}
-            state = StateFile(resumed, {"training": KIND, **about, **trained})
-        source = torch.Generator().manual_seed(seed)
-        versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
-        latents = torch.stack([latents_of(vae, each) for each in versions])
-        settings = Settings(
-            noun,
-            SCHEMES[preset],
-            taken.steps,
-            taken.batch,
-            taken.rate,
-            taken.words,
-            seed,
-            precision,
-            gradient_checkpointing,
-        )
-        concept = train_concept(model, clip, latents, settings, state)
-        files.save(concept, about)
+            state = StateFile(resumed, {"training": KIND, **about, "model and CLIP": weights})
+        seen = fingerprint(vae.patcher) if hasattr(vae, "patcher") else ""
+        about |= {**_told(steps=taken.steps, rank=rank), "model, CLIP and VAE": f"{weights} {seen}".strip()}
+        concept = files.load(about)
+        if concept is None:
+            if place is not None and files.made_in() == place.run:
+                raise ValueError(
+                    f"Another Train ICO Concept has just written the concept '{files.name}' in this run; give one of "
+                    "the two another name."
+                )
+            source = torch.Generator().manual_seed(seed)
+            versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
+            latents = torch.stack([latents_of(vae, each) for each in versions])
+            settings = Settings(
+                noun,
+                SCHEMES[preset],
+                taken.steps,
+                taken.batch,
+                taken.rate,
+                taken.words,
+                seed,
+                precision,
+                gradient_checkpointing,
+                rank,
+            )
+            concept = train_concept(model, clip, latents, settings, state)
+            replaced = files.about()
+            files.save(concept, about, place.run if place is not None else "")
+            if replaced is not None:
+                tell(f"The concept '{files.name}' of another training was replaced.")
+            logging.info(
+                "The concept '%s' is saved: %s (%.1f MB) and %s (%.1f MB).",
+                files.name, files.embedding, size_of(concept.embedding) / 1e6, files.lora,
+                size_of(concept.difference) / 1e6,
+            )  # fmt: skip
         patched, _ = comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)
         return io.NodeOutput(patched, clip, f"embedding:{files.name} {noun}", concept.losses)
+
+
+def _told(**settings: Any) -> dict[str, str]:
+    """What the files say of some settings, by the inputs' names: a training of the same has the same."""
+    return {
+        TOLD[name]: value.strip() if isinstance(value, str) else str(value)
+        for name, value in settings.items()
+        if name in TOLD
+    }
+
+
+def _check_name(name: str, place: Place) -> None:
+    """Raises ValueError when another node of the workflow trains another concept of this name."""
+    workflow = place.workflow
+    own = workflow[place.node]
+    for number, node in workflow.items():
+        if number == place.node or node["class_type"] != own["class_type"] or node["inputs"] == own["inputs"]:
+            continue
+        theirs, mine = node["inputs"].get("name"), own["inputs"].get("name")
+        text = text_of(workflow, theirs)
+        # A file system may not tell letter case apart.
+        if theirs == mine or (text is not None and text.strip().casefold() == name.casefold()):
+            raise ValueError(
+                f"The nodes {place.node} and {number} both train a concept of the name '{name}', and one would write "
+                "over the other's files; give each a name of its own."
+            )

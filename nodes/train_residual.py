@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-from .checks import check_choice, check_loaded, check_number
+from .checks import check_choice, check_loaded, check_number, single, tell
 from .training_inputs import (
     batch_input,
     check_learns,
@@ -21,6 +20,7 @@ from .training_inputs import (
     side_input,
     steps_input,
     training_inputs,
+    training_pictures,
 )
 from .types import CONCEPT, ResidualTokenType
 
@@ -131,7 +131,7 @@ class TrainResidualToken(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:
-        return cls.trained(images, **{name: values[0] for name, values in given.items()})
+        return cls.trained(images, **{name: single(name, values) for name, values in given.items()})
 
     @classmethod
     def trained(
@@ -157,7 +157,7 @@ class TrainResidualToken(io.ComfyNode):
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and a sequence of IMAGE batches."""
         from ..training.copies import fingerprint, with_gradients
-        from ..training.images import latents_of, pictures_of, square
+        from ..training.images import latents_of
         from ..training.loop import compute_dtype
         from ..training.residual import Plan, filled, shipped_templates, train_residual_token
         from ..training.state import StateFile
@@ -171,25 +171,21 @@ class TrainResidualToken(io.ComfyNode):
         check_choice("loss", loss, (OWN, AS_V))
         check_loaded(clip, vae)
         check_learns(model, clip)
-        pictures = pictures_of(images)
-        if not pictures:
-            raise ValueError("There are no training pictures; give 3 to 5 of the subject.")
-        if len(pictures) == 1:
-            logging.warning(
+        usual = usual_residual(model, alone=tunes == ALONE)
+        taken = settled(Usual(steps, batch_size, resolution, learning_rate), usual, "Train Residual Token")
+        squares = training_pictures(images, taken.side)
+        if len(squares) == 1:
+            tell(
                 "Train Residual Token has one picture: it will learn the ground and the view along with the subject. "
                 "Give 3 to 5 from different sides if you can."
             )
         lines = _templates(captions, "captions") or ["a photo of a {}"]
-        if len(lines) not in (1, len(pictures)):
+        if len(lines) not in (1, len(squares)):
             raise ValueError(
-                f"There are {len(lines)} captions for {len(pictures)} pictures; write one line for all, or one for "
-                "each."
+                f"There are {len(lines)} captions for {len(squares)} pictures; write one line for all, or one for each."
             )
-        shown = [filled(line, noun) for line in (lines * len(pictures) if len(lines) == 1 else lines)]
+        shown = [filled(line, noun) for line in (lines * len(squares) if len(lines) == 1 else lines)]
         templates = shipped_templates() + _templates(more_templates, "more_templates")
-        usual = usual_residual(model, alone=tunes == ALONE)
-        taken = settled(Usual(steps, batch_size, resolution, learning_rate), usual, "Train Residual Token")
-        squares = [square(picture, taken.side) for picture in pictures]
         _check_widths(model, clip)
         dtype = compute_dtype(precision, model.load_device)
         resumed = resume_name.strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet
 from ..patches.prompt import CLIPS
 from ..training.usual import Usual
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, pictures_in
 from .types import seed_input
 
 # The host's own type: a dictionary with the list "loss", for its Plot Loss Graph.
@@ -69,6 +70,17 @@ def settled(given: Usual, usual: Usual, node: str) -> Usual:
         f"rate {settings.rate:g}{words}."
     )
     return settings
+
+
+def training_pictures(images: Sequence[Any], side: int) -> list[Any]:
+    """The training pictures (1, side, side, 3) in all of an input's IMAGE batches, each its middle square. Raises
+    ValueError when there are none, or one is broken."""
+    from ..training.images import pictures_of, square
+
+    pictures = pictures_of([pictures_in("images", batch) for batch in images])
+    if not pictures:
+        raise ValueError("There are no training pictures; give 3 to 5 of the subject.")
+    return [square(picture, side) for picture in pictures]
 
 
 def check_learns(model: Any, clip: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,17 @@ class Subject:
     phrase: str
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(2048 * MEGABYTE))
     share: Share = field(default_factory=Share)
+
+
+def encoded(vae: Any, picture: Tensor, what: str) -> Tensor:
+    """A host VAE's latents of a picture (1, height, width, 3). Raises ValueError, calling the picture `what`, when they
+    are not finite, as those of some VAEs in half precision."""
+    latents = vae.encode(picture)
+    if not bool(latents.isfinite().all()):
+        raise ValueError(
+            f"The VAE gave values that are no numbers for {what}; use another VAE, or start ComfyUI with --fp32-vae."
+        )
+    return latents
 
 
 def composite(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

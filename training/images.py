@@ -9,7 +9,7 @@ import torch
 from comfy.utils import common_upscale
 from torch import Tensor
 
-from ..patches.subject import composite
+from ..patches.subject import composite, encoded
 
 
 def pictures_of(images: Sequence[Tensor]) -> list[Tensor]:
@@ -26,4 +26,5 @@ def square(picture: Tensor, size: int) -> Tensor:
 def latents_of(vae: Any, pictures: Sequence[Tensor]) -> Tensor:
     """The latents (n, channels, h / 8, w / 8) of pictures of one size, as the VAE gives them, for autograd to use."""
     with torch.no_grad():
-        return torch.cat([vae.encode(picture) for picture in pictures]).clone()
+        named = [(each, f"training picture {number}") for number, each in enumerate(pictures, 1)]
+        return torch.cat([encoded(vae, picture, name) for picture, name in named]).clone()

@@ -82,6 +82,11 @@ class Training:
         `loss` computes one step's loss with gradients, in autocast, and draws from the generator alone. An interrupt
         ends the training at once; with a state file it can go on from there. Raises ValueError when the loss is no
         number any more."""
+        if self.step > steps:
+            raise ValueError(
+                f"The training '{self.state.name}' has done {self.step} steps already, more than the {steps} asked "
+                f"for; raise the steps, give this training another name, or delete {self.state.path}."
+            )
         bar = comfy.utils.ProgressBar(steps)
         with tqdm(
             total=steps, initial=self.step, desc="Training", disable=not comfy.utils.PROGRESS_BAR_ENABLED
