@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,9 +10,17 @@ from comfy_api.latest import io
 
 from ..patches.attention_pictures import BY_LAYER, BY_STEP, Selection, by_shown, draw_sheets, mean_map, overlay, plot
 from ..patches.attention_pictures import sheets as sheets_of
-from ..patches.attention_record import CROSS_ATTENTION, AttentionRecord, RecordAttention, table
+from ..patches.attention_record import (
+    CROSS_ATTENTION,
+    MOST_RUNS,
+    AttentionRecord,
+    AttentionRuns,
+    RecordAttention,
+    table,
+)
 from ..patches.engine import add_edit
 from ..patches.families import attention_sites
+from ..patches.graph import Place, before, here, signature
 from ..patches.prompt import split_phrases
 from ..patches.sites import sites_named
 from ..patches.window import Window
@@ -73,9 +82,45 @@ class RecordAttentionNode(io.ComfyNode):
     def execute(cls, model: Any, phrases: str = "", picture: int = 1) -> io.NodeOutput:
         if picture < 1:
             raise ValueError(f"The picture is number {picture}; the first one of a batch is 1.")
-        record = AttentionRecord(attention_sites(model), picture - 1)
-        edit = RecordAttention(frozenset(record.sites), Window(), record, split_phrases(phrases))
-        return io.NodeOutput(add_edit(model, edit), record)
+        runs = AttentionRuns(attention_sites(model), picture - 1)
+        edit = RecordAttention(frozenset(runs.sites), Window(), runs, split_phrases(phrases), _this_run)
+        return io.NodeOutput(add_edit(model, edit), runs)
+
+
+def _this_run() -> Hashable:
+    """What stands for the run that begins: the sampler's node with all that it depends on, and which of a list."""
+    place = here()
+    return None if place is None else (signature(place.workflow, place.node), place.element)
+
+
+def _run_of(runs: AttentionRuns) -> AttentionRecord:
+    """The record of the run that the picture at the inspector is from: that of the nearest node before it that a run
+    stands for, whenever it ran. Raises ValueError when that run is not kept, or recorded nothing."""
+    place = here()
+    record = runs.last if place is None else _before(runs, place)
+    if all(each.empty for each in runs.kept.values()) or (record is not None and record.empty):
+        raise ValueError(
+            "Nothing was recorded: connect the model of Record Attention to the sampler, and give this node the "
+            "picture of that run."
+        )
+    if record is None:
+        raise ValueError(
+            f"The run that made this picture is not among the last {MOST_RUNS} that were recorded, or its sampler's "
+            "model is not the recorded one; change the sampler's seed and queue again, with the model of Record "
+            "Attention."
+        )
+    return record
+
+
+def _before(runs: AttentionRuns, place: Place) -> AttentionRecord | None:
+    for node in before(place.workflow, place.node, ("image",)):
+        given = signature(place.workflow, node)
+        # A list that is shorter goes on with its last element, as the host has it.
+        elements = [run[1] for run in runs.kept if run is not None and run[0] == given and run[1] <= place.element]
+        if elements:
+            return runs.kept[given, max(elements)]
+    # A node that another one made while the workflow ran has no place in it.
+    return runs.kept.get(None)
 
 
 class AttentionInspectorNode(io.ComfyNode):
@@ -183,7 +228,7 @@ class AttentionInspectorNode(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        record: AttentionRecord,
+        record: AttentionRuns,
         image: Any,
         show: str = CROSS_ATTENTION,
         arrange: str = BY_STEP,
@@ -200,11 +245,7 @@ class AttentionInspectorNode(io.ComfyNode):
         check_number("opacity", opacity, 0.0, 1.0)
         if not 1 <= first_step <= last_step:
             raise ValueError(f"The steps go from {first_step} to {last_step}; give the first one first, from 1.")
-        if not record.maps and not record.rows:
-            raise ValueError(
-                "Nothing was recorded: connect the model of Record Attention to the sampler, and give this node the "
-                "picture of that run."
-            )
+        record = _run_of(record)
         chosen = sites_named(record.sites, layers) if layers.strip() else None
         selection = Selection(chosen, first_step, last_step, tokens, split_phrases(subjects))
         kinds = record.kinds if show == ALL else (show,)

@@ -17,7 +17,7 @@ FAMILIES = "SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma or Qwen-Image"
 
 # A tuple of patches.subject.Subject.
 SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
-# One patches.attention_record.AttentionRecord.
+# One patches.attention_record.AttentionRuns.
 AttentionRecordType = io.Custom("SUBJECT_PATCHES_ATTENTION_RECORD")
 # One encoders.ip_adapter.ImagePromptAdapter.
 AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")

@@ -5,8 +5,8 @@ ASA and SLD are AnyLogo's (Figure 1, Appendix E).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .streams import Features, Stream
 CROSS_ATTENTION = "cross-attention"
 # Finer maps than this say nothing more to the eye and fill the memory: 70 layers times 25 steps is an SDXL run.
 FINEST = 64
+# Two samplers and a few turns of each; a run takes some 10 MB.
+MOST_RUNS = 8
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,17 @@ class Shown:
 
 @dataclass
 class AttentionRecord:
-    """The last run: its rows, and its maps by what they show, layer and noise level, in the order they came. `sites`
-    are the recorded layers, `picture` the recorded one of the batch, from 0."""
+    """A run: its rows, and its maps by what they show, layer and noise level, in the order they came. `sites` are the
+    recorded layers, `picture` the recorded one of the batch, from 0."""
 
     sites: tuple[Site, ...] = ()
     picture: int = 0
     rows: list[Row] = field(default_factory=list)
     maps: dict[tuple[Shown, Site, float], MeanMap] = field(default_factory=dict)
 
-    def clear(self) -> None:
-        self.rows.clear()
-        self.maps.clear()
+    @property
+    def empty(self) -> bool:
+        return not self.rows and not self.maps
 
     def add(self, shown: Shown, site: Site, sigma: float, values: Tensor) -> None:
         """Keeps a map (height, width), on the CPU and at most FINEST cells on a side. A layer that is called several
@@ -86,6 +88,31 @@ class AttentionRecord:
         """The noise levels of the run's steps, falling."""
         levels = {sigma for _, _, sigma in self.maps} | {row.sigma for row in self.rows}
         return sorted(levels, reverse=True)
+
+
+@dataclass
+class AttentionRuns:
+    """The records of the last MOST_RUNS runs of a model, by what stands for each, the latest last. The value on an
+    ATTENTION_RECORD link: a link is cached while several samplers run with it, so a record has to say whose it is."""
+
+    sites: tuple[Site, ...] = ()
+    picture: int = 0
+    kept: dict[Hashable, AttentionRecord] = field(default_factory=dict)
+
+    def begin(self, run: Hashable) -> AttentionRecord:
+        """A record for a run. One that stands for the same and holds nothing is of a run around this one."""
+        record = self.kept.pop(run, None)
+        if record is None or not record.empty:
+            record = AttentionRecord(self.sites, self.picture)
+        self.kept[run] = record
+        for old in list(self.kept)[:-MOST_RUNS]:
+            del self.kept[old]
+        return record
+
+    @property
+    def last(self) -> AttentionRecord | None:
+        """The record of the last run, None before the first."""
+        return next(reversed(self.kept.values()), None)
 
 
 def subject_attention(call: AttentionCall, picture: int) -> float:
@@ -123,14 +150,15 @@ def phrase_tokens(spans: Mapping[str, Spans], phrases: Iterable[str]) -> dict[Sh
 class RecordAttention(Edit):
     """Amends nothing; looks at every call for the maps of `phrases` (all that a prompt knows, without any), for what
     the other edits note, and for attention to references. Of a batch it keeps one picture's, the last one's where
-    there are fewer."""
+    there are fewer. `run` says what stands for the run that begins."""
 
-    record: AttentionRecord
+    runs: AttentionRuns
     phrases: tuple[str, ...] = ()
+    run: Callable[[], Hashable] = field(default=lambda: None, repr=False)
+    record: AttentionRecord = field(default_factory=AttentionRecord, repr=False)
 
     def begin(self) -> RecordAttention:
-        self.record.clear()
-        return self
+        return replace(self, record=self.runs.begin(self.run()))
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         row = self._row(call.chunk)

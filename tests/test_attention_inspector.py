@@ -19,7 +19,15 @@ from subject_patches.patches.attention_pictures import (
     plot,
     sheets,
 )
-from subject_patches.patches.attention_record import CROSS_ATTENTION, AttentionRecord, Row, Shown, table
+from subject_patches.patches.attention_record import (
+    CROSS_ATTENTION,
+    MOST_RUNS,
+    AttentionRecord,
+    AttentionRuns,
+    Row,
+    Shown,
+    table,
+)
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit
@@ -54,12 +62,13 @@ def model() -> Any:
 
 
 def recorded(model: Any, run: dict[str, Any] | None = None, **values: Any) -> tuple[AttentionRecord, Tensor]:
-    patched, record = RecordAttentionNode.execute(model, **values).args
-    return record, sample(patched, **(run or {}))
+    patched, runs = RecordAttentionNode.execute(model, **values).args
+    result = sample(patched, **(run or {}))
+    return runs.last, result
 
 
 def inspect(record: AttentionRecord, **values: Any) -> tuple[Tensor, Tensor, str, Tensor]:
-    return AttentionInspectorNode.execute(record, PICTURE, **values).args
+    return AttentionInspectorNode.execute(AttentionRuns(kept={None: record}), PICTURE, **values).args
 
 
 def all_sites(model: Any) -> frozenset[Site]:
@@ -159,12 +168,30 @@ def test_regions_and_routes_are_noted(model: Any) -> None:
 
 
 def test_another_run_is_another_record(model: Any) -> None:
-    patched, record = RecordAttentionNode.execute(recycled(model)).args
+    patched, runs = RecordAttentionNode.execute(recycled(model)).args
     sample(patched, steps=4)
-    assert len(record.sigmas) == 4
+    first = runs.last
+    assert len(first.sigmas) == 4
     sample(patched, steps=2)
-    assert len(record.sigmas) == 2
-    assert len(record.rows) == 2 * 5
+    assert len(runs.last.sigmas) == 2
+    assert len(runs.last.rows) == 2 * 5
+    # The first one's stays what it was.
+    assert len(first.sigmas) == 4
+
+
+def test_runs_are_kept_by_what_stands_for_them() -> None:
+    runs = AttentionRuns()
+    kept = {}
+    for number in range(MOST_RUNS + 2):
+        kept[number] = runs.begin(number)
+        kept[number].rows.append(Row(1.0, Site("self", "middle", 0, 0), 0.0, 0.0))
+    assert list(runs.kept) == list(range(2, MOST_RUNS + 2))
+    assert runs.last is kept[MOST_RUNS + 1]
+    again = runs.begin(5)
+    assert again is not kept[5]
+    assert list(runs.kept)[-1] == 5
+    # A run inside another of the same sampler.
+    assert runs.begin(5) is again
 
 
 def test_a_step_that_calls_the_model_twice_gives_the_mean(model: Any) -> None:
@@ -346,9 +373,9 @@ def test_bad_choices(values: dict[str, Any], message: str, model: Any) -> None:
 
 
 def test_nothing_recorded(model: Any) -> None:
-    _, record = RecordAttentionNode.execute(model).args
+    _, runs = RecordAttentionNode.execute(model).args
     with pytest.raises(ValueError, match="Nothing was recorded: connect the model of Record Attention to the sampler"):
-        inspect(record)
+        AttentionInspectorNode.execute(runs, PICTURE)
     with pytest.raises(ValueError, match="The picture is number 0; the first one of a batch is 1"):
         RecordAttentionNode.execute(model, picture=0)
 

@@ -25,7 +25,7 @@ from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
-from subject_patches.patches.attention_record import AttentionRecord
+from subject_patches.patches.attention_record import AttentionRuns
 from subject_patches.patches.residual import ResidualToken
 from subject_patches.tests.models import (
     CONTEXT,
@@ -61,8 +61,7 @@ def subject_of(**values: Any) -> Any:
 
 
 def inspected(image: Any) -> Any:
-    record = AttentionRecord()
-    return AttentionInspectorNode.execute(record, image)
+    return AttentionInspectorNode.execute(AttentionRuns(), image)
 
 
 def inverted(latent: Any = LATENT, **values: Any) -> Any:

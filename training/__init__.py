@@ -7,7 +7,9 @@ images            pictures to latents
 loop              the steps: progress, cancel, precision, loss map, resume
 state             the file that a training goes on from
 concept           an ICO concept's prompts, and what of the U-Net it tunes
-concept_run       its training, and the files it is kept in
+concept_run       its training
+concept_files     the files that a concept is kept in, and which training they are of
+low_rank          a change of weights as two thin matrices
 usual             what steps, sizes and rates are where an input is 0
 
 A training is:
