@@ -13,8 +13,8 @@ from ..encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, v
 from ..patches.anystory_subject import AnyStorySubject
 from ..patches.cache import FeatureCache
 from ..patches.streams import resize_mask
-from ..patches.subject import MEGABYTE, composite
-from .checks import check_choice, check_loaded, check_number
+from ..patches.subject import MEGABYTE, composite, encoded
+from .checks import check_choice, check_loaded, check_number, masks_in, pictures_in
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 FOLDER = "subject_encoders"
@@ -160,8 +160,8 @@ class AnyStorySubjectNode(io.ComfyNode):
         check_number("size", size, 64, 2048)
         if size % TOKEN:
             raise ValueError(f"The size is {size}; give a multiple of {TOKEN}.")
-        redux = _redux(anystory, style_model)
         picture, shares = _given(image, mask)
+        redux = _redux(anystory, style_model)
         if crop == SQUARE:
             picture, shares = cut_out(picture, shares)
         elif not shares.any():
@@ -169,7 +169,7 @@ class AnyStorySubjectNode(io.ComfyNode):
         features, inside = _seen(anystory, clip_vision, picture, shares)
         tokens, router = subject_tokens(anystory, features, inside, redux)
         pixels, square = latent_pixels(picture, shares, size)
-        latents = vae.encode((pixels / 2 + 0.5).movedim(1, -1))
+        latents = encoded(vae, (pixels / 2 + 0.5).movedim(1, -1), "the subject's picture")
         check_latents(anystory, latents)
         touched = places(square, (size // TOKEN, size // TOKEN))
         subject = AnyStorySubject(tokens, router, latents, touched, FeatureCache(cache_megabytes * MEGABYTE))
@@ -206,12 +206,13 @@ def _redux(anystory: AnyStory, style_model: Any) -> Any:
 
 def _given(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[Any, Any]:
     """One picture and its mask in bytes."""
+    image = pictures_in("image", image)
+    mask = None if mask is None else masks_in("mask", mask)
     if len(image) != 1:
         raise ValueError(f"There are {len(image)} pictures; AnyStory takes one a subject.")
     image, mask = composite(image, mask)
     if mask is None:
         raise ValueError("There is no mask; connect one, or give a picture with a transparent background.")
-    mask = mask.reshape(-1, *mask.shape[-2:])
     if len(mask) != 1:
         raise ValueError(f"There are {len(mask)} masks; AnyStory takes one a subject.")
     if mask.shape[1:] != image.shape[1:3]:

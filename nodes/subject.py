@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -93,26 +94,29 @@ class SubjectNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, image: list[Any], mask: list[Any] | None = None, **given: list[Any]) -> io.NodeOutput:
+        values = {name: single(name, values) for name, values in given.items()}
+        return cls.made(image, mask=mask or (), **values)
+
+    @classmethod
+    def made(
         cls,
-        image: list[Any],
-        vae: list[Any],
-        phrase: list[str] | None = None,
-        size: list[int] | None = None,
-        margin: list[float] | None = None,
-        mask: list[Any] | None = None,
-        others: list[tuple[Subject, ...]] | None = None,
-        cache_megabytes: list[int] | None = None,
+        image: Sequence[Any],
+        vae: Any,
+        phrase: str = "",
+        size: int = 512,
+        margin: float = 0.1,
+        mask: Sequence[Any] = (),
+        others: tuple[Subject, ...] = (),
+        cache_megabytes: int = 2048,
     ) -> io.NodeOutput:
-        encoder = single("vae", vae)
-        check_loaded(vae=encoder)
-        longer, space = single("size", size, 512), single("margin", margin, 0.1)
-        megabytes = single("cache_megabytes", cache_megabytes, 2048)
-        check_number("size", longer, 8, SIZES[1])
-        check_number("margin", space, 0.0, 1.0)
-        check_number("cache_megabytes", megabytes, 0, MEGABYTES_MAX)
+        """`execute`, of the values themselves and sequences of IMAGE and MASK batches."""
+        check_loaded(vae=vae)
+        check_number("size", size, 8, SIZES[1])
+        check_number("margin", margin, 0.0, 1.0)
+        check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         pictures = [each[None] for batch in image for each in pictures_in("image", batch)]
-        masks = [each for batch in mask or () if batch is not None for each in masks_in("mask", batch)]
+        masks = [each for batch in mask for each in masks_in("mask", batch)]
         if masks and len(masks) not in (1, len(pictures)):
             raise ValueError(
                 f"There are {len(masks)} masks for {len(pictures)} pictures; give one mask, or one for each picture."
@@ -121,10 +125,9 @@ class SubjectNode(io.ComfyNode):
         for number, picture in enumerate(pictures):
             own_mask = masks[min(number, len(masks) - 1)] if masks else None
             what = "picture" if len(pictures) == 1 else f"picture {number + 1}"
-            references.append(_reference(picture, own_mask, encoder, longer, space, what))
-        cache = FeatureCache(megabytes * MEGABYTE)
-        made = Subject(tuple(references), single("phrase", phrase, "").strip(), cache)
-        return io.NodeOutput((*(single("others", others) or ()), made))
+            references.append(_reference(picture, own_mask, vae, size, margin, what))
+        cache = FeatureCache(cache_megabytes * MEGABYTE)
+        return io.NodeOutput((*(others or ()), Subject(tuple(references), phrase.strip(), cache)))
 
 
 def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str) -> Reference:

@@ -137,8 +137,8 @@ class TrainConceptNode(io.ComfyNode):
                     max=RANK_MAX,
                     optional=True,
                     advanced=True,
-                    tooltip="Of the LoRA file: how many directions of each projection's change are kept. 0 keeps as "
-                    "many as miss no more than a tenth of it; 4096 keeps all.",
+                    tooltip="Of the LoRA file: how many directions of each projection's change are kept, the best ones "
+                    "for prompts. 0 keeps as many as miss no more than a tenth of what it does to prompts; 4096 all.",
                 ),
             ],
             outputs=[

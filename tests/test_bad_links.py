@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import subject_patches
 import torch
+from subject_patches.nodes.anystory_subject import AnyStorySubjectNode
 from subject_patches.nodes.attention_inspector import AttentionInspectorNode
 from subject_patches.nodes.checks import masks_in, pictures_in, upside_down
 from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
@@ -24,9 +25,12 @@ from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode,
 from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.nodes.subject import SubjectNode
+from subject_patches.nodes.train_concept import TrainConceptNode
+from subject_patches.nodes.train_residual import TrainResidualToken
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.attention_record import AttentionRuns
 from subject_patches.patches.residual import ResidualToken
+from subject_patches.tests.clips import small_clip
 from subject_patches.tests.models import (
     CONTEXT,
     auxiliary_prompt,
@@ -84,10 +88,26 @@ def guided(**values: Any) -> Any:
     )
 
 
+TOLD = {"noun": "dog", "steps": 1}
+TRAININGS: dict[type, Callable[[list[Any]], Any]] = {
+    TrainConceptNode: lambda images: TrainConceptNode.trained(
+        images, MODEL, small_clip("SD 1.x", 0, hidden_size=CONTEXT), object(), name="bad", preset="plain", **TOLD
+    ),
+    TrainResidualToken: lambda images: TrainResidualToken.trained(
+        images, MODEL, small_clip("SD 1.x", 0, hidden_size=CONTEXT), object(), **TOLD
+    ),
+}
+
 # How a node is given a value on one of its links, everything else being good.
 LINKS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (SubjectNode, "image"): lambda value: subject_of(image=value),
     (AttentionInspectorNode, "image"): inspected,
+    (AnyStorySubjectNode, "image"): lambda value: AnyStorySubjectNode.execute(None, value, object(), None, None, MASKS),
+    (AnyStorySubjectNode, "mask"): lambda value: AnyStorySubjectNode.execute(
+        None, PICTURES[:1], object(), None, None, value
+    ),
+    (TrainConceptNode, "images"): lambda value: TRAININGS[TrainConceptNode]([PICTURES, value]),
+    (TrainResidualToken, "images"): lambda value: TRAININGS[TrainResidualToken]([PICTURES, value]),
     (SubjectNode, "mask"): lambda value: subject_of(mask=value),
     (LayoutNode, "mask"): lambda value: LayoutNode.execute(64, 64, "a\nb", mask=value),
     (RouteByMasksNode, "masks"): RouteByMasksNode.execute,
@@ -188,8 +208,7 @@ def _cases() -> list[Any]:
 
 
 def test_the_table_has_every_link() -> None:
-    nodes = [node for node in asyncio.run(_nodes()) if not node.__name__.startswith("Train")]
-    assert {(node, name) for node in nodes for name in _kinds(node)} == set(LINKS)
+    assert {(node, name) for node in asyncio.run(_nodes()) for name in _kinds(node)} == set(LINKS)
 
 
 @pytest.mark.parametrize(("node", "name", "bad"), _cases())
@@ -234,3 +253,18 @@ def test_an_upside_down_mask_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         AdaptiveBlendMaskNode.execute(mask)
     assert "The mask 1 of 1 covers 79%" in caplog.text
+
+
+def test_a_list_where_one_value_belongs_is_refused() -> None:
+    """A list of pictures is one thing; of anything else these nodes take one."""
+    with pytest.raises(ValueError, match="The size comes as a list of 2, but this node makes one thing of all its"):
+        SubjectNode.execute([PICTURES], vae=[object()], size=[64, 96])
+    for node in (TrainConceptNode, TrainResidualToken):
+        with pytest.raises(ValueError, match="The noun comes as a list of 2, but this node makes one thing of all its"):
+            node.execute([PICTURES], noun=["dog", "cat"], steps=[1])
+
+
+@pytest.mark.parametrize("node", [TrainConceptNode, TrainResidualToken])
+def test_no_training_pictures(node: type) -> None:
+    with pytest.raises(ValueError, match="There are no training pictures; give 3 to 5 of the subject"):
+        TRAININGS[node]([])

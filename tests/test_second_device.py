@@ -113,7 +113,7 @@ def picture_by_all(toy: Toy, device: torch.device) -> Tensor:
     picture = torch.rand(1, 128, 128, 3, generator=generator(2)).to(device)
     mask = torch.ones(1, 128, 128).to(device)
     mask[:, :, 70:] = 0
-    (one,) = SubjectNode.execute([picture], [toy.vae], ["emblem"], [128], [0.1], mask=[mask]).args
+    (one,) = SubjectNode.made([picture], toy.vae, "emblem", 128, 0.1, [mask]).args
     prompts = AuxiliaryPromptNode.execute(toy.clip, "an emblem on grass", "emblem", noun="star").args
     latent = {"samples": toy.vae.encode(picture).to(device)}
     sigmas = BasicScheduler.execute(toy.model, "normal", 2, 1.0).args[0]

@@ -29,8 +29,8 @@ class Vae:
 
 def made(image: Tensor, vae: Vae | None = None, **values: Any) -> tuple[Subject, ...]:
     given = {"phrase": "", "size": 64, "margin": 0.0, **values}
-    # The host gives lists to this node.
-    return SubjectNode.execute([image], [vae or Vae()], **{name: [value] for name, value in given.items()}).args[0]
+    mask = given.pop("mask", None)
+    return SubjectNode.made([image], vae or Vae(), mask=() if mask is None else [mask], **given).args[0]
 
 
 def references(image: Tensor, **values: Any) -> tuple[Reference, ...]:
@@ -137,3 +137,15 @@ def test_subjects_are_passed_along_in_order_with_caches_of_their_own() -> None:
     assert both[0] is first[0]
     assert both[0].cache is not both[1].cache
     assert first[0].cache.max_bytes == 3 * MEGABYTE
+
+
+def test_a_list_of_pictures_is_one_subject() -> None:
+    """As the host gives lists, of pictures that differ in size, each with its mask."""
+    images = [pictures(1, 64, 48), pictures(2, 40, 64)]
+    masks = [painted(64, 48, 0, 32, 0, 48), painted(40, 64, 0, 40, 0, 32).expand(2, -1, -1)]
+    (subject,) = SubjectNode.execute(images, masks, vae=[Vae()], size=[64], phrase=["dog"]).args[0]
+    alone = [references(image, mask=mask, margin=0.1) for image, mask in zip(images, masks, strict=True)]
+    assert len(subject.references) == 3
+    for found, right in zip(subject.references, [*alone[0], *alone[1]], strict=True):
+        assert torch.equal(found.image, right.image)
+        assert torch.equal(found.mask, right.mask)

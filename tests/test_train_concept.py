@@ -13,16 +13,15 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from comfy.supported_models import Flux
 from host import Server
-from hosting.random_models import generator, model_of
+from hosting.random_models import generator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.nodes.train_concept import PRESETS, VERSIONS, TrainConceptNode
 from subject_patches.tests.clips import FAMILIES, small_clip
 from subject_patches.tests.models import CONTEXT, difference, sample, small_model
-from subject_patches.tests.test_bad_input import FLUX
+from subject_patches.tests.test_bad_input import OTHERS
 from subject_patches.training.concept import SCHEMES, ConceptPrompts, as_lora, key_value_weights, varied
 from subject_patches.training.concept_files import Concept, ConceptFiles
 from subject_patches.training.concept_run import Settings, train_concept
@@ -257,7 +256,7 @@ def test_the_hosts_loaders_take_the_files(folders: Path) -> None:
 
 def test_the_difference_is_what_was_trained() -> None:
     weights = {"a.attn2.to_k.weight": torch.full((2, 2), 1.5)}
-    found = as_lora({"a.attn2.to_k.weight": torch.ones(2, 2)}, weights)
+    found = as_lora({"a.attn2.to_k.weight": torch.ones(2, 2)}, weights, torch.eye(2))
     # Two thin matrices would be no smaller.
     assert torch.equal(found["diffusion_model.a.attn2.to_k.diff"], torch.full((2, 2), 0.5, dtype=torch.float16))
 
@@ -296,8 +295,8 @@ def test_what_it_refuses(folders: Path, values: dict[str, Any], message: str) ->
 
 
 def test_other_families_and_other_files_are_refused(folders: Path) -> None:
-    with pytest.raises(ValueError, match=r"family Flux; it knows SD 1\.x, SD 2\.x, SDXL"):
-        made(folders, model_of(Flux, FLUX), matching_clip())
+    with pytest.raises(ValueError, match=r"family SVD_img2vid; it knows SD 1\.x, SD 2\.x, SDXL"):
+        made(folders, OTHERS["SVD_img2vid"], matching_clip())
     with pytest.raises(
         ValueError, match=f"contexts 24 wide but this model takes {CONTEXT}; connect the CLIP of the same"
     ):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..patches.prompt import find_spans
-from .low_rank import factors
+from .low_rank import covariance, factors
 from .text import TextEncoder, Tokens
 
 PLACES = 77
-# How much of a change of weights a file may miss, where no rank is given.
+# How much of what a change of weights does to prompts a file may miss, where no rank is given.
 ERROR = 0.1
 
 
@@ -49,7 +49,7 @@ class ConceptPrompts:
     spread as the vocabulary; the concept's begin as the noun. Call it in `loaded`."""
 
     def __init__(self, encoder: TextEncoder, noun: str, scheme: Scheme, count: int, generator: torch.Generator) -> None:
-        self.scheme = scheme
+        self.scheme, self.text, self.count = scheme, noun, count
         self.words = _words(encoder, scheme.words) if scheme.words else {}
         self.noun = _words(encoder, noun)
         self.frame = {name: chunks[0] for name, chunks in encoder.tokenize("").items()}
@@ -93,6 +93,22 @@ class ConceptPrompts:
         contexts, pooled = zip(*(encoder.encode(self.tokens(number)) for number in numbers), strict=True)
         return torch.cat(contexts), None if pooled[0] is None else torch.cat(pooled)
 
+    @torch.no_grad()
+    def spread(self, encoder: TextEncoder, sentences: Sequence[str]) -> Tensor:
+        """The covariance (width, width) of the tokens of prompts that have the concept in them: those of `sentences`,
+        which have its noun, and of the training."""
+        contexts = [self.encode(encoder, [number])[0] for number in range(self.count)]
+        contexts += [encoder.encode(self._with_concept(encoder, text))[0][:, :PLACES] for text in sentences]
+        return covariance(torch.cat(contexts))
+
+    def _with_concept(self, encoder: TextEncoder, text: str) -> Tokens:
+        (start, _), *_ = find_spans(encoder.clip, text, [self.text])[self.text]
+        made = {}
+        for name, chunks in encoder.tokenize(text).items():
+            words = [(vector, 1.0) for vector in self.vectors[f"concept.{name}"]]
+            made[name] = [[*chunks[0][:start], *words, *chunks[0][start:]][:PLACES]]
+        return made
+
     def embedding(self) -> dict[str, Tensor]:
         """[T] as a textual embedding of the host: (S, width) for each encoder, by the host's name of it."""
         found = {name: vectors for name, vectors in self.vectors.items() if name.startswith("concept.")}
@@ -126,18 +142,18 @@ def key_value_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 
 
 def as_lora(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: int = 0, error: float = ERROR
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], spread: Tensor, rank: int = 0, error: float = ERROR
 ) -> dict[str, Tensor]:
     """What a training changed, as the host's LoRA loaders take it, in float16, by the weights' names: of each weight
-    two thin matrices of `rank`, or of the least rank that misses no more than `error` of the change where that is 0;
-    the whole change where they would be no smaller."""
+    two thin matrices of `rank`, or where that is 0 of the least rank that misses no more than `error` of what the
+    change does to prompts of the covariance `spread`; the whole change where they would be no smaller."""
     found = {}
     for name, weight in before.items():
         key = f"diffusion_model.{name.removesuffix('.weight')}"
         trained = after[name].detach()
         # Where the training was: a GPU does this in a fraction of the time.
         change = trained.float() - weight.to(trained.device).float()
-        thin = factors(change, rank, error)
+        thin = factors(change, spread.to(change.device), rank, error)
         if thin is None:
             found[f"{key}.diff"] = change.half().cpu()
         else:

@@ -13,8 +13,12 @@ from .concept_files import Concept
 from .copies import loaded, with_gradients
 from .denoising import Denoiser
 from .loop import Group, Training, compute_dtype
+from .residual import filled, shipped_templates
 from .state import StateFile
 from .text import TextEncoder
+
+# Of the sentences that come with the pack every eighth, some thirty, say what prompts are like.
+SENTENCES_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ def train_concept(
                 return denoiser.loss(latents[numbers, versions], context, pooled, generator)
 
             losses = training.run(settings.steps, loss)
-            return Concept(prompts.embedding(), as_lora(before, weights, settings.rank), losses)
+            sentences = [filled(line, settings.noun) for line in shipped_templates()[::SENTENCES_STEP]]
+            spread = prompts.spread(encoder, sentences)
+            return Concept(prompts.embedding(), as_lora(before, weights, spread, settings.rank), losses)
 
 
 def _check_width(prompts: ConceptPrompts, encoder: TextEncoder, denoiser: Denoiser) -> None:

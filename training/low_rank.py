@@ -1,7 +1,9 @@
 """A change of weights as the product of two thin matrices, as LoRA files hold it.
 
-The best approximation of a matrix by one of a rank is that of its largest singular values (Eckart and Young 1936); what
-it misses is the root of the sum of the squares of the others.
+A training by Adam changes a matrix in nearly all of its directions, but a projection of prompts is only asked along
+those that prompts have. So what is kept is the best for prompts: of the change D and the covariance C of the tokens,
+the directions of D C^(1/2) with the largest singular values. What is missed then, as a share of what D does to the
+tokens, is the root of the sum of the squares of the others over that of all (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -10,19 +12,19 @@ import torch
 from torch import Tensor
 
 
-def singular(change: Tensor) -> tuple[Tensor, Tensor]:
-    """The left singular vectors (out, k) and singular values (k), falling, of a change (out, in), in float64.
+def covariance(contexts: Tensor) -> Tensor:
+    """The uncentred covariance (width, width) of the tokens of prompts (n, tokens, width), in float64, of each token's
+    direction alone: a text encoder's start token may be longer than all the others together."""
+    tokens = torch.nn.functional.normalize(contexts.double().flatten(0, 1), dim=-1)
+    return tokens.T @ tokens / len(tokens)
 
-    By the eigenvectors of change times its transpose, on the smaller side: many times faster than the decomposition
-    itself, and as exact as files in half precision need."""
+
+def directions(change: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """The left singular vectors (out, k) and singular values (k), falling, of a change (out, in) for tokens of the
+    covariance `spread` (in, in), in float64."""
     whole = change.double()
-    tall = whole.shape[0] > whole.shape[1]
-    squares = whole.T @ whole if tall else whole @ whole.T
-    values, vectors = torch.linalg.eigh(squares)
-    values, vectors = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    if tall:
-        vectors = whole @ vectors / values.clamp(min=torch.finfo(torch.float64).tiny)
-    return vectors, values
+    values, vectors = torch.linalg.eigh(whole @ spread.to(whole) @ whole.T)
+    return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
 
 
 def rank_for(values: Tensor, error: float) -> int:
@@ -33,15 +35,16 @@ def rank_for(values: Tensor, error: float) -> int:
     return max(int(enough.int().argmax()) if bool(enough.any()) else len(values), 1)
 
 
-def factors(change: Tensor, rank: int, error: float) -> tuple[Tensor, Tensor] | None:
-    """`change` (out, in) as up (out, rank) times down (rank, in), both float32 and of like size in their values; `rank`
-    0 takes the least that misses no more than `error`, as a share of the change. None where two such matrices are no
-    smaller than the change itself."""
-    vectors, values = singular(change)
+def factors(change: Tensor, spread: Tensor, rank: int, error: float) -> tuple[Tensor, Tensor] | None:
+    """`change` (out, in) as up (out, rank) times down (rank, in), both float32, for tokens of the covariance `spread`
+    (in, in); `rank` 0 takes the least that misses no more than `error`, as a share of what the change does to them.
+    None where two such matrices are no smaller than the change itself."""
+    vectors, values = directions(change, spread)
     rank = min(rank or rank_for(values, error), len(values))
     if rank * sum(change.shape) >= change.numel():
         return None
-    roots = values[:rank].sqrt()
-    up = vectors[:, :rank] * roots
-    down = vectors[:, :rank].T @ change.double() / roots.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    return up.float(), down.float()
+    up = vectors[:, :rank]
+    down = up.T @ change.double()
+    # Of like size: half precision has no room for the small ones.
+    roots = down.norm(dim=1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return (up * roots).float(), (down / roots[:, None]).float()
