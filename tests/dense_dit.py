@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,18 +39,28 @@ def forward(model: Any, latents: Tensor, sigma: float, positive: Conditioning, o
     return model.model.apply_model(latents, torch.tensor([sigma]), transformer_options=options, **given)
 
 
+def begins_at(model: Any, keys: int, count: int) -> int:
+    """Where among so many keys of a joint attention a picture of so many tokens begins."""
+    family = type(model.model.model_config).__name__
+    # Filled up to 32, and before the prompt.
+    return {"ZImage": keys + -count // 32 * 32, "HiDream": 0}.get(family, keys - count)
+
+
+def is_numbered(model: Any) -> bool:
+    """Whether the host says of an attention which block it is of; others are then of no block."""
+    return type(model.model.model_config).__name__ not in ("SD3", "HiDream")
+
+
 @dataclass
 class ByHand:
     """An override that lets the picture of the conditioned chunk attend to a reference, which it runs at the noise
-    level of each step. `begins` says where among so many keys a picture of so many tokens begins. Only with plain
-    guidance."""
+    level of each step. Only with plain guidance."""
 
     model: Any
     who: Subject
     positive: Conditioning
     latent: tuple[int, int]
     patch: int
-    begins: Callable[[int, int], int] = lambda keys, count: keys - count
     seed: int = 0
     sigma: float = float("nan")
     calls: int = 0
@@ -59,6 +68,14 @@ class ByHand:
 
     def grid(self, latent: tuple[int, int]) -> tuple[int, int]:
         return tuple(-(-side // self.patch) for side in latent)
+
+    def is_wanted(self, query: Tensor, key: Tensor, count: int, options: dict[str, Any]) -> bool:
+        """Whether it is an attention of a picture of so many tokens to itself and maybe a prompt, in a block."""
+        of_block = "block_index" in options or not is_numbered(self.model)
+        return of_block and query.shape[1] == key.shape[1] >= count
+
+    def begins(self, query: Tensor, key: Tensor, count: int) -> int:
+        return 0 if query.shape[1] == count else begins_at(self.model, key.shape[1], count)
 
     def lend(self, sigma: float) -> None:
         reference = self.who.references[0]
@@ -71,8 +88,8 @@ class ByHand:
 
         def keep(function: Any, *args: Any, **named: Any) -> Tensor:
             query, key, value, _ = arguments(args, named)
-            if query.shape[1] == key.shape[1] and query.shape[1] >= height * width:
-                start = self.begins(key.shape[1], height * width)
+            if self.is_wanted(query, key, height * width, named["transformer_options"]):
+                start = self.begins(query, key, height * width)
                 own = slice(start, start + height * width)
                 self.lent.append((key[:, own][:, inside], value[:, own][:, inside]))
             return function(*args, **named)
@@ -88,11 +105,11 @@ class ByHand:
         output = function(*args, **named)
         query, key, value, heads = arguments(args, named)
         height, width = self.grid(self.latent)
-        if query.shape[1] != key.shape[1] or query.shape[1] < height * width:
+        if not self.is_wanted(query, key, height * width, options):
             return output
         mine, theirs = self.lent[self.calls % len(self.lent)]
         self.calls += 1
-        start = self.begins(key.shape[1], height * width)
+        start = self.begins(query, key, height * width)
         own, chunks = slice(start, start + height * width), options["cond_or_uncond"]
         size = len(query) // len(chunks)
         result = output.clone()

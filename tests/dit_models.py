@@ -275,7 +275,7 @@ DITS: dict[str, Dit] = {
 
 
 # Those that the pack knows.
-PATCHED = ("FLUX.1", "Chroma", "FLUX.2", "Qwen-Image", "Qwen-Image-Edit", "SD 3.5")
+PATCHED = tuple(name for name in DITS if name not in ("FLUX.1 schnell", "HiDream"))
 
 
 def dit_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

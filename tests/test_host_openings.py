@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention
 import pytest
 import torch
 from subject_patches.patches.families import Transformer, family_of
+from subject_patches.patches.families.lumina import Lumina
 from subject_patches.patches.sites import Site
 from subject_patches.tests.dense_dit import arguments, forward
 from subject_patches.tests.dit_models import PATCHED, dit_model
@@ -31,6 +32,15 @@ class Census:
     slices: list[list[int]] = field(default_factory=list)
     replaced: list[tuple[str, int]] = field(default_factory=list)
     references: list[int] = field(default_factory=list)
+
+    @property
+    def of_blocks(self) -> list[dict[str, Any]]:
+        """The attentions that are of a block; where blocks are numbered, others are not."""
+        return [each for each in self.attentions if self.family.told != "index" or "block_index" in each]
+
+    def filled(self, tokens: int) -> int:
+        """As many tokens as a family makes of so many."""
+        return self.family.filled(tokens) if isinstance(self.family, Lumina) else tokens
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -63,7 +73,7 @@ class Census:
         slots = {"dit": {place: self.replacement(place) for place in types}}
         return {
             "optimized_attention_override": self.override,
-            "patches": {"attn1_patch": [self.patch]},
+            "patches": {"attn1_patch": [self.patch]} if self.family.tells else {},
             "patches_replace": slots,
         }
 
@@ -98,7 +108,7 @@ def taken(request: Any) -> Census:
 def test_every_attention_passes_through_the_override(taken: Census) -> None:
     """One function for all, whatever shape its arguments come in, told the options of the forward."""
     expected = [str(site) for site in taken.sites]
-    assert len(taken.attentions) == len(expected), f"{len(taken.attentions)} attentions, not those of {expected}"
+    assert len(taken.of_blocks) == len(expected), f"{len(taken.of_blocks)} attentions, not those of {expected}"
     assert hasattr(comfy.ldm.modules.attention.optimized_attention, "__wrapped__"), "attention is not wrapped any more"
 
 
@@ -106,7 +116,7 @@ def test_an_attention_says_of_which_block_it_is(taken: Census) -> None:
     if taken.family.told == "index":
         of = {b.word: b.block_type for b in taken.family.blocks}
         expected = [(of[site.block], site.number) for site in taken.sites]
-        said = [(each.get("block_type"), each.get("block_index")) for each in taken.attentions]
+        said = [(each.get("block_type", ""), each.get("block_index")) for each in taken.of_blocks]
         assert said == expected, "block_type or block_index in the options of an attention is another"
     if taken.family.told == "replacement":
         (blocks,) = taken.family.blocks
@@ -117,10 +127,11 @@ def test_an_attention_says_of_which_block_it_is(taken: Census) -> None:
 def test_the_picture_lies_where_it_is_said_to(taken: Census) -> None:
     grid = taken.family.grid(SIZE)
     count = math.prod(grid)
-    for site, each in zip(taken.sites, taken.attentions, strict=True):
+    joint = taken.filled(count) + taken.filled(taken.length)
+    expected = {"joint": (joint, joint), "self": (count, count), "cross": (count, taken.length)}
+    for site, each in zip(taken.sites, taken.of_blocks, strict=True):
         queries, keys = (shape[1] for shape in each["shape"][:2])
-        expected = count + taken.length if site.kind == "joint" else count
-        assert (queries, keys) == (expected, expected), f"{site} has other tokens than prompt and picture"
+        assert (queries, keys) == expected[site.kind], f"{site} has other tokens than prompt and picture"
         assert taken.family.tokens(site.kind, queries, keys, grid, taken.length, 0, None) is not None
     if taken.family.tells:
         assert taken.slices == [[taken.length, taken.length + count]] * len(taken.sites), "img_slice is another"

@@ -17,7 +17,7 @@ from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
-from subject_patches.tests.dense_dit import ByHand
+from subject_patches.tests.dense_dit import ByHand, begins_at
 from subject_patches.tests.dit_models import PATCHED, dit_model
 from subject_patches.tests.models import (
     difference,
@@ -50,7 +50,8 @@ class Watch(Edit):
 
 def test_a_companion_that_is_only_recorded_changes_no_bit(model: Any) -> None:
     (stream,) = reference_streams(model, subject_for(model), 0, None)
-    watch = Watch(frozenset(attention_sites(model)), Window(), stream)
+    sites = frozenset(site for site in attention_sites(model) if site.kind != "cross")
+    watch = Watch(sites, Window(), stream)
     assert torch.equal(sample(add_edit(model, watch), size=SIZE), sample(model, size=SIZE))
 
 
@@ -94,12 +95,15 @@ def test_a_call_has_the_pictures_queries_over_all_keys(model: Any) -> None:
     for call in calls:
         assert math.prod(call.grid) == call.query.shape[1] == count
         if call.site.kind == "joint":
-            assert call.own == slice(call.key.shape[1] - count, call.key.shape[1])
-            assert call.prompt == slice(0, call.chunk.length)
+            begins = begins_at(model, call.key.shape[1], count)
+            assert call.own == slice(begins, begins + count)
+            first = count if begins == 0 else 0
+            assert call.prompt == slice(first, first + call.chunk.length)
             # Keys of the prompt's own tokens, where the host fills it up from the left.
             assert call.chunk.spans["subject"] == ((call.chunk.length - 5, call.chunk.length - 3),)
         else:
-            assert call.prompt is call.own is None
+            assert call.own is None
+            assert call.prompt == (slice(0, call.chunk.length) if call.site.kind == "cross" else None)
 
 
 def test_keys_take_the_place_of_the_pictures_own(model: Any) -> None:
@@ -107,18 +111,23 @@ def test_keys_take_the_place_of_the_pictures_own(model: Any) -> None:
     results: list[tuple[Tensor, Tensor]] = []
 
     def act(call: AttentionCall) -> None:
-        if call.site.kind != "joint":
+        if call.site.kind == "cross":
             return
         source = generator(len(results))
         more = torch.randn(2, 1, 5, call.key.shape[-1], generator=source)
-        call.bias(
-            torch.randn(1, call.query.shape[1], 3, generator=source),
-            [call.prompt.start, call.prompt.start + 1, call.prompt.stop - 1],
-        )
-        prompt, behind = call.key[:, : call.own.start], call.value[:, : call.own.start]
+        own = call.own or slice(0, call.key.shape[1])
+        if call.prompt is not None:
+            call.bias(
+                torch.randn(1, call.query.shape[1], 3, generator=source),
+                [call.prompt.start, call.prompt.start + 1, call.prompt.stop - 1],
+            )
+        expected = [
+            torch.cat([whole[:, : own.start], part, whole[:, own.stop :]], 1)
+            for whole, part in zip((call.key, call.value), more, strict=True)
+        ]
         call.replace(key=more[0], value=more[1])
-        assert torch.equal(call.key, torch.cat([prompt, more[0]], 1))
-        assert torch.equal(call.value, torch.cat([behind, more[1]], 1))
+        assert torch.equal(call.key, expected[0])
+        assert torch.equal(call.value, expected[1])
         call.extend(*more.flip(2))
         expected = dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions)
         call.blend(lambda output: results.append((output, expected)) or output)
@@ -130,6 +139,8 @@ def test_keys_take_the_place_of_the_pictures_own(model: Any) -> None:
 
 
 def test_the_prompts_part_of_an_output(model: Any) -> None:
+    if all(site.kind != "joint" for site in attention_sites(model)):
+        pytest.skip("prompt and picture are attended to apart")
     results: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def act(call: AttentionCall) -> None:

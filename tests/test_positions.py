@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.krea2.model import SingleStreamDiT
+from comfy.ldm.lumina.model import pos_ids_x
+from comfy.ldm.wan.model import WanModel
+from comfy.quant_ops import ck
 from subject_patches.patches.call import AttentionCall, Chunk
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.families.rope import Rope, frequencies
@@ -20,20 +24,28 @@ from torch import Tensor
 THEIRS, OURS = (6, 9), (7, 13)
 
 
-@pytest.fixture(scope="module", params=["FLUX.1", "FLUX.2", "Qwen-Image"])
+@pytest.fixture(scope="module", params=["FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image", "Lumina 2", "Krea 2", "Wan"])
 def model(request: Any) -> Any:
     return dit_model(request.param)
 
 
 def rotated(network: Any, key: Tensor, ids: Tensor) -> Tensor:
     """Keys (1, heads, n, width) at places (1, n, axes), as the host's attention gets them: (1, n, channels)."""
-    return apply_rope1(key, network.pe_embedder(ids)).transpose(1, 2).flatten(2)
+    return apply_rope1(key, embedder_of(network)(ids)).transpose(1, 2).flatten(2)
+
+
+def embedder_of(network: Any) -> Any:
+    return network.pe_embedder if hasattr(network, "pe_embedder") else network.rope_embedder
 
 
 def places(network: Any, latent: tuple[int, int]) -> Tensor:
     """The places (1, n, axes) that the host gives a picture's tokens."""
     in_frames = network.__class__.__name__.startswith("Qwen")
-    channels = network.in_channels // network.patch_size**2
+    if not hasattr(network, "process_img"):
+        # Lumina's pictures stand behind the prompt, Wan's at the first frame.
+        height, width = (-(-side // 2) for side in latent)
+        return pos_ids_x(0 if isinstance(network, WanModel) else 33, height, width, 1, "cpu")
+    channels = 16 if isinstance(network, SingleStreamDiT) else network.in_channels // network.patch_size**2
     picture = torch.zeros(1, channels, *((1,) if in_frames else ()), *latent)
     return network.process_img(picture)[1]
 
@@ -49,7 +61,7 @@ def test_keys_beside_the_picture_are_those_of_the_places_there(model: Any) -> No
     positions = Positions(BESIDE, family, family.rope(network))
     theirs, ours = places(network, THEIRS), places(network, OURS)
     grid = family.grid(THEIRS)
-    heads, width = 2, sum(network.pe_embedder.axes_dim)
+    heads, width = 2, sum(embedder_of(network).axes_dim)
     lent = [NoisedReference(torch.zeros(1, 4, *THEIRS), 0) for _ in range(2)]
     keys = [randn(1, heads, grid[0] * grid[1], width, seed=seed) for seed in range(2)]
     given = [(each, rotated(network, key, theirs)) for each, key in zip(lent, keys, strict=True)]
@@ -67,7 +79,7 @@ def test_damped_keys_weaken_what_turns_often(model: Any) -> None:
     family, network = family_of(model), model.model.diffusion_model
     rope = family.rope(network)
     weights = damping(rope.rates, 64)
-    first = network.pe_embedder.axes_dim[0] // 2
+    first = embedder_of(network).axes_dim[0] // 2
     # Pairs of the axis that is no side of the picture stay, and the fastest of a side turns 64 / 2 pi times.
     assert (weights[:first] == 1).all()
     assert float(weights[first]) == pytest.approx(2 * torch.pi / 64)
@@ -77,6 +89,26 @@ def test_damped_keys_weaken_what_turns_often(model: Any) -> None:
     (made,) = placed_keys(positions, call_at(model, (64, 40), 2), [(NoisedReference(key[None], 0), key)])
     expected = key.view(1, 5, 2, -1, 2) * weights[:, None]
     torch.testing.assert_close(made, expected.flatten(2).float())
+
+
+def test_cosmos_turns_the_halves_of_a_head_by_rates_of_their_own() -> None:
+    """The host's rotations of a picture's right part, turned back by its left part's width, are those of the left."""
+    model = dit_model("Cosmos-Predict2", model_channels=128, rope_h_extrapolation_ratio=3.0)
+    network, (height, width) = model.model.diffusion_model, (3, 5)
+    freqs = network.pos_embedder.generate_embeddings(torch.Size((1, 1, height, 2 * width, 128)))
+    freqs = freqs.unflatten(0, (height, 2 * width))
+    heads, key = 4, randn(height * width, 4, 32)
+
+    def host(part: Tensor) -> Tensor:
+        return ck.apply_rope_split_half1(key[None], part.flatten(0, 1)[None, :, None]).flatten(2)
+
+    left, right = host(freqs[:, :width]), host(freqs[:, width:])
+    rope = family_of(model).rope(network)
+    torch.testing.assert_close(rope.rotated(right, heads, (0, 0, -width)), left, rtol=0, atol=1e-5)
+    below = rope.rotated(left, heads, (0, 2, 0)).unflatten(1, (height, width))
+    taller = network.pos_embedder.generate_embeddings(torch.Size((1, 1, height + 2, width, 128)))
+    expected = host(taller.unflatten(0, (height + 2, width))[2:]).unflatten(1, (height, width))
+    torch.testing.assert_close(below, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ..sites import USUAL, Site, select_sites
+from .cosmos import COSMOSES
 from .family import Family
 from .flux import FLUXES
+from .krea import KREAS
+from .lumina import LUMINAS
 from .mmdit import MMDITS
 from .qwen import QWENS
 from .transformer import Tokens, Transformer
 from .unet import UNETS
+from .wan import WANS
 
 __all__ = ["FAMILIES", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
 
 # A description of the host's may be a subclass of another's: the more particular family comes first.
-FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *QWENS, *MMDITS)
+FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *LUMINAS, *KREAS, *QWENS, *COSMOSES, *WANS, *MMDITS)
 
 
 def family_of(model: Any) -> Family:

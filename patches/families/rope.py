@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 
-def frequencies(sizes: Sequence[int], theta: float) -> Tensor:
+def frequencies(sizes: Sequence[int], theta: float | Sequence[float]) -> Tensor:
     """How far each pair of a head's channels turns for a step along each axis, (axes, pairs) in float64. `sizes` are
-    the channels of each axis, in their order in a head; pair i of an axis with n channels turns by theta^(-2 i / n)."""
+    the channels of each axis, in their order in a head; pair i of an axis with n channels turns by theta^(-2 i / n).
+    `theta` is that of all axes, or of each."""
+    bases = [theta] * len(sizes) if isinstance(theta, (int, float)) else theta
     rates = torch.zeros(len(sizes), sum(sizes) // 2, dtype=torch.float64)
     first = 0
     for axis, size in enumerate(sizes):
         steps = torch.arange(0, size, 2, dtype=torch.float64) / size
-        rates[axis, first : first + size // 2] = theta**-steps
+        rates[axis, first : first + size // 2] = bases[axis] ** -steps
         first += size // 2
     return rates
 

@@ -1,0 +1,36 @@
+"""Cosmos-Predict2, for pictures, and Anima, which is made of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..sites import Kind
+from .rope import Rope, frequencies
+from .transformer import Blocks, Transformer
+
+
+@dataclass(frozen=True)
+class Cosmos(Transformer):
+    """Blocks of a self- and a cross-attention. Its latents have frames, of which a picture is one."""
+
+    blocks: tuple[Blocks, ...] = (Blocks("block", "", "blocks"),)
+
+    def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
+        return ("self", "cross")
+
+    def context_width(self, model: Any) -> int:
+        return model.model.diffusion_model.blocks[0].cross_attn.context_dim
+
+    def rope(self, network: Any) -> Rope:
+        places = network.pos_embedder
+        sizes = [2 * len(each) for each in (places.dim_temporal_range, *[places.dim_spatial_range] * 2)]
+        bases = [10000.0 * f for f in (places.t_ntk_factor, places.h_ntk_factor, places.w_ntk_factor)]
+        return Rope(frequencies(sizes, bases), halves=True)
+
+    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
+        # Axes: frame, height, width. The picture's first column is 0.
+        return (0.0, 0.0, -float(reference[1]))
+
+
+COSMOSES = (Cosmos("Anima", "Anima"), Cosmos("Cosmos-Predict2", "CosmosT2IPredict2", but=("CosmosI2VPredict2",)))

@@ -1,0 +1,37 @@
+"""Krea 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .rope import Rope, frequencies
+from .transformer import Blocks, Transformer
+
+
+@dataclass(frozen=True)
+class Krea(Transformer):
+    """Blocks with one set of weights for prompt and picture, in which four heads share a key. Attentions before them,
+    which put the text encoder's layers together, are told no number and left alone. Its latents have frames, of which a
+    picture is one."""
+
+    blocks: tuple[Blocks, ...] = (Blocks("block", "single", "blocks"),)
+    tells: bool = True
+
+    def context_width(self, model: Any) -> int:
+        network = model.model.diffusion_model
+        return network.txtlayers * network.txtdim
+
+    def repeats(self, network: Any) -> int:
+        attention = network.blocks[0].attn
+        return attention.heads // attention.kvheads
+
+    def rope(self, network: Any) -> Rope:
+        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
+
+    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
+        # Axes: an index of pictures, height, width. The picture's first column is 0.
+        return (0.0, 0.0, -float(reference[1]))
+
+
+KREAS = (Krea("Krea 2", "Krea2"),)

@@ -1,0 +1,38 @@
+"""Wan, text to video, for one frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..sites import Kind
+from .rope import Rope, frequencies
+from .transformer import Blocks, Transformer
+
+
+@dataclass(frozen=True)
+class Wan(Transformer):
+    """Blocks of a self- and a cross-attention. Its latents have frames, of which a picture is one."""
+
+    blocks: tuple[Blocks, ...] = (Blocks("block", "double", "blocks"),)
+
+    def has(self, model: Any) -> bool:
+        # The others of the host's Wans, which are shown pictures, poses or sounds, are subclasses.
+        return type(model.model.model_config).__name__ == self.description
+
+    def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
+        return ("self", "cross")
+
+    def context_width(self, model: Any) -> int:
+        return model.model.diffusion_model.text_embedding[0].in_features
+
+    def rope(self, network: Any) -> Rope:
+        return Rope(frequencies(network.rope_embedder.axes_dim, network.rope_embedder.theta))
+
+    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
+        # Axes: frame, height, width. The picture's first column is 0.
+        return (0.0, 0.0, -float(reference[1]))
+
+
+# The 14B models of 2.2 are those of 2.1 to the host; that of 5B has a VAE of its own.
+WANS = (Wan("Wan", "WAN21_T2V"), Wan("Wan", "WAN22_T2V"))
