@@ -272,13 +272,14 @@ def _check_family(model: Any, prompts: Sequence[Any], background: Any, cross_att
     family = family_of(model)
     if not isinstance(family, Transformer):
         return
-    if background is not None or any(prompt is not None for prompt in prompts):
+    apart = any(site.kind == "cross" for site in attention_sites(model))
+    if not apart and (background is not None or any(prompt is not None for prompt in prompts)):
         raise ValueError(
-            f"{family.name} has no layers that could read an image prompt by themselves, which U-Nets have; connect "
-            "none, and no background prompt."
+            f"{family.name} has no layers that read a prompt by themselves, and so none that could read an image "
+            "prompt; connect none, and no background prompt."
         )
     if cross_attention == SKIPPED:
         raise ValueError(
-            f"cross_attention is '{SKIPPED}', but in {family.name} prompt and picture are not attended to apart as in "
-            f"U-Nets; set it to '{KEPT}'."
+            f"cross_attention is '{SKIPPED}', which U-Nets only can do, but this model is {family.name}; set it to "
+            f"'{KEPT}'."
         )

@@ -35,7 +35,8 @@ class Chunk:
     a prompt. The pass of a branch that denoises beside the generation is one chunk of the name BRANCH, and `stream` is
     the branch.
 
-    `before` is how many tokens the model puts before the conditioning's own in the context that it makes of it.
+    `before` is how many tokens the model puts before the conditioning's own in the context that it makes of it, and
+    `again` (first, by) which of them it has there twice, a second tensor's: see `Family.again`.
     `area` is (height, width, y, x) in latent pixels where the host cropped the latent, else None; `latent` is the
     whole latent's (height, width). Where another pack calls the model on part of the picture, a tile, that has its area
     too, or its `lines` where these do not follow each other; `pictures` are then the numbers of its rows in the run's
@@ -50,6 +51,7 @@ class Chunk:
     area: tuple[int, int, int, int] | None = None
     stream: Stream | None = None
     before: int = 0
+    again: tuple[int, int] = (0, 0)
     lines: Lines | None = None
     pictures: tuple[int, ...] | None = None
     count: int = 0
@@ -94,12 +96,14 @@ class Chunk:
 
     def placed(self, spans: Spans) -> Spans:
         """Spans of the conditioning's tokens as spans of the model's context."""
-        return tuple((start + self.before, stop + self.before) for start, stop in spans)
+        first, by = self.again
+        twice = [(start + by, stop + by) for start, stop in spans if by and start >= first]
+        return tuple((start + self.before, stop + self.before) for start, stop in (*spans, *twice))
 
     @property
     def length(self) -> int:
         """How many tokens the model's context has before the host repeats it."""
-        return self.conditioning["model_conds"]["c_crossattn"].cond.shape[1]
+        return self.conditioning["model_conds"]["c_crossattn"].cond.shape[1] + 2 * self.again[1]
 
     @property
     def generated(self) -> bool:

@@ -63,7 +63,8 @@ def _chunk(
     if area is not None:
         height, width, y, x = area[-4:] if len(area) == 4 else (*area[1:3], *area[-2:])
         area = (min(height, latent[0] - y), min(width, latent[1] - x), y, x)
-    return Chunk(rows, name, name not in UNCONDITIONED, entry, latent, area, before=family.before(entry))
+    before, again = family.before(entry), family.again(entry)
+    return Chunk(rows, name, name not in UNCONDITIONED, entry, latent, area, before=before, again=again)
 
 
 def _by_prompt(

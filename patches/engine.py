@@ -10,7 +10,7 @@ session.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,11 @@ def _sample(
     edits = options.get(KEY, ())
     if not edits or SESSION in options:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if noise.ndim == 5 and noise.shape[2] > 1:
+        raise ValueError(
+            f"This run makes {noise.shape[2]} frames, but Subject Patches' nodes work on pictures; set the length of "
+            "the latent to 1, or take the nodes out of the model's way."
+        )
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         edit.check(prompts)
@@ -298,7 +303,8 @@ def _apply_model(
             # A compiled network remembers what its options are named, and would miss ours in another run.
             options = {name: value for name, value in options.items() if name not in (KEY, SESSION)}
         if forward is not None or recording is not None:
-            options = _patched(session, forward, recording, executor.class_obj.diffusion_model, x, c_crossattn, options)
+            network = executor.class_obj.diffusion_model
+            options = _patched(session, forward, recording, network, x, c_crossattn, kwargs, options)
             # The host's node for torch.compile lets a network go on with the patches that it was traced with.
             with torch.compiler.set_stance("force_eager"):
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -312,11 +318,13 @@ def _patched(
     network: Any,
     x: Tensor,
     context: Tensor | None,
+    given: Mapping[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The options of one forward with what edits and recordings have to do in it."""
     if isinstance(session.family, Transformer):
-        return opened(session, forward, recording, network, x, context, options)
+        length = session.family.context_length(context, given)
+        return opened(session, forward, recording, network, x, length, options)
     patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
     if recording is not None:
         patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,14 +37,14 @@ def opened(
     recording: Recording | None,
     network: Any,
     x: Tensor,
-    context: Tensor | None,
+    context: int,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The options of one forward on latents `x` with a `context`, with its attentions opened."""
+    """The options of one forward on latents `x`, with a context of so many tokens, with its attentions opened."""
     family: Transformer = session.family
     opening = Opening(
         session, family, family.sites(network), forward, recording, (x.shape[-2], x.shape[-1]),
-        0 if context is None else context.shape[1], family.repeats(network), options.get(OVERRIDE),
+        context, family.repeats(network), options.get(OVERRIDE),
     )  # fmt: skip
     return opening.options(options)
 
@@ -233,7 +234,7 @@ class Opening:
             places = grid if chunk.known_places else None
             call = AttentionCall(
                 query, key, value, attention.heads, site, chunk, places, tokens.prompt, tokens.own,
-                own_bias=attention.bias(chunk.rows, tokens.picture),
+                own_bias=attention.bias(chunk.rows, tokens.picture), project=partial(self.session.project, site),
             )  # fmt: skip
             self.session.amend(call)
             calls.append(call)

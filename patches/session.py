@@ -154,8 +154,9 @@ class Session:
         it."""
         (conditioning,), _ = self.stream_conditioning(stream)
         latent = tuple(stream.shape[-2:])
-        before = self.family.before(conditioning)
-        return self._wanted(rows, Chunk(slice(0, rows), BRANCH, False, conditioning, latent, None, stream, before))
+        before, again = self.family.before(conditioning), self.family.again(conditioning)
+        chunk = Chunk(slice(0, rows), BRANCH, False, conditioning, latent, None, stream, before=before, again=again)
+        return self._wanted(rows, chunk)
 
     def _wanted(self, rows: int, *chunks: Chunk) -> Forward | None:
         sites = [edit.sites for edit in self.active if any(edit.wants(chunk) for chunk in chunks)]

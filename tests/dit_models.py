@@ -275,7 +275,7 @@ DITS: dict[str, Dit] = {
 
 
 # Those that the pack knows.
-PATCHED = tuple(name for name in DITS if name not in ("FLUX.1 schnell", "HiDream"))
+PATCHED = tuple(name for name in DITS if name != "FLUX.1 schnell")
 
 
 def dit_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

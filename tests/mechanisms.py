@@ -28,6 +28,7 @@ from .models import (
     recycled,
     routed,
     sample,
+    second_context,
     small_model,
     subject_for,
     swapped,
@@ -148,7 +149,9 @@ def _retouched(
         return swapped(model, **{**given, "blend_mask": None})
     latents, cache = subjects[0].references[0].latents, subjects[0].cache
     reference = trajectory_for(model, latents, cache) if strength else None
-    turned = torch.nn.functional.interpolate(latents.flip(-1), size)
+    # Of latents with frames, a picture is one.
+    frames = latents.shape[2:-2]
+    turned = torch.nn.functional.interpolate(latents.flip(-1), (*frames, *size))
     layout = trajectory_for(model, turned) if values or not strength else None
     return swapped(model, layout, reference, **given)
 
@@ -156,7 +159,7 @@ def _retouched(
 def _integrated(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
     # Another auxiliary prompt for each subject; one at least has to be.
     seed = round(1000 * float(subjects[0].references[0].latents.mean())) + 10**6 if subjects else 0
-    auxiliary = auxiliary_prompt(seed) if subjects else []
+    auxiliary = auxiliary_prompt(seed, **second_context(model, seed)) if subjects else []
     start, end = window
     end = 0.0 if start == end else end
     return integrated(model, auxiliary=auxiliary, strength=strength, end_percent=end, **values)

@@ -248,14 +248,20 @@ def swapped(model: Any, layout: Inversion | None = None, reference: Inversion | 
     return MultiSourceSwapNode.execute(model, layout, reference, **values).args[0]
 
 
-def auxiliary_prompt(seed: int = 9, length: int = 7) -> Conditioning:
+def auxiliary_prompt(seed: int = 9, length: int = 7, **values: Any) -> Conditioning:
     """An auxiliary prompt, as Dual-Branch Prompts makes it."""
-    return prompt(seed, length, **{BRANCH_KEY: AUXILIARY})
+    return prompt(seed, length, **{BRANCH_KEY: AUXILIARY, **values})
 
 
 def integrated(model: Any, **values: Any) -> Any:
     """The Dual-Branch Integration node with its defaults, over the whole schedule; `values` are its inputs."""
-    given = {"concept": known_prompt(), "auxiliary": auxiliary_prompt(), "injection_strength": 1.0, "strength": 1.0}
+    more = second_context(model, 1)
+    given = {
+        "concept": known_prompt(**more),
+        "auxiliary": auxiliary_prompt(**more),
+        "injection_strength": 1.0,
+        "strength": 1.0,
+    }
     return DualBranchIntegrationNode.execute(model, **{**given, "end_percent": 1.0, **values}).args[0]
 
 

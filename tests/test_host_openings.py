@@ -95,9 +95,8 @@ def census(model: Any, **values: Any) -> Census:
 
 def _context(model: Any, latents: Tensor, positive: Any) -> int:
     (tokens, values), *_ = positive
-    return model.model.extra_conds(noise=latents, device="cpu", cross_attn=tokens, **values)["c_crossattn"].cond.shape[
-        1
-    ]
+    made = model.model.extra_conds(noise=latents, device="cpu", cross_attn=tokens, **values)
+    return family_of(model).context_length(made["c_crossattn"].cond, {name: each.cond for name, each in made.items()})
 
 
 @pytest.fixture(scope="module", params=PATCHED)

@@ -8,6 +8,7 @@ from ..sites import USUAL, Site, select_sites
 from .cosmos import COSMOSES
 from .family import Family
 from .flux import FLUXES
+from .hidream import HIDREAMS
 from .krea import KREAS
 from .lumina import LUMINAS
 from .mmdit import MMDITS
@@ -19,7 +20,7 @@ from .wan import WANS
 __all__ = ["FAMILIES", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
 
 # A description of the host's may be a subclass of another's: the more particular family comes first.
-FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *LUMINAS, *KREAS, *QWENS, *COSMOSES, *WANS, *MMDITS)
+FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *LUMINAS, *KREAS, *QWENS, *COSMOSES, *WANS, *HIDREAMS, *MMDITS)
 
 
 def family_of(model: Any) -> Family:

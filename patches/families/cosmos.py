@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import Kind
+from torch import Tensor
+
+from ..sites import Kind, Site
 from .rope import Rope, frequencies
 from .transformer import Blocks, Transformer
 
@@ -21,6 +23,11 @@ class Cosmos(Transformer):
 
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.blocks[0].cross_attn.context_dim
+
+    def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        layer = network.blocks[site.number].cross_attn
+        key = layer.k_norm(layer.k_proj(tokens).unflatten(-1, (layer.n_heads, -1))).flatten(2)
+        return key, layer.v_proj(tokens)
 
     def rope(self, network: Any) -> Rope:
         places = network.pos_embedder

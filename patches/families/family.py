@@ -51,3 +51,8 @@ class Family(ABC):
     def before(self, conditioning: Mapping[str, Any]) -> int:
         """How many tokens the model puts before those of a conditioning, in the context that it makes of it."""
         return 0
+
+    def again(self, conditioning: Mapping[str, Any]) -> tuple[int, int]:
+        """(first, by): of the conditioning's tokens, the model's context has the `by` from `first` on twice; (0, 0) is
+        none."""
+        return (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -74,7 +75,8 @@ class Transformer(Family):
         return "encoder and decoder"
 
     def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError(f"{self.name} has no layers that read an image prompt by themselves; leave it unconnected.")
+        # The node asks for no image prompt where no layer reads prompts by themselves.
+        raise NotImplementedError
 
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
         return {"latent_image": known}
@@ -108,6 +110,11 @@ class Transformer(Family):
         if start < context or start + count > min(queries, keys):
             return None
         return Tokens(slice(start, start + count), slice(start, start + count), slice(0, context))
+
+    def context_length(self, context: Tensor | None, given: Mapping[str, Any]) -> int:
+        """How many tokens the context of one forward has, by the model's arguments: `context`, and by name what else it
+        is `given`."""
+        return 0 if context is None else context.shape[1]
 
     def repeats(self, network: Any) -> int:
         """How often the model repeats each head of its keys and values before an attention; one of each is stored."""

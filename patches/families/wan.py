@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import Kind
+from torch import Tensor
+
+from ..sites import Kind, Site
 from .rope import Rope, frequencies
 from .transformer import Blocks, Transformer
 
@@ -25,6 +27,10 @@ class Wan(Transformer):
 
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.text_embedding[0].in_features
+
+    def project(self, network: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        layer, context = network.blocks[site.number].cross_attn, network.text_embedding(tokens)
+        return layer.norm_k(layer.k(context)), layer.v(context)
 
     def rope(self, network: Any) -> Rope:
         return Rope(frequencies(network.rope_embedder.axes_dim, network.rope_embedder.theta))
