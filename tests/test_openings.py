@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.sample
 import pytest
 import torch
 from subject_patches.nodes.references import reference_streams
@@ -14,6 +15,7 @@ from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
+from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
@@ -159,3 +161,32 @@ def test_the_prompts_part_of_an_output(model: Any) -> None:
     for output, expected, whole in results:
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
         assert difference(output.double(), whole) > 0.01
+
+
+def test_hidreams_prompt_stands_there_twice() -> None:
+    """T5's 7 tokens, then Llama's 9 of its last layer, then as many of a layer for the block."""
+    model = dit_model("HiDream")
+    positive = known_prompt(**{**second_context(model, 1), SPANS_KEY: {"subject": ((2, 4), (9, 11))}})
+    calls = looked(model, lambda call: None, positive=positive)
+    assert len(calls) == len(attention_sites(model))
+    for call in calls:
+        assert call.prompt.stop - call.prompt.start == call.chunk.length == 7 + 9 + 9
+        assert call.chunk.spans == {"subject": ((2, 4), (9, 11), (18, 20))}
+
+
+def test_hidreams_pictures_to_edit_are_refused() -> None:
+    model = dit_model("HiDream")
+    shown = {"concat_latent_image": torch.zeros(1, 16, *SIZE), **second_context(model, 1)}
+    with pytest.raises(ValueError, match="This prompt shows HiDream a picture to edit, whose tokens lie among"):
+        sample(recycled(model, (subject_for(model),)), size=SIZE, positive=known_prompt(**shown))
+
+
+@pytest.mark.parametrize("name", ["Wan", "Qwen-Image"])
+def test_videos_are_refused(name: str) -> None:
+    model = dit_model(name)
+    noise = torch.zeros(1, 16, 5, 8, 8)
+    patched = recycled(model, (subject_for(model),))
+    with pytest.raises(ValueError, match=r"This run makes 5 frames, but .* work on pictures; set the length"):
+        comfy.sample.sample(
+            patched, noise, 1, 1.0, "euler", "normal", known_prompt(), known_prompt(2), noise, disable_pbar=True
+        )
