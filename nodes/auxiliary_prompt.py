@@ -37,7 +37,10 @@ class AuxiliaryPromptNode(io.ComfyNode):
                 "clip text encode",
             ],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP that encodes both prompts: of SD 1.x, SD 2.x or SDXL."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP that encodes both prompts, of any family that Encode Prompt with Subjects takes.",
+                ),
                 io.String.Input(
                     "text",
                     multiline=True,

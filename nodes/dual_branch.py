@@ -12,7 +12,7 @@ from ..patches.engine import add_edit
 from ..patches.families import chosen_sites
 from ..patches.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
-from .types import CONCEPT, SHARES, model_output, named_sites_input, seed_input, sites_input
+from .types import CONCEPT, FAMILIES, SHARES, model_output, named_sites_input, seed_input, sites_input
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
 INJECTION_MAX = 1000000.0
@@ -36,9 +36,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
             "steps a second branch, with a common noun for the concept, gives everything else (DCI). No training.",
             search_aliases=["DCI", "dual branch", "concept", "overfitting", "editability", "prompt following"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="SD 1.x, SD 2.x or SDXL, tuned on the concept. The given model stays as it is."
-                ),
+                io.Model.Input("model", tooltip=f"{FAMILIES}, tuned on the concept. The given model stays as it is."),
                 io.Conditioning.Input(
                     "concept", tooltip="From Dual-Branch Prompts; the sampler's positive conditioning is the same."
                 ),

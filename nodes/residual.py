@@ -77,6 +77,11 @@ class ApplyResidualTokens(io.ComfyNode):
                     f"wide), but the prompt is encoded for {family_of(context.shape[-1])} ({context.shape[-1]} wide); "
                     "take one that was trained with this checkpoint's family."
                 )
+            if values.keys() & {"t5xxl_ids", "conditioning_llama3"}:
+                raise ValueError(
+                    f"The residual token of '{residual.noun}' cannot be added to a prompt whose words lie elsewhere "
+                    "than in its context, as those of Anima (T5's tokens) and HiDream (also Llama's); take another's."
+                )
             positions = subject_positions(values.get(SPANS_KEY, {}), residual.noun, phrase)
             changed = context if strength == 0 else add_residual(context, residual.vectors, positions, strength)
             shifted.append([changed, values.copy()])

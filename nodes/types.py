@@ -13,7 +13,10 @@ CONCEPT = f"{CATEGORY}/concept"
 RETOUCH = f"{CATEGORY}/retouch"
 INSPECT = f"{CATEGORY}/inspect"
 # What tooltips say of the models that a node takes.
-FAMILIES = "SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma or Qwen-Image"
+FAMILIES = (
+    "SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, HiDream, Anima, "
+    "Cosmos-Predict2 or Wan"
+)
 
 # A tuple of patches.subject.Subject.
 SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")

@@ -178,6 +178,11 @@ def _predict_noise(
     if guidance is not None:
         for branch in branches:
             _guide(session, branch, guidance, timestep, options, plus)
+    elif any(branch.own_guidance for branch in branches):
+        session.warn_once(
+            "Dual-Branch Integration's guidance is 'own', but no negative prompt is in this run (CFG 1, as distilled "
+            "models are run); the auxiliary branch goes without guidance, as the picture does."
+        )
     return result
 
 

@@ -308,3 +308,10 @@ def test_lambda_far_beyond_its_usual_range(injection: float, same: float, model:
 def test_lambda_0_mixes(model: Any) -> None:
     assert difference(sample(integrated(model, injection_strength=0.0, gain=1.0)), sample(model)) > 0.01
     assert BRANCH_KEY in known_prompt()[0][1]
+
+
+def test_guidance_of_its_own_without_a_negative_prompt_says_so(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    own, shared = (sample(integrated(model, guidance=choice), cfg=1.0) for choice in ("own", "shared"))
+    assert torch.equal(own, shared)
+    assert [r.message for r in caplog.records if "guidance is 'own', but no negative prompt" in r.message]
+    assert len([r for r in caplog.records if "guidance is 'own'" in r.message]) == 1
