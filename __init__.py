@@ -9,12 +9,13 @@ class SubjectPatches(ComfyExtension):
     """The pack as the host sees it."""
 
     async def on_load(self) -> None:
-        """Makes the host know the toy, the example pictures, and its folders for the pack's files."""
+        """Makes the host know the toys, the example pictures, and its folders for the pack's files."""
         from .nodes import anystory_subject, image_prompt, residual
         from .nodes.shipped_files import register_shipped_files
-        from .toy.family import register
+        from .toy import dit_family, family
 
-        register()
+        family.register()
+        dit_family.register()
         register_shipped_files()
         residual.register_folder()
         image_prompt.register_folder()

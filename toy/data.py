@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .drawing import Picture, draw
-from .scenes import COLOURS, EMBLEM, SIZE, TEXTURES, sample_scene
+from .scenes import COLOURS, EMBLEM, SIZE, SMALL, TEXTURES, Scene, sample_scene
 from .shapes import SHAPES
 
 CELL = 8
@@ -34,8 +34,8 @@ class Scenes(IterableDataset):
     """Batches of scenes: pictures, token ids, labels of their latent cells. Worker w of a run with seed s draws from
     its own stream (s, w), so a run is reproducible and no two workers draw the same scene."""
 
-    def __init__(self, batch: int, seed: int, tokenize: bool, set_share: float = 0.2) -> None:
-        self.batch, self.seed, self.tokenize, self.set_share = batch, seed, tokenize, set_share
+    def __init__(self, batch: int, seed: int, tokenize: bool, sample: Callable[[np.random.Generator], Scene]) -> None:
+        self.batch, self.seed, self.tokenize, self.sample = batch, seed, tokenize, sample
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
@@ -51,7 +51,7 @@ class Scenes(IterableDataset):
             labels = np.empty((self.batch, len(LABELS), SIZE // CELL, SIZE // CELL), dtype=np.uint8)
             captions = []
             for row in range(self.batch):
-                scene = sample_scene(rng, set_share=self.set_share)
+                scene = self.sample(rng)
                 picture = draw(scene)
                 images[row], labels[row] = picture.image, labels_of(picture)
                 captions.append(scene.caption)
@@ -84,15 +84,31 @@ class Words:
         return rows
 
 
-def vocabulary(captions: int = 5000) -> torch.Tensor:
+def mixed_scene(rng: np.random.Generator) -> Scene:
+    """What the first toy learns from: one scene in five shows several of one and the same thing."""
+    return sample_scene(rng, set_share=0.2)
+
+
+def small_scene(rng: np.random.Generator) -> Scene:
+    """What the DiT learns from: the small world, and more emblems."""
+    return sample_scene(rng, emblem_share=0.4, set_share=0.2, world=SMALL)
+
+
+def vocabulary(captions: int = 5000, sample: Callable[[np.random.Generator], Scene] = mixed_scene) -> torch.Tensor:
     """The ids of all tokens that captions are made of, ascending."""
     rng = np.random.default_rng(0)
-    return Words()([sample_scene(rng, set_share=0.2).caption for _ in range(captions)]).unique()
+    return Words()([sample(rng).caption for _ in range(captions)]).unique()
 
 
-def batches(batch: int, workers: int, seed: int, tokenize: bool) -> Iterator:
+def batches(
+    batch: int,
+    workers: int,
+    seed: int,
+    tokenize: bool,
+    sample: Callable[[np.random.Generator], Scene] = mixed_scene,
+) -> Iterator:
     """An endless iterator of (images uint8 (batch, 128, 128, 3), token ids (batch, 77) or empty, labels uint8
     (batch, 3, 16, 16))."""
-    data = Scenes(batch, seed, tokenize)
+    data = Scenes(batch, seed, tokenize, sample)
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     return iter(loader)

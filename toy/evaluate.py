@@ -1,7 +1,8 @@
-"""Measures how well the toy obeys its prompts: `python tools/host.py python -m toy.evaluate`.
+"""Measures how well a toy obeys its prompts: `python tools/host.py python -m toy.evaluate [--toy dit]`.
 
-Prints the table of docs/TOY.md: for held-out captions of one and of two objects, how often the judge finds every
-shape, colour and texture, and the same for the drawn scenes themselves, as drawn and through the autoencoder.
+Prints the tables of docs/TOY.md: for held-out captions of one and of two objects, how often the judge finds every
+shape, colour and texture, and of "an emblem on X" the emblem and the ground; and the same for the drawn scenes
+themselves, as drawn and through the autoencoder.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +20,25 @@ from torch import Tensor
 
 from .drawing import draw
 from .judge import Judge, caption_score, load_judge
-from .scenes import Scene, sample_scene
+from .scenes import SMALL, WHOLE, Scene, World, describe, sample_emblem, sample_scene, view
+
+if TYPE_CHECKING:
+    from .sampling import Toy
 
 HELD_OUT = 2**41
 
 
-def held_out_scenes(count: int, things: int) -> list[Scene]:
+def held_out_scenes(count: int, things: int, world: World = WHOLE) -> list[Scene]:
     """Scenes of `things` shapes (no emblems: a caption says nothing to check of them) that no training draws."""
     rng = np.random.default_rng((HELD_OUT, things))
-    return [sample_scene(rng, things, emblem_share=0.0) for _ in range(count)]
+    return [sample_scene(rng, things, emblem_share=0.0, world=world) for _ in range(count)]
+
+
+def held_out_emblems(count: int) -> list[Scene]:
+    """Scenes of one emblem that no training draws, each captioned "an emblem on X"."""
+    rng = np.random.default_rng((HELD_OUT, 0))
+    scenes = [view(sample_emblem(rng), rng) for _ in range(count)]
+    return [replace(scene, caption=describe(scene)) for scene in scenes]
 
 
 def shares(judge: Judge, images: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -43,9 +56,23 @@ def shares(judge: Judge, images: Tensor, scenes: Sequence[Scene]) -> dict[str, f
     }
 
 
+def made(toy: Toy, scenes: Sequence[Scene], given: argparse.Namespace) -> Tensor:
+    """A picture of each scene's caption."""
+    pictures = []
+    for start in range(0, len(scenes), given.batch):
+        captions = [scene.caption for scene in scenes[start : start + given.batch]]
+        seeds = list(range(start, start + len(captions)))
+        pictures.append(toy.sample(captions, seeds, steps=given.steps, cfg=given.cfg))
+        print(f"{start + len(captions)} of {len(scenes)}", file=sys.stderr, flush=True)
+    return torch.cat(pictures)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", choices=("first", "dit"), default="first")
+    parser.add_argument("--kinds", nargs="+", choices=("one", "two", "emblem"), default=("one", "two", "emblem"))
+    parser.add_argument("--made-only", action="store_true", help="leave out the drawn scenes")
     parser.add_argument("--count", type=int, default=500, help="captions of each kind")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--steps", type=int, default=20)
@@ -57,26 +84,29 @@ def main() -> None:
     host_arguments.cpu = not torch.cuda.is_available()
     # Denormal numbers slow a CPU down several times, and mean nothing here.
     torch.set_flush_denormal(True)
-    from .sampling import CHECKPOINT, Toy
+    from .sampling import CHECKPOINT, DIT_CHECKPOINT, Toy
 
-    toy, judge = Toy.load(given.checkpoint or CHECKPOINT), load_judge()
+    shipped, world = (DIT_CHECKPOINT, SMALL) if given.toy == "dit" else (CHECKPOINT, WHOLE)
+    toy, judge = Toy.load(given.checkpoint or shipped), load_judge()
+    kinds = {
+        "one": ("one thing", lambda: held_out_scenes(given.count, 1, world)),
+        "two": ("two things", lambda: held_out_scenes(given.count, 2, world)),
+        "emblem": ("an emblem", lambda: held_out_emblems(given.count)),
+    }
     print("| pictures | all things right | things right | background right |\n|---|---|---|---|")
-    for things in (1, 2):
-        scenes = held_out_scenes(given.count, things)
-        drawn = torch.from_numpy(np.stack([draw(scene).image for scene in scenes])).float() / 255
-        # The host's VAE takes all pictures at once where it thinks they fit: a few at a time need less memory.
-        kept = [toy.vae.decode(toy.vae.encode(some))[..., :3].clamp(0, 1) for some in drawn.split(given.batch)]
-        rows = {"drawn": drawn, "drawn, through the autoencoder": torch.cat(kept)}
-        made = []
-        for start in range(0, len(scenes), given.batch):
-            captions = [scene.caption for scene in scenes[start : start + given.batch]]
-            seeds = list(range(start, start + len(captions)))
-            made.append(toy.sample(captions, seeds, steps=given.steps, cfg=given.cfg))
-            print(f"{things} things: {start + len(captions)} of {len(scenes)}", file=sys.stderr, flush=True)
-        rows["made from the caption"] = torch.cat(made)
-        for name, images in rows.items():
+    for kind in given.kinds:
+        name, scenes = kinds[kind][0], kinds[kind][1]()
+        rows = {}
+        if not given.made_only:
+            rows["drawn"] = torch.from_numpy(np.stack([draw(scene).image for scene in scenes])).float() / 255
+            # The host's VAE takes all pictures at once where it thinks they fit: a few at a time need less memory.
+            parts = rows["drawn"].split(given.batch)
+            kept = [toy.vae.decode(toy.vae.encode(some))[..., :3].clamp(0, 1) for some in parts]
+            rows["drawn, through the autoencoder"] = torch.cat(kept)
+        rows["made from the caption"] = made(toy, scenes, given)
+        for row, images in rows.items():
             found = shares(judge, images, scenes)
-            print(f"| {things} things, {name} | " + " | ".join(f"{found[k]:.1%}" for k in found) + " |", flush=True)
+            print(f"| {name}, {row} | " + " | ".join(f"{found[k]:.1%}" for k in found) + " |", flush=True)
 
 
 if __name__ == "__main__":

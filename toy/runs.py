@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ class Clock:
 def learning_rate(peak: float, step: int, share: float, warmup: int = 200) -> float:
     """Linear warm-up over `warmup` steps, then a cosine over the budget down to 1% of `peak`."""
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def held_rate(peak: float, step: int, share: float, warmup: int = 200, fall: float = 0.25) -> float:
+    """Linear warm-up, then `peak` until the last `fall` of the budget, which brings it down to 1%: a run that is given
+    more minutes goes on at full rate."""
+    return peak * min(1.0, (step + 1) / warmup) * max(0.01, min(1.0, (1 - share) / fall))
 
 
 class Average:
@@ -115,12 +122,15 @@ class Run:
         peers: Peers,
         warmup: int,
         decay: float,
+        optimiser: Any = None,
+        schedule: Callable[[float, int, float, int], float] = learning_rate,
     ) -> None:
         self.name, self.model, self.file = name, model, file
         self.minutes, self.rate, self.warmup = minutes, rate, warmup
         self.peers = peers
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=1e-3)
+        self.optimiser = optimiser or torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=1e-3)
+        self.schedule = schedule
         self.average, self.step, self.clock = Average(model, decay), 0, Clock(minutes)
         self.progress, self.saved = Progress(name, self.clock), 0.0
 
@@ -150,7 +160,7 @@ class Run:
         loss.backward()
         share = self.peers.average(self.model, self.clock.share)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.rate, self.step, share, self.warmup)
+            group["lr"] = self.schedule(self.rate, self.step, share, self.warmup)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

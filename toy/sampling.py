@@ -12,16 +12,17 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from .family import register
+from . import dit_family, family
 from .scenes import SIZE
 
 CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensors"
+DIT_CHECKPOINT = CHECKPOINT.with_name("subject-patches-toy-dit.safetensors")
 NOISE_SHAPE = (8, SIZE // 8, SIZE // 8)
 
 
 @dataclass(frozen=True)
 class Toy:
-    """The toy as the host's checkpoint loader gives it. Sample and encode in inference mode, as the host's server does:
+    """A toy as the host's checkpoint loader gives it. Sample and encode in inference mode, as the host's server does:
     outside it the autoencoder keeps what a gradient would need."""
 
     model: Any
@@ -30,14 +31,17 @@ class Toy:
 
     @classmethod
     def load(cls, checkpoint: Path = CHECKPOINT) -> Toy:
-        register()
+        family.register()
+        dit_family.register()
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))
         return cls(model, clip, vae)
 
     def encode(self, captions: Sequence[str]) -> list[Any]:
         """A CONDITIONING whose row i is caption i, as the host's own text encoding gives it."""
-        rows = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))[0][0] for caption in captions]
-        return [[torch.cat(rows), {}]]
+        found = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))[0] for caption in captions]
+        contexts, extras = zip(*found, strict=True)
+        # The DiT takes the pooled vector too; the first toy leaves it.
+        return [[torch.cat(contexts), {"pooled_output": torch.cat([e["pooled_output"] for e in extras])}]]
 
     @torch.inference_mode()
     def sample(

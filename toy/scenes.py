@@ -42,6 +42,24 @@ RADII = {1: (22.0, 42.0), 2: (20.0, 31.0), 3: (18.0, 26.0), 4: (17.0, 23.0)}
 
 
 @dataclass(frozen=True)
+class World:
+    """What scenes are drawn from: shapes, all as likely, the shares of TEXTURES, and of one to four things."""
+
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    textures: tuple[float, ...] = (0.34, 0.22, 0.22, 0.22)
+    counts: tuple[float, ...] = (0.35, 0.35, 0.18, 0.12)
+
+
+WHOLE = World()
+# The DiT's: what a transformer learns in hours. Emblems, sets, boxes, colours and grounds are all there.
+SMALL = World(
+    shapes=("circle", "square", "triangle", "star", "heart", "ring", "cross"),
+    textures=(0.75, 0.25, 0.0, 0.0),
+    counts=(0.5, 0.35, 0.15, 0.0),
+)
+
+
+@dataclass(frozen=True)
 class Emblem:
     """One particular emblem: its plate, its two colours and its glyph (4 x 4 cells, row by row)."""
 
@@ -121,7 +139,7 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
                 return discs
 
 
-def sample_thing(rng: np.random.Generator, emblem_share: float, background: Background) -> Thing:
+def sample_thing(rng: np.random.Generator, emblem_share: float, background: Background, world: World = WHOLE) -> Thing:
     """A random thing at the origin, of no colour of its background."""
     if rng.random() < emblem_share:
         emblem = sample_emblem(rng)
@@ -129,8 +147,8 @@ def sample_thing(rng: np.random.Generator, emblem_share: float, background: Back
             emblem = sample_emblem(rng)
         return Thing(EMBLEM, emblem.plate_colour, "plain", 0.0, 0.0, 1.0, 0.0, emblem)
     free = [c for c in COLOURS if c not in background.colours]
-    shape = tuple(SHAPES)[rng.integers(len(SHAPES))]
-    texture = TEXTURES[rng.choice(len(TEXTURES), p=[0.34, 0.22, 0.22, 0.22])]
+    shape = world.shapes[rng.integers(len(world.shapes))]
+    texture = TEXTURES[rng.choice(len(TEXTURES), p=world.textures)]
     return Thing(shape, free[rng.integers(len(free))], texture, 0.0, 0.0, 1.0)
 
 
@@ -140,6 +158,7 @@ def sample_scene(
     emblem_share: float = 0.25,
     background: Background | None = None,
     set_share: float = 0.0,
+    world: World = WHOLE,
 ) -> Scene:
     """A random captioned scene of `count` things (one to four when not given), each an emblem with
     probability `emblem_share`. With probability `set_share` it shows two to four of one and the same thing, emblems
@@ -147,11 +166,11 @@ def sample_scene(
     is_set = rng.random() < set_share
     if is_set:
         count, emblem_share = int(rng.choice([2, 3, 4], p=[0.6, 0.25, 0.15])), 0.7
-    count = count or int(rng.choice([1, 2, 3, 4], p=[0.35, 0.35, 0.18, 0.12]))
+    count = count or int(rng.choice([1, 2, 3, 4], p=world.counts))
     background = background or sample_background(rng)
     things: list[Thing] = []
     for x, y, radius in place(rng, count):
-        thing = things[0] if is_set and things else sample_thing(rng, emblem_share, background)
+        thing = things[0] if is_set and things else sample_thing(rng, emblem_share, background, world)
         things.append(replace(thing, x=x, y=y, radius=radius, angle=float(rng.uniform(-0.45, 0.45))))
     scene = Scene(tuple(things), background, int(rng.integers(2**31)))
     return replace(scene, caption=describe(scene, rng))

@@ -1,0 +1,111 @@
+"""Trains the DiT, and its text encoder with it: `python tools/host.py python -m toy.train_dit`.
+
+It needs the first toy's checkpoint, whose autoencoder it keeps as it is and whose text encoder it starts from. Stopping
+is safe at any time: with `--resume` a run goes on from its last save (one every three minutes), with `--start` it goes
+on from a checkpoint. The rate is held until the last quarter of the minutes, so a run can be given more of them.
+`--minutes 0 --resume` trains no further and writes the last save as a checkpoint.
+
+On a CPU that others use too, `--processes 2`, one thread each, is the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, multiprocessing
+
+from .runs import Peers, load_tensors, save_whole
+from .train import CHECKPOINT as FIRST
+
+HERE = Path(__file__).parent
+CHECKPOINT = HERE / "weights" / "subject-patches-toy-dit.safetensors"
+CLIP = "text_encoders.clip_l."
+# Where the host looks for each trained part.
+PREFIXES = {"dit.": "model.diffusion_model.", "text.": CLIP + "transformer."}
+
+
+def first_toy() -> dict[str, Tensor]:
+    """The first toy's autoencoder and text encoder, in fp32, as the trainer takes them."""
+    prefixes = {"first_stage_model.": "vae.", "cond_stage_model.transformer.": "text."}
+    return renamed(load_tensors(FIRST), prefixes)
+
+
+def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors under some prefixes, each under its new one, in fp32."""
+    return {
+        new + name.removeprefix(old): tensor.float()
+        for name, tensor in tensors.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
+
+
+def trained_parts(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained parts of a checkpoint, named as the trainer names them: the inverse of `export`."""
+    return renamed(load_tensors(checkpoint), {new: old for old, new in PREFIXES.items()})
+
+
+def export(trained: dict[str, Tensor], ids: Tensor, checkpoint: Path) -> None:
+    """Writes the trained parts with the first toy's autoencoder as one FLUX-shaped checkpoint in fp16, whose table of
+    words is cut down to the words `ids`."""
+    from .dit_family import IDS
+
+    # Nothing uses the scale, but the host misses it aloud.
+    tensors = renamed(trained, PREFIXES) | {CLIP + "logit_scale": torch.tensor(4.6055)}
+    tensors |= renamed(first_toy(), {"vae.": "vae."})
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    save_whole(checkpoint, halves | {"text_encoders." + IDS: ids.int()}, {"modelspec.title": "Subject Patches toy DiT"})
+    print(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e6:.1f} MB)", flush=True)
+
+
+def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+    """What each process does."""
+    peers = Peers(rank, arguments.processes, meeting)
+    if peers.count > 1:
+        torch.set_num_threads(1)
+    device = torch.device(arguments.device)
+    from comfy.cli_args import args as host_arguments
+
+    host_arguments.cpu = device.type == "cpu"
+    # On a CPU the gradients' denormal numbers make a step several times slower.
+    torch.set_flush_denormal(True)
+    from . import train_rectified_flow
+
+    trained, ids = train_rectified_flow.train(
+        first_toy(), trained_parts(arguments.start) if arguments.start else None, arguments.minutes,
+        arguments.folder / "dit.state", device, peers, arguments.workers, arguments.batch, arguments.rate,
+        arguments.seed, arguments.resume,
+    )  # fmt: skip
+    if peers.rank == 0:
+        export(trained, ids, arguments.checkpoint)
+    peers.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=240, help="training time")
+    parser.add_argument("--folder", type=Path, default=HERE / "runs" / "dit", help="where the run keeps its state")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train together")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint of the DiT to train on from")
+    parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
+    arguments = parser.parse_args()
+    if arguments.start and not arguments.start.is_file():
+        parser.error(f"--start: there is no checkpoint {arguments.start}")
+    if arguments.processes == 1:
+        work(0, arguments, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (arguments, Path(folder) / "meeting"), arguments.processes)
+
+
+if __name__ == "__main__":
+    main()
