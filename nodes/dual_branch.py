@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
 from ..patches.engine import add_edit
-from ..patches.families import chosen_sites
+from ..patches.families import chosen_sites, family_of
 from ..patches.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
 from .types import CONCEPT, FAMILIES, SHARES, model_output, named_sites_input, seed_input, sites_input
@@ -70,13 +70,14 @@ class DualBranchIntegrationNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "gain_mode",
-                    options=[FIXED, BY_RESOLUTION],
-                    default=FIXED,
+                    options=[USUAL, FIXED, BY_RESOLUTION],
+                    default=USUAL,
                     optional=True,
                     advanced=True,
                     tooltip="'fixed' is the authors': layers with few places switch between the branches hard, those "
                     "with many mix about half and half, so the mix depends on the picture's size. 'by resolution' "
-                    "mixes at every size as the authors' does at 512 x 512.",
+                    "mixes at every size as the authors' does at 512 x 512. 'usual' is the authors' for SD 1.x, "
+                    "which it is made for, and by resolution for every other family.",
                 ),
                 io.Combo.Input(
                     "noise",
@@ -133,7 +134,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
         injection_strength: float,
         strength: float,
         end_percent: float,
-        gain_mode: str = FIXED,
+        gain_mode: str = USUAL,
         noise: str = OWN_NOISE,
         seed: int = 0,
         guidance: str = SHARED,
@@ -146,13 +147,15 @@ class DualBranchIntegrationNode(io.ComfyNode):
         check_number("strength", strength, 0.0, 1.0)
         check_number("gain", gain, 0.0, GAIN_MAX)
         check_number("sharpness", sharpness, 0.0, SHARPNESS_MAX)
-        check_choice("gain mode", gain_mode, (FIXED, BY_RESOLUTION))
+        check_choice("gain mode", gain_mode, (FIXED, BY_RESOLUTION, USUAL))
         check_choice("noise", noise, (OWN_NOISE, SAME_NOISE))
         check_choice("guidance", guidance, (SHARED, OWN))
         prompt_in("concept", concept)
         prompt_in("auxiliary", auxiliary or None)
         window = BranchWindow(0.0, end_percent)
         chosen = chosen_sites(model, "cross", sites, named_sites, "encoder and decoder")
+        if gain_mode == USUAL:
+            gain_mode = BY_RESOLUTION if family_of(model).dci_gain_grows() else FIXED
         if strength == 0 or window.empty or not auxiliary:
             return io.NodeOutput(model.clone())
         edit = DualBranchIntegration(

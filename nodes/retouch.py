@@ -14,7 +14,7 @@ from ..patches.families import chosen_sites, family_of
 from ..patches.inversion import Inversion
 from ..patches.process import Process
 from ..patches.retouch import MultiSourceSwap, path_of
-from ..patches.sites import USUAL
+from ..patches.sites import LATE, USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
 from .types import (
@@ -93,8 +93,11 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "retouched, black stays the layout's. Without one, all of it is.",
                 ),
                 sites_input(
-                    "Which self-attention layers swap. 'usual' is the decoder, which the paper and the swap it follows "
-                    "take; of a transformer all layers, which is not measured yet.",
+                    "Which self-attention layers swap. 'usual' is 'late decoder', as the works that the paper follows: "
+                    "the decoder's blocks but the first third, of SD 1.x and 2.x output.6 to output.11, of SDXL "
+                    "output.2 to output.5. 'decoder' is all of them and the middle, which holds more of the layout. Of "
+                    "a transformer 'usual' is all layers, which is not measured yet.",
+                    LATE,
                 ),
                 io.Boolean.Input(
                     "swap_cross_attention",
@@ -142,7 +145,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
         check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
         window = Window(start_percent, end_percent)
-        chosen = chosen_sites(model, "self", sites, named_sites)
+        chosen = chosen_sites(model, "self", sites, named_sites, LATE)
         _check_trajectories(model, layout, reference)
         prompt_in("layout_conditioning", layout_conditioning)
         prompt_in("reference_conditioning", reference_conditioning)
@@ -155,7 +158,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         if window.empty or (reference is None and not blends and (layout is None or lambda2 == 0)):
             return io.NodeOutput(model.clone())
         both = apply_to == BOTH
-        crossing = chosen_sites(model, "cross", sites, named_sites) if swap_cross_attention else frozenset()
+        crossing = chosen_sites(model, "cross", sites, named_sites, LATE) if swap_cross_attention else frozenset()
         edit = MultiSourceSwap(
             chosen,
             window,

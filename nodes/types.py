@@ -62,9 +62,10 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", **bounds, control_after_generate=False, tooltip=tooltip, optional=True, advanced=True)
 
 
-def sites_input(tooltip: str) -> io.Combo.Input:
-    """Which attention layers a node acts in."""
-    return io.Combo.Input("sites", options=list(CHOICES), default=USUAL, tooltip=tooltip, optional=True, advanced=True)
+def sites_input(tooltip: str, *more: str) -> io.Combo.Input:
+    """Which attention layers a node acts in; `more` are choices of that node alone."""
+    options = [USUAL, *more, *CHOICES[1:]]
+    return io.Combo.Input("sites", options=options, default=USUAL, tooltip=tooltip, optional=True, advanced=True)
 
 
 def window_inputs(acts: str) -> list[io.Float.Input]:

@@ -19,7 +19,7 @@ from .call import BRANCH, AttentionCall, Chunk, head_split
 from .edit import Edit, Start
 from .layout_regions import Layout, canonical
 from .placing import cut
-from .process import DIFFUSION, Process
+from .process import DIFFUSION, HIGHEST, Process
 from .prompt import SPANS_KEY, Spans
 from .streams import Features, Stream
 
@@ -31,9 +31,10 @@ HARDEST = 1e4
 
 def eta(sigma: float, constant: bool = False) -> float:
     """Eq. 7's concave eta(t). The paper does not give it; the code's is ln(1 + sigma^2), about 5.4 at the first step of
-    SD and 0 at the end. `constant` is 1 at every noise level, which the code's is at sigma 1.31. `sigma` is noise over
-    signal: see `Process.ratio` for a flow's."""
-    return 1.0 if constant else math.log1p(sigma * sigma)
+    SD and 0 at the end. It is never more than there: a schedule of zero terminal SNR ends in a sigma of 4519, EDM's in
+    80 or 120, where it would be three times or twice as much. `constant` is 1 at every noise level, which the code's
+    is at sigma 1.31. `sigma` is noise over signal: see `Process.ratio` for a flow's."""
+    return 1.0 if constant else math.log1p(min(sigma, HIGHEST) ** 2)
 
 
 def region_values(shown: Tensor, irrelevant: Tensor, positive: float, negative: float) -> Tensor:

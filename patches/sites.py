@@ -44,6 +44,8 @@ class Site:
 # block to it; of a transformer it is the second half), and its ablations.
 USUAL = "usual"
 CHOICES = (USUAL, "decoder", "encoder", "encoder and decoder", "named")
+# What the swap's menu offers besides: the later two thirds of the decoder's blocks.
+LATE = "late decoder"
 _STAGES: dict[str, frozenset[Stage]] = {
     "decoder": frozenset({"middle", "decoder"}),
     "encoder": frozenset({"encoder"}),
@@ -64,11 +66,23 @@ def select_sites(sites: Iterable[Site], kind: str, choice: str, named: str = "")
 
     Raises ValueError when the choice or a name means no site of this model."""
     mine = [site for site in sites if acts_as(site, kind)]
+    if choice == LATE:
+        return late_decoder(mine)
     if choice != "named":
         if choice not in _STAGES:
             raise ValueError(f"Sites are one of {', '.join(CHOICES)}, not '{choice}'.")
         return frozenset(site for site in mine if site.stage in _STAGES[choice])
     return sites_named(mine, named, f"{kind}-attention")
+
+
+def late_decoder(sites: Iterable[Site]) -> frozenset[Site]:
+    """The decoder's sites but those of the first third of its blocks, the middle not among them: of SD 1.x output.6 to
+    output.11, its layers 10 to 15 of 16 (MasaCtrl; DreamMatcher); by the same rule output.2 to output.5 of SDXL, its
+    layers 54 to 69 of 70, the middle one of the three choices that MasaCtrl's script for SDXL tries."""
+    decoder = [site for site in sites if site.stage == "decoder"]
+    blocks = sorted({(site.half is not None and site.block != "double", site.number, site.block) for site in decoder})
+    kept = {(block, number) for _, number, block in blocks[len(blocks) // 3 :]}
+    return frozenset(site for site in decoder if (site.block, site.number) in kept)
 
 
 def sites_named(sites: Iterable[Site], named: str, kind: str = "attention") -> frozenset[Site]:

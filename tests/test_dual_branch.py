@@ -9,11 +9,13 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
+from hosting.random_models import SMALL, model_of
 from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
 from subject_patches.patches.dual_branch import (
     BRANCH_KEY,
@@ -30,7 +32,7 @@ from subject_patches.patches.dual_branch import (
     token_shares,
 )
 from subject_patches.patches.edit import Start
-from subject_patches.patches.engine import add_edit
+from subject_patches.patches.engine import KEY, add_edit
 from subject_patches.patches.execution import execute
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.prompt import positions_of
@@ -38,7 +40,7 @@ from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Denoising
 from subject_patches.tests import dense
 from subject_patches.tests.golden_cases import Golden, cases_of, folder_of
-from subject_patches.tests.models import generator, small_model, through
+from subject_patches.tests.models import generator, integrated, small_model, through
 from torch import Tensor
 
 TOLERANCE, EXACT = 1e-4, 1e-9
@@ -311,6 +313,37 @@ def test_gain_by_resolution_is_the_authors_at_64_by_64() -> None:
     # The same mask on twice as many places: the same weights.
     mask = torch.rand(2, 8, 64, generator=generator(1))
     torch.testing.assert_close(spread(mask, 500).repeat(1, 1, 2), spread(mask.repeat(1, 1, 2), 1000))
+
+
+def share_outside(places: int, gain: float, area: float = 0.1) -> float:
+    """The concept's weight where it is not, in a layer whose attention tells the concept from the rest outright; it is
+    on `area` of the picture. All that is there should be the auxiliary branch's."""
+    concept = (torch.arange(places) < round(area * places)).float()
+    return float(concept_weight(spread(concept, gain), spread(1 - concept, gain), 1.0)[-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "latent", "finer", "coarser"),
+    [
+        ("SD15", {}, 64, (4096, 1024), (256, 64)),
+        ("SD20", {"model_channels": 64, "use_linear_in_transformer": True}, 96, (9216, 2304), (576, 144)),
+        ("SDXL", {"model_channels": 64, "num_classes": "sequential", "adm_in_channels": 1568}, 128, (4096,), (1024,)),
+    ],
+)
+def test_the_usual_gain_tells_the_branches_apart_on_every_family(
+    family: str, config: dict[str, Any], latent: int, finer: tuple[int, ...], coarser: tuple[int, ...]
+) -> None:
+    """At the size that a family is made for, its finer layers leave the concept the share outside itself that SD 1.x's
+    finer ones leave at 512 x 512, and so do the coarser ones."""
+    model = model_of(getattr(comfy.supported_models, family), {**SMALL, **config})
+    (edit,) = integrated(model).model_options["transformer_options"][KEY]
+    gain = edit.gain_at(Chunk(slice(0, 1), "positive", True, {}, (latent, latent)))
+    shares = [[share_outside(places, gain) for places in each] for each in (finer, coarser)]
+    assert [sum(each) / len(each) for each in shares] == pytest.approx([0.417, 0.051], abs=0.055)
+    assert min(shares[1]) < 0.11
+    # The authors' number alone would not, where no layer has few places.
+    if family == "SDXL":
+        assert min(share_outside(places, 500) for places in (*finer, *coarser)) > 0.35
 
 
 def test_lambda_is_the_weight_of_the_auxiliary_branch() -> None:

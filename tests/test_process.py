@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from comfy.model_base import ModelType
+from comfy.model_sampling import ModelSamplingDiscrete
 from subject_patches.patches.layout import eta
 from subject_patches.patches.process import HIGHEST, Process
 from subject_patches.tests.dit_models import dit_model
@@ -82,3 +84,16 @@ def test_the_first_guess_is_what_the_network_saw() -> None:
     assert torch.equal(FLOW.first_guess(below, 0.2, 0.6), below)
     guess = DIFFUSION.first_guess(below, 1.0, 3.0)
     torch.testing.assert_close(guess / math.sqrt(10), below / math.sqrt(2))
+
+
+def test_eta_is_never_more_than_stable_diffusions() -> None:
+    """Zero terminal SNR, whose first sigma is 4519; EDM's schedules; and with them every schedule by its own levels."""
+    usual = ModelSamplingDiscrete()
+    steep = ModelSamplingDiscrete(zsnr=True)
+    highest = eta(float(usual.sigma_max))
+    assert highest == pytest.approx(math.log1p(float(usual.sigma_max) ** 2), abs=1e-5)
+    assert eta(float(steep.sigma_max)) == eta(120.0) == pytest.approx(highest, abs=1e-5)
+    ratios = [eta(float(other)) / eta(float(own)) for own, other in zip(usual.sigmas, steep.sigmas, strict=True)]
+    assert max(ratios) < 1.35
+    falling = [eta(float(sigma)) for sigma in steep.sigmas.flip(0)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(falling))

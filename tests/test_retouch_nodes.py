@@ -123,7 +123,7 @@ def test_each_prompt_has_features_of_its_own(model: Any) -> None:
 
 def test_the_negative_prompt_lends_to_the_negative_chunk(model: Any) -> None:
     layout, _ = fresh(1, 2)
-    patched = swapped(model, layout, lambda2=1.0, layout_conditioning=prompt(31, 9))
+    patched = swapped(model, layout, lambda2=1.0, layout_conditioning=prompt(31, 9), sites="decoder")
     look = Look(frozenset(s for s in attention_sites(model) if s.kind == "cross" and s.stage != "encoder"), Window())
     sample(add_edit(patched, look), positive=known_prompt(1, 7), negative=prompt(2, 5))
     # The layout's prompt is of another length than the generation's; the negative chunk's own is the layout's too.
@@ -135,7 +135,8 @@ def test_the_negative_prompt_lends_to_the_negative_chunk(model: Any) -> None:
 def test_cross_attention_may_keep_its_own(model: Any) -> None:
     layout, _ = fresh(1, 2)
     look = Look(frozenset(site for site in attention_sites(model) if site.stage != "encoder"), Window())
-    sample(add_edit(swapped(model, layout, lambda2=1.0, swap_cross_attention=False), look))
+    patched = swapped(model, layout, lambda2=1.0, swap_cross_attention=False, sites="decoder")
+    sample(add_edit(patched, look))
     for seen in look.seen:
         assert seen.call.replaced == ({"query", "key", "value"} if seen.call.site.kind == "self" else set())
 
@@ -265,4 +266,4 @@ def test_other_bad_input_of_the_swap(model: Any) -> None:
 def test_defaults_are_the_papers() -> None:
     defaults = {each.id: each.default for each in MultiSourceSwapNode.GET_SCHEMA().inputs if hasattr(each, "default")}
     assert (defaults["lambda2"], defaults["mask_blend_start"]) == (10 / 50, 30 / 50)
-    assert (defaults["sites"], defaults["apply_to"], defaults["swap_cross_attention"]) == ("decoder", "both", True)
+    assert (defaults["sites"], defaults["apply_to"], defaults["swap_cross_attention"]) == ("usual", "both", True)

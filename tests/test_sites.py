@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from subject_patches.patches.families import attention_sites, family_of
-from subject_patches.patches.sites import CHOICES, Site, select_sites
+from subject_patches.patches.sites import CHOICES, LATE, Site, select_sites
 from subject_patches.tests.models import small_model
 
 SITES = tuple(
@@ -86,3 +86,28 @@ def test_names(named: str, found: list[str]) -> None:
 def test_names_of_nothing(word: str) -> None:
     with pytest.raises(ValueError, match=r"'.+' names no self-attention of this model; it has input\.1\.0, .*output\."):
         names("named", f"middle, {word}")
+
+
+def decoder_of(blocks: dict[int, int]) -> list[Site]:
+    """A U-Net's sites: its encoder's and middle's, and of the decoder's `blocks` as many as each has."""
+    sites = [Site("self", "input", 4, 0), Site("self", "middle", 0, 0)]
+    return sites + [Site("self", "output", block, index) for block, depth in blocks.items() for index in range(depth)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kept"),
+    [
+        # SD 1.x and 2.x: MasaCtrl's and DreamMatcher's layers 10 to 15, without those of the coarsest places.
+        (dict.fromkeys(range(3, 12), 1), {6, 7, 8, 9, 10, 11}),
+        # SDXL, whose blocks have ten layers and two.
+        ({0: 10, 1: 10, 2: 10, 3: 2, 4: 2, 5: 2}, {2, 3, 4, 5}),
+        # The small model of the tests.
+        (dict.fromkeys(range(4), 1), {1, 2, 3}),
+    ],
+)
+def test_the_later_decoder_is_where_the_swaps_that_the_paper_follows_act(
+    blocks: dict[int, int], kept: set[int]
+) -> None:
+    chosen = select_sites(decoder_of(blocks), "self", LATE)
+    assert {(site.block, site.number) for site in chosen} == {("output", block) for block in kept}
+    assert len(chosen) == sum(depth for block, depth in blocks.items() if block in kept)

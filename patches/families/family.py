@@ -48,6 +48,11 @@ class Family(ABC):
         height, width) are `known`: an inpainting model is told that nothing of them is hidden. `inner` is the host's
         model."""
 
+    def dci_gain_grows(self) -> bool:
+        """Whether DCI's gain grows with the picture's places, as is right for every family but the one that its
+        authors' number is made for."""
+        return True
+
     def before(self, conditioning: Mapping[str, Any]) -> int:
         """How many tokens the model puts before those of a conditioning, in the context that it makes of it."""
         return 0

@@ -46,6 +46,9 @@ class UNet(Family):
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
         return {"latent_image": known, "denoise_mask": torch.zeros((known.shape[0], 1, *known.shape[2:]))}
 
+    def dci_gain_grows(self) -> bool:
+        return self.description != "SD15"
+
     def context_width(self, model: Any) -> int:
         return model.model.model_config.unet_config["context_dim"]
 

@@ -107,7 +107,7 @@ class Cases:
         model = self.concept.model
         reference, _ = self.inverted(self.given.toy.vae.encode(self.concept.views[:1]), self.negative)
         path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
-        details = {"reference": reference, "reference_conditioning": self.neutral}
+        details = {"reference": reference, "reference_conditioning": self.neutral, "sites": "decoder"}
         both = {**details, "layout": path, "layout_conditioning": self.personal}
         mask = AdaptiveBlendMaskNode.execute(mask=self._segmented(self.layouts), phrase=self.concept.words).args[0]
         alone = MultiSourceSwapNode.execute(model, **details, lambda2=0.0).args[0]
@@ -149,7 +149,9 @@ class Cases:
         right = self.given.toy.vae.decode(latents)[..., :3].clamp(0, 1)
         path, last = self.inverted(latents, self.personal if known else self.negative, rounds)
         model, nowhere = self.concept.model, torch.zeros(1, 128, 128)
-        swapped = MultiSourceSwapNode.execute(model, path, path, self.personal, blend_mask=nowhere).args[0]
+        swapped = MultiSourceSwapNode.execute(
+            model, path, path, self.personal, blend_mask=nowhere, sites="decoder"
+        ).args[0]
         found = []
         for each in (swapped, model):
             wrong = self._from(last, each, self.personal if own else self.neutral, cfg) - right
