@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.model_management
@@ -41,6 +41,7 @@ class CleanReference:
     cache: FeatureCache | None
     conditioning: Any = None
     how: Pass = field(default_factory=lambda: Pass(nearly_clean=True, without_cross_attention=True))
+    pixels: ClassVar[None] = None
 
     @property
     def shape(self) -> torch.Size:

@@ -16,7 +16,7 @@ from hosting.errors import WorkflowError
 from hosting.paths import ROOT
 from hosting.pip import clean_environment
 from hosting.sheet import Group, draw_sheet, draw_thumbnail, fit
-from hosting.workflows import fetch_groups, load_workflow, workflow_files
+from hosting.workflows import complete_workflows, fetch_groups, load_workflow
 from PIL import Image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -28,7 +28,7 @@ def _png(colour: tuple[int, int, int], width: int = 8, height: int = 8) -> bytes
     return file.getvalue()
 
 
-@pytest.mark.parametrize("path", workflow_files()[:1], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", complete_workflows()[:1], ids=lambda path: path.stem)
 def test_demo_writes_what_it_prints(path: Path) -> None:
     """The command prints the path of each picture and, last, of the contact sheet, and each is a picture."""
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--workflow", path.stem]

@@ -15,11 +15,18 @@ from host import Server
 from hosting.errors import ToolError, WorkflowError
 from hosting.paths import environment_python
 from hosting.private import client_folder, ensure_client
-from hosting.workflows import fetch_groups, find_workflow, load_workflow, use_checkpoint, workflow_files
+from hosting.workflows import (
+    complete_workflows,
+    fetch_groups,
+    find_workflow,
+    load_workflow,
+    use_checkpoint,
+    workflow_files,
+)
 from PIL import Image
 
 
-@pytest.mark.parametrize("path", workflow_files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", complete_workflows(), ids=lambda path: path.stem)
 def test_comfy_cli_runs_workflow(server: Server, path: Path, tmp_path: Path) -> None:
     """The workflow ends well, and each of its pictures shows something."""
     before = set((server.base / "output").rglob("*.png"))

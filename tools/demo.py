@@ -47,9 +47,9 @@ def main() -> int:
 def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bool, thumbnails: bool) -> None:
     # Pillow is there only in the host's interpreter.
     from hosting.sheet import draw_sheet, draw_thumbnail
-    from hosting.workflows import fetch_groups, find_workflow, load_workflow, use_checkpoint, workflow_files
+    from hosting.workflows import complete_workflows, fetch_groups, find_workflow, load_workflow, use_checkpoint
 
-    files = [find_workflow(name)] if name else workflow_files()
+    files = [find_workflow(name)] if name else complete_workflows()
     if not files:
         raise ToolError(f"There is no workflow in {ROOT / 'workflows'}; get a complete checkout of this pack.")
     OUTPUT.mkdir(exist_ok=True)

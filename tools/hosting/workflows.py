@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .base import manifest_entries
 from .client import ApiPrompt
 from .errors import ToolError, WorkflowError
 from .paths import ROOT
@@ -20,6 +21,17 @@ FOLDER = ROOT / "workflows"
 def workflow_files() -> list[Path]:
     """Every shipped workflow, in the order of their names."""
     return sorted(FOLDER.glob("*.json"))
+
+
+def complete_workflows() -> list[Path]:
+    """Those that load no model's file but the repository's own: they run on any machine."""
+    shipped = {entry["file"] for entry in manifest_entries() if entry["path"] is not None}
+    return [path for path in workflow_files() if _files(load_workflow(path)) <= shipped]
+
+
+def _files(workflow: dict[str, Any]) -> set[str]:
+    values = (value for node in workflow["nodes"] for value in node.get("widgets_values") or ())
+    return {value for value in values if isinstance(value, str) and value.endswith(".safetensors")}
 
 
 def find_workflow(name: str) -> Path:
