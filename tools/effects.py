@@ -1,13 +1,14 @@
-"""Measure what the nodes do on the toy, judged against the unpatched model: `python tools/effects.py [--only WORDS]`.
+"""Measure what the nodes do on a toy, judged against the unpatched model: `python tools/effects.py [--only WORDS]`.
 
 The same seeds are sampled unpatched and patched in one run, and the toy's judge says what is in the pictures: whose
-emblem, what things, where, on what ground. The tables in docs/EFFECTS.md are this command's.
+emblem, what things, where, on what ground. `--toy dit` measures on the second toy, a transformer, what there is to
+choose there. The tables in docs/EFFECTS.md are this command's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from host import ROOT, Host, find_host
@@ -16,41 +17,42 @@ from hosting.command import Parser, enter, run
 
 def main() -> int:
     """The command line; see the module's text."""
-    from measuring import STUDIES
+    from measuring import DIT_STUDIES, STUDIES
     from measuring.given import chosen
 
     parser = Parser(prog="effects.py", description="Measure what the nodes do on the toy.")
     parser.add_argument(
         "--only", default="", metavar="WORDS", help=f"whole words of: {'; '.join(STUDIES)} (default: all)"
     )
+    parser.add_argument("--toy", choices=("first", "dit"), default="first", help="the U-Net or the transformer")
     parser.add_argument("--count", type=int, default=100, help="cases of each study")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of each picture")
     options = parser.parse_args()
-    names = chosen(options.only, STUDIES)
+    studies = DIT_STUDIES if options.toy == "dit" else STUDIES
+    chosen_studies = {name: studies[name] for name in chosen(options.only, studies)}
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _effects(host, names, options.count, options.steps)
+    _effects(host, chosen_studies, options.toy == "dit", options.count, options.steps)
     return 0
 
 
-def _effects(host: Host, names: Sequence[str], count: int, steps: int) -> None:
+def _effects(host: Host, studies: dict[str, Callable[..., None]], dit: bool, count: int, steps: int) -> None:
     from hosting.pack import import_host, load_pack
-    from measuring import STUDIES
     from measuring.given import Given
 
     import_host(host.tree)
     load_pack(ROOT)
     import torch
     from subject_patches.toy.judge import load_judge
-    from subject_patches.toy.sampling import Toy
+    from subject_patches.toy.sampling import CHECKPOINT, DIT_CHECKPOINT, Toy
 
     # Denormal numbers slow a CPU down several times, and mean nothing here.
     torch.set_flush_denormal(True)
-    given = Given(host, Toy.load(), load_judge(), count, steps)
+    given = Given(host, Toy.load(DIT_CHECKPOINT if dit else CHECKPOINT), load_judge(), count, steps)
     with torch.inference_mode():
-        for name in names:
+        for name, study in studies.items():
             print(f"\n## {name.capitalize()}\n", flush=True)
-            STUDIES[name](given)
+            study(given)
 
 
 if __name__ == "__main__":

@@ -14,4 +14,12 @@ STUDIES = {
     **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
     "together": together.study,
 }
+# Of the second toy, a transformer.
+DIT_STUDIES = {
+    "recycled attention": partial(
+        recycled_attention.study, settings_of=recycled_attention.DIT_SETTINGS, inside="by default, in the region"
+    ),
+    **{f"layout of {things} things": partial(layout.study, things=things) for things in (2, 3)},
+    **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
+}
 COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)

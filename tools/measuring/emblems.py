@@ -33,8 +33,8 @@ def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem") -> Known:
     picture = torch.from_numpy(reference.image).float()[None] / 255
     identity = given.judge.identity(picture, torch.from_numpy(reference.boxes).float())[0]
     mask = torch.from_numpy(reference.masks[:1]).float()
-    settings = {"phrase": [phrase], "size": [96], "margin": [0.15], "mask": [mask]}
-    return Known(emblem, SubjectNode.execute([picture], [given.toy.vae], **settings).args[0], identity)
+    made = SubjectNode.made([picture], given.toy.vae, phrase, size=96, margin=0.15, mask=[mask])
+    return Known(emblem, made.args[0], identity)
 
 
 @dataclass(frozen=True)

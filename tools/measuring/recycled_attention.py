@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNPATCHED = "unpatched"
+DECODER = "decoder, in the region"
 SETTINGS: dict[str, dict[str, Any]] = {
     "decoder (the default)": {},
     "encoder": {"sites": "encoder"},
@@ -21,6 +22,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "strength 0.5": {"strength": 0.5},
     "strength 2": {"strength": 2.0},
     "keep probability 0.5": {"keep_probability": 0.5},
+}
+# Of a transformer: where the keys of references stand, at which noise level they were made, in which layers they are
+# seen, and how strongly.
+DIT_SETTINGS: dict[str, dict[str, Any]] = {
+    "as by default: all layers, same places, nearly clean": {},
+    "beside": {"positions": "beside"},
+    "damped": {"positions": "damped"},
+    "current noise level": {"noise_level": "current"},
+    "current noise level, strength 2": {"noise_level": "current", "strength": 2.0},
+    "double blocks": {"sites": "named", "named_sites": "double.0-1"},
+    "first half of the single blocks": {"sites": "named", "named_sites": "single.0-2"},
+    "second half of the single blocks": {"sites": "named", "named_sites": "single.3-5"},
+    "strength 2": {"strength": 2.0},
+    "strength 4": {"strength": 4.0},
+    "strength 4, beside": {"strength": 4.0, "positions": "beside"},
 }
 
 
@@ -35,13 +51,14 @@ class Score:
     outside: float | None = None
 
 
-def study(given: Given) -> None:
-    """Prints both tables, over `given.count` emblem-and-scene pairs."""
-    whole: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
-    region: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, "decoder, in the region")}
+def study(given: Given, settings_of: dict[str, dict[str, Any]] = SETTINGS, inside: str = DECODER) -> None:
+    """Prints both tables, over `given.count` emblem-and-scene pairs; `inside` names the row of the default in a
+    region."""
+    whole: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *settings_of)}
+    region: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, inside)}
     for number in range(given.count):
         pair = Pair(given, number)
-        for name, settings in {UNPATCHED: None, **SETTINGS}.items():
+        for name, settings in {UNPATCHED: None, **settings_of}.items():
             whole[name].append(pair.carried(settings))
         for name in region:
             region[name].append(pair.placed(name))
