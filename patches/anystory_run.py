@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import torch
@@ -32,6 +32,7 @@ from .streams import Features, Stream
 from .window import Window
 
 KEY = MARK = "subject_patches_anystory"
+NAME = "AnyStory"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ class AnyStoryRun:
     references: References
     shows_tokens: bool = False
     shows_references: bool = False
+    has_acted: bool = False
     _forward: _Forward | None = None
     _marked: dict[int, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ class AnyStoryRun:
         step, steps = step_at(session.sigma, sigmas), len(sigmas) - 1
         self.shows_tokens = step in steps_of(*self.settings.token_window, steps)
         self.shows_references = step in steps_of(*self.settings.reference_window, steps)
+        self.has_acted = self.has_acted or self.acts
         if self.shows_references:
             self.references.load(session, timestep, model_options)
 
@@ -149,7 +152,10 @@ class AnyStoryRun:
     def amend(self, call: AttentionCall) -> None:
         """Lets a call of the picture's attend as the settings say."""
         forward, count = self._forward, self.settings.count
-        if forward is None or call.grid is None or call.own is None:
+        if forward is None:
+            return
+        if call.grid is None or call.own is None:
+            call.leave(NAME)
             return
         maps: Sequence[Tensor | None] = [None] * count
         if forward.router is not None:
@@ -186,6 +192,7 @@ class AnyStoryAttention(Edit):
 
     settings: AnyStorySettings
     run: AnyStoryRun | None = None
+    node: ClassVar[str] = NAME
 
     def begin(self) -> AnyStoryAttention:
         sites = {(site.block, site.number): site for site in self.sites}
@@ -219,8 +226,17 @@ def _runs_of(session: Session | None) -> tuple[AnyStoryRun, ...]:
 
 
 def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    session = executor.class_obj.model_options["transformer_options"].get(SESSION)
     try:
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        for run in _runs_of(session):
+            if not run.has_acted:
+                steps = len(session.levels.sigmas) - 1
+                session.warn_once(
+                    f"{NAME} did nothing: none of this run's {steps} steps lies in its windows, which are shares of "
+                    "the steps, rounded. Widen a window, or take more steps."
+                )
+        return result
     finally:
         # The host would leave the LoRAs hung for as long as the model is loaded; it hangs them again before a run.
         executor.class_obj.model_patcher.eject_model()

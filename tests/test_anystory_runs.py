@@ -110,10 +110,11 @@ def hooks_of(model: Any) -> int:
     return sum(len(module._forward_hooks) for module in model.model.modules())
 
 
-def test_with_nothing_to_do_no_bit_changes(model: Any) -> None:
-    """Windows that hold no step: the LoRAs hang, and are off."""
-    patched = told(model, settings(token_window=NEVER, reference_window=NEVER))
+def test_with_nothing_to_do_no_bit_changes(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows that hold no step: the LoRAs hang, and are off; the log says so."""
+    patched = told(model, settings(token_window=(0.1, 0.2), reference_window=NEVER))
     assert torch.equal(sample(patched), sample(model))
+    assert [record.getMessage() for record in caplog.records if "AnyStory did nothing" in record.getMessage()]
 
 
 def test_only_the_steps_of_the_windows_differ(model: Any) -> None:
