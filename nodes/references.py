@@ -27,8 +27,8 @@ def noise_level_input() -> io.Combo.Input:
         advanced=True,
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
         "'nearly clean': that of the schedule's end, one pass in all while the subject's cache holds it, as AnyStory's "
-        "ReferenceNet. 'usual' is 'current', but 'nearly clean' for a transformer, whose features of every step would "
-        "fill a cache; which shows a subject better there is not measured yet.",
+        "ReferenceNet. 'usual' is 'current' for SD 1.x and 2.x and 'nearly clean' for SDXL and transformers, whose "
+        "features of every step would overflow a cache; which shows a subject better there is not measured yet.",
     )
 
 
@@ -36,8 +36,9 @@ def is_nearly_clean(model: Any, noise_level: str) -> bool:
     """Whether a choice of the noise level means that of the schedule's end, for a MODEL. Raises ValueError for another
     choice."""
     check_choice("noise_level", noise_level, (USUAL, CURRENT, NEARLY_CLEAN))
-    usual = NEARLY_CLEAN if isinstance(family_of(model), Transformer) else CURRENT
-    return (usual if noise_level == USUAL else noise_level) == NEARLY_CLEAN
+    if noise_level == USUAL:
+        return family_of(model).looks_nearly_clean()
+    return noise_level == NEARLY_CLEAN
 
 
 def positions_input() -> io.Combo.Input:

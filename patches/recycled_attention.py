@@ -113,7 +113,10 @@ class RecycledSelfAttention(Edit):
 
     def requests(self, sigma: float) -> Iterable[Request]:
         kept = self._kept(sigma)
-        return [(reference, kept, ("key", "value")) for reference in self.references] if kept else []
+        # A pass that serves all steps is worth having whole: other steps keep other layers.
+        return [
+            (each, self.sites if each.how.nearly_clean else kept, ("key", "value")) for each in self.references if kept
+        ]
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.conditioned or (self.unconditioned_too and chunk.generated)

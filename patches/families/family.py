@@ -48,6 +48,11 @@ class Family(ABC):
         height, width) are `known`: an inpainting model is told that nothing of them is hidden. `inner` is the host's
         model."""
 
+    def looks_nearly_clean(self) -> bool:
+        """Whether the model usually looks at a reference at the schedule's last noise level, in one pass: where the
+        features of every step of a usual run at the family's own size would be more than a subject's cache holds."""
+        return True
+
     def dci_gain_grows(self) -> bool:
         """Whether DCI's gain grows with the picture's places, as is right for every family but the one that its
         authors' number is made for."""

@@ -46,6 +46,11 @@ class UNet(Family):
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
         return {"latent_image": known, "denoise_mask": torch.zeros((known.shape[0], 1, *known.shape[2:]))}
 
+    def looks_nearly_clean(self) -> bool:
+        # Of a 1,024 pixel subject SDXL's decoder stores 272 MB a step: 2 GB hold 7 of 30 steps. SD 1.x and 2.x store 28
+        # MB at 512 pixels and 63 at 768.
+        return self.description in ("SDXL", "SDXLRefiner")
+
     def dci_gain_grows(self) -> bool:
         return self.description != "SD15"
 
