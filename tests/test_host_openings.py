@@ -136,13 +136,13 @@ def test_the_picture_lies_where_it_is_said_to(taken: Census) -> None:
         assert taken.slices == [[taken.length, taken.length + count]] * len(taken.sites), "img_slice is another"
 
 
-@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Qwen-Image", "Krea 2"])
 def test_the_host_says_how_many_tokens_its_reference_latents_have(name: str) -> None:
     model = dit_model(name)
     latent = latent_noise(1, (6, 8), 9, model.model.latent_format.latent_channels, frames_of(model))
-    taken = census(model, reference_latents=[latent])
+    taken = census(model, reference_latents=[latent], reference_latents_method="index")
     count, more = math.prod(taken.family.grid(SIZE)), math.prod(taken.family.grid((6, 8)))
     assert set(taken.references) == {more}, "reference_image_num_tokens is another"
     assert [begins for begins, _ in taken.slices] == [taken.length] * len(taken.sites)
-    for each in taken.attentions:
+    for each in taken.of_blocks:
         assert each["shape"][1][1] == taken.length + count + more, "reference latents do not follow the picture"

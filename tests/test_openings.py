@@ -15,16 +15,20 @@ from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
+from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
 from subject_patches.tests.dense_dit import ByHand, begins_at
 from subject_patches.tests.dit_models import PATCHED, dit_model
+from subject_patches.tests.mechanisms import left_half
 from subject_patches.tests.models import (
     difference,
     generator,
     known_prompt,
+    laid_out,
+    prompt,
     recycled,
     sample,
     second_context,
@@ -190,3 +194,15 @@ def test_videos_are_refused(name: str) -> None:
         comfy.sample.sample(
             patched, noise, 1, 1.0, "euler", "normal", known_prompt(), known_prompt(2), noise, disable_pbar=True
         )
+
+
+def test_the_context_of_animas_adapter() -> None:
+    """Of its T5 tokens, filled up to 512, whatever the text encoder's are."""
+    model = dit_model("Anima", crossattn_emb_channels=1024)
+    numbers = {"t5xxl_ids": torch.arange(20, 29), "t5xxl_weights": torch.ones(9)}
+    given = {"positive": known_prompt(width=1024, **numbers), "negative": prompt(2, width=1024, **numbers)}
+    calls = looked(model, lambda call: None, **given)
+    assert {call.chunk.length for call in calls} == {512}
+    assert all(call.prompt == slice(0, 512) for call in calls if call.site.kind == "cross")
+    halves = Layout(30, 20, (Region("subject", left_half()[0] > 0),))
+    assert difference(sample(laid_out(model, halves), **given), sample(model, **given)) > 1e-3
