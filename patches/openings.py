@@ -59,6 +59,7 @@ class Attention:
     args: tuple[Any, ...]
     named: dict[str, Any]
     values: dict[str, Any] = field(init=False)
+    _whole: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         named = {_SYNONYMS.get(name, name): value for name, value in self.named.items()}
@@ -94,6 +95,14 @@ class Attention:
         if some.shape[1] != self.heads:
             some = some.repeat_interleave(self.heads // some.shape[1], 1)
         return some.transpose(1, 2).flatten(2)
+
+    def keys_and_values(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """All keys and values of some rows, as `tokens` gives them; made once, since several attentions may read
+        them."""
+        for name in ("k", "v"):
+            if (name, rows.start, rows.stop) not in self._whole:
+                self._whole[name, rows.start, rows.stop] = self.tokens(name, rows)
+        return tuple(self._whole[name, rows.start, rows.stop] for name in ("k", "v"))
 
     def bias(self, rows: slice, queries: slice) -> Tensor | None:
         """The model's own mask for some rows and queries, to be added to logits: broadcastable to (rows, queries,
@@ -230,7 +239,7 @@ class Opening:
         calls = []
         for chunk in self.forward.chunks:
             query = attention.tokens("q", chunk.rows, tokens.picture)
-            key, value = (attention.tokens(name, chunk.rows) for name in ("k", "v"))
+            key, value = attention.keys_and_values(chunk.rows)
             places = grid if chunk.known_places else None
             call = AttentionCall(
                 query, key, value, attention.heads, site, chunk, places, tokens.prompt, tokens.own,
@@ -266,7 +275,7 @@ class Opening:
         if rows.start >= rows.stop or queries.start >= queries.stop:
             return []
         query = attention.tokens("q", rows, queries)
-        key, value = (attention.tokens(name, rows) for name in ("k", "v"))
+        key, value = attention.keys_and_values(rows)
         return [(rows, queries, extended(attention.attend, query, key, value, attention.bias(rows, queries), more))]
 
     def _record(
