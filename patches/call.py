@@ -41,7 +41,8 @@ class Chunk:
     whole latent's (height, width). Where another pack calls the model on part of the picture, a tile, that has its area
     too, or its `lines` where these do not follow each other; `pictures` are then the numbers of its rows in the run's
     batch of `count`. Without `known_places` nothing
-    is known of where it lies."""
+    is known of where it lies. Where another pack changed a cross-attention's keys, `keys` are those that are the
+    prompt's, and `picked` says which token each of them is, where these are not all in turn."""
 
     rows: slice
     name: str
@@ -56,6 +57,8 @@ class Chunk:
     pictures: tuple[int, ...] | None = None
     count: int = 0
     known_places: bool = True
+    keys: slice | None = None
+    picked: tuple[int, ...] | None = None
 
     @property
     def part(self) -> tuple[Any, ...]:
@@ -95,14 +98,20 @@ class Chunk:
         return {phrase: self.placed(found) for phrase, found in self.conditioning.get(SPANS_KEY, {}).items()}
 
     def placed(self, spans: Spans) -> Spans:
-        """Spans of the conditioning's tokens as spans of the model's context."""
+        """Spans of the conditioning's tokens as spans of the model's context, or of what of it another pack picked."""
         first, by = self.again
         twice = [(start + by, stop + by) for start, stop in spans if by and start >= first]
-        return tuple((start + self.before, stop + self.before) for start, stop in (*spans, *twice))
+        moved = tuple((start + self.before, stop + self.before) for start, stop in (*spans, *twice))
+        if self.picked is None:
+            return moved
+        wanted = {position for start, stop in moved for position in range(start, stop)}
+        return tuple((place, place + 1) for place, token in enumerate(self.picked) if token in wanted)
 
     @property
     def length(self) -> int:
-        """How many tokens the model's context has before the host repeats it."""
+        """How many tokens the model's context has before the host repeats it, or how many of it another pack picked."""
+        if self.picked is not None:
+            return len(self.picked)
         return self.conditioning["model_conds"]["c_crossattn"].cond.shape[1] + 2 * self.again[1]
 
     @property
@@ -338,6 +347,8 @@ class AttentionCall:
 def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
     """Which of a self- or cross-attention's keys (rows, tokens, channels) are the prompt's: all of a cross-attention's,
     unless another pack changed their number."""
+    if site.kind == "cross" and chunk.keys is not None:
+        return chunk.keys if chunk.keys.stop else None
     if site.kind != "cross" or "model_conds" not in chunk.conditioning or key.shape[1] % chunk.length:
         return None
     return slice(0, key.shape[1])

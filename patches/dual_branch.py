@@ -118,12 +118,14 @@ class BranchWindow(Window):
 
 @dataclass(eq=False)
 class AuxiliaryBranch(Denoising):
-    """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site, and the bias
-    that other edits gave its own attention to the prompt there; `before` is its chunk's."""
+    """The stream of the auxiliary branch; it remembers the (height, width) of its tokens at each site, which of its
+    keys are the prompt's, and the bias that other edits gave its own attention to the prompt there; `chunk` is its
+    own."""
 
     grids: dict[Site, tuple[int, int]] = field(default_factory=dict)
     biases: dict[Site, Tensor | None] = field(default_factory=dict)
-    before: int = 0
+    prompts: dict[Site, slice] = field(default_factory=dict)
+    chunk: Chunk | None = None
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
         self.grids[site] = grid
@@ -208,6 +210,9 @@ class DualBranchIntegration(Edit):
             bias = crop(bias.expand(torch.broadcast_shapes(bias.shape, (1, math.prod(grid), 1))), grid, call)
             bias = bias if len(bias) == 1 else call.chunk.lent(bias, len(call.query))
         key = call.chunk.lent(features["prompt_key"], len(call.query))
+        known = branch.prompts.get(call.site)
+        if call.site.kind == "cross" and known is not None:
+            key = key[:, known]
         beside = replace(call, query=query, key=key, own_bias=bias)
         length = call.chunk.length
 
@@ -236,18 +241,24 @@ class DualBranchIntegration(Edit):
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         for branch in self._branch:
             if call.chunk.stream is branch:
-                branch.before = call.chunk.before
-                branch.biases[call.site] = None if call.prompt is None else call.bias_of(call.prompt)
+                branch.chunk = call.chunk
+                prompt = call.prompt
+                if prompt is not None and call.site.kind == "cross":
+                    # Once is all of it.
+                    prompt = slice(prompt.start, prompt.start + call.chunk.length)
+                    branch.prompts[call.site] = prompt
+                branch.biases[call.site] = None if prompt is None else call.bias_of(prompt)
 
     def weight(self, concept: Tensor, auxiliary: Tensor, call: AttentionCall) -> Tensor:
         """The concept's weight (rows, heads, places) from both branches' attention (rows, heads, places, tokens)."""
         masks = []
-        beside = max((branch.before for branch in self._branch), default=0)
-        for shared, tokens, before, mask in (
-            (concept, self.concept, call.chunk.before, noun_mask),
+        beside = next((branch.chunk for branch in self._branch if branch.chunk is not None), None)
+        for shared, tokens, chunk, mask in (
+            (concept, self.concept, call.chunk, noun_mask),
             (auxiliary, self.auxiliary, beside, others_mask),
         ):
-            own, noun = ([before + place for place in positions_of(s)] for s in (tokens.prompt, tokens.noun))
+            spans = (tokens.prompt, tokens.noun)
+            own, noun = (positions_of(each if chunk is None else chunk.placed(each)) for each in spans)
             shares = token_shares(shared, own, self.sharpness)
             masks.append(spread(mask(shares, own, noun), self.gain_at(call.chunk), self.sharpness))
         return concept_weight(*masks, self.injection)

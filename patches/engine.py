@@ -28,8 +28,9 @@ from .process import Process
 from .recording import Recording
 from .session import UNCONDITIONED, Forward, Session
 from .sites import Site
-from .slots import composed, editor, plain, recorder
+from .slots import composed, editor, plain, recorder, watched
 from .streams import Denoising, Kept, Stream
+from .widening import Widening
 from .window import Levels
 
 KEY = "subject_patches"
@@ -213,9 +214,10 @@ def _guide(
     plus: bool,
 ) -> None:
     """Gives a branch the generation's guidance at this noise level: its unconditional prediction, or one for the
-    branch's own latents."""
+    branch's own latents. A sampler may change the size of its own; the branch keeps the one it began with, and what
+    was predicted for another is of no use to it."""
     latents, unconditional = guidance["input"], guidance["uncond_denoised"]
-    if branch.own_guidance:
+    if branch.own_guidance or latents.shape != branch.shape:
         if branch.is_guided(session.sigma):
             return
         latents = branch.latents(session.sigma, session.noise_scaling).to(timestep)
@@ -330,7 +332,11 @@ def _patched(
     if isinstance(session.family, Transformer):
         length = session.family.context_length(context, given)
         return opened(session, forward, recording, network, x, length, options)
-    patches = {site: editor(session, forward, site) for site in forward.sites} if forward else {}
+    patches: dict[Site, Any] = {}
+    if forward is not None:
+        widenings = {"self": Widening(), "cross": Widening()}
+        patches = {site: editor(session, forward, site, widenings[site.kind]) for site in forward.sites}
+        options = {**options, "patches": watched(options.get("patches", {}), widenings)}
     if recording is not None:
-        patches |= {site: recorder(recording, site, patches.get(site, plain)) for site in recording.sites}
+        patches |= {site: recorder(session, recording, site, patches.get(site, plain)) for site in recording.sites}
     return {**options, "patches_replace": composed(options.get("patches_replace", {}), patches)} if patches else options

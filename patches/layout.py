@@ -182,6 +182,8 @@ class LayoutBias(Edit):
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         groups = tokens_of(call.chunk.spans, self.layout.phrases)
+        if not groups and call.chunk.picked is not None:
+            call.leave(self.node)
         # Keys that another node put there are those of another prompt.
         if not groups or (call.prompt is not None and not call.reads):
             return

@@ -110,15 +110,8 @@ class _Lent(Edit):
 
     def placed(self, lent: Tensor, call: AttentionCall) -> Tensor | None:
         """The path's features with places (rows, height, width, channels) at those of a call: (rows, queries,
-        channels). Where area conditioning crops the generation, the same part. None where another pack merged places.
-
-        Raises ValueError when the path's picture has another size than the generation's."""
-        size, latent = tuple(self.path.conditioned.shape[-2:]), call.chunk.latent
-        if size != latent:
-            raise ValueError(
-                f"The layout trajectory is of a picture of {size[1]} x {size[0]} latent pixels but this one has "
-                f"{latent[1]} x {latent[0]}; sample at the layout's size, best from its last latent."
-            )
+        channels), stretched where a sampler has changed the generation's size since it began. Where area conditioning
+        or a tile crops the generation, the same part. None where another pack merged places."""
         if call.grid is None or lent.ndim != 4:
             call.leave(self.node)
             return None
@@ -210,7 +203,15 @@ class MultiSourceSwap(Edit):
 
     def start(self, start: Start) -> None:
         """Finds which picture of a trajectory of several goes with which row of the batch. Raises ValueError when there
-        are more pictures than rows, or a trajectory does not reach a noise level at which it must lend."""
+        are more pictures than rows, the layout's picture has another size than the generation's, or a trajectory does
+        not reach a noise level at which it must lend."""
+        if self.layout is not None:
+            size, latent = (tuple(each.shape[-2:]) for each in (self.layout.conditioned.states, start.noise))
+            if size != latent:
+                raise ValueError(
+                    f"The layout trajectory is of a picture of {size[1]} x {size[0]} latent pixels but this one has "
+                    f"{latent[1]} x {latent[0]}; sample at the layout's size, best from its last latent."
+                )
         mask = self.mask.segmented if isinstance(self.mask, AdaptiveMask) else self.mask
         if mask is not None:
             check_rows("blend masks", len(mask), len(start.latents))

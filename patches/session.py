@@ -135,6 +135,10 @@ class Session:
         """The noise level at which the model runs on a stream: the sampler's, or that of the schedule's end."""
         return float(self.guider.inner_model.model_sampling.sigma_min) if stream.how.nearly_clean else self.sigma
 
+    def heads(self, site: Site) -> int:
+        """How many heads a layer has, where another pack's block does not tell."""
+        return self.family.heads(self.guider.inner_model.diffusion_model, site)
+
     def project(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's own keys and values of other tokens (rows, n, channels of what it attends to)."""
         return self.family.project(self.guider.inner_model.diffusion_model, site, tokens)

@@ -158,11 +158,20 @@ def sample(
     mask: Tensor | None = None,
     denoise: float = 1.0,
     callback: Callable[..., None] | None = None,
+    function: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """What the host's KSampler node does, with noise of ours."""
+    """What the host's KSampler node does, with noise of ours; with a sampler `function`, what SamplerCustom does."""
     noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels, frames_of(model))
     # The host draws its noise from the global generator, so each run of a workflow begins with it seeded.
     torch.manual_seed(seed)
+    if function is not None:
+        prompts = (known_prompt() if positive is None else positive, prompt(2) if negative is None else negative)
+        latent = torch.zeros_like(noise) if latent is None else latent
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model, noise, cfg, comfy.samplers.KSAMPLER(function), levels(model, steps), *prompts, latent,
+                noise_mask=mask, callback=callback, disable_pbar=True, seed=seed,
+            )  # fmt: skip
     with torch.inference_mode():
         return comfy.sample.sample(
             model,

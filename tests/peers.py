@@ -197,3 +197,23 @@ def prompt_by_prompt(model: Any) -> Any:
     clone = model.clone()
     clone.set_model_unet_function_wrapper(function)
     return clone
+
+
+def with_tokens(model: Any, how: str) -> Any:
+    """What a prompt's attention is over: with other tokens "appended" or "put before", all "doubled", every second one
+    left out ("halved", as of a prompt that was encoded with each token twice), or neighbours "pooled"."""
+    more = randn(1, 3, CONTEXT, seed=310)
+
+    def change(query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]) -> tuple[Tensor, ...]:
+        others = more.expand(len(key), -1, -1).to(key)
+        if how in ("appended", "put before"):
+            changed = torch.cat([key, others] if how == "appended" else [others, key], 1)
+        elif how == "doubled":
+            changed = torch.cat([key, key], 1)
+        else:
+            changed = key[:, ::2] if how == "halved" else (key[:, :-1:2] + key[:, 1::2]) / 2
+        return query, changed, changed
+
+    clone = model.clone()
+    clone.set_model_attn2_patch(change)
+    return clone

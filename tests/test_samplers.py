@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import comfy.samplers
@@ -14,6 +15,8 @@ from subject_patches.patches.families import family_of
 from subject_patches.tests.dit_models import dit_model
 from subject_patches.tests.mechanisms import MECHANISMS
 from subject_patches.tests.models import difference, sample
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 # One of each kind: two calls a step, noise between steps, earlier steps remembered.
 AGAIN = ("heun", "euler_ancestral", "dpmpp_sde", "dpmpp_2m", "uni_pc")
@@ -45,6 +48,38 @@ def check(model: Any, idle: Any, again: bool, **run: Any) -> None:
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_sampler(sampler: str, model: Any, idle: Any) -> None:
     check(model, idle, sampler in AGAIN, steps=3, sampler=sampler)
+
+
+# Samplers of other packs that change the size of the latents
+
+
+def growing(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, disable: Any) -> Tensor:
+    """Euler's steps; between two of them the latents grow, and they end at the size they should have."""
+    ends = tuple(x.shape[-2:])
+    last = len(sigmas) - 2
+    sizes = [ends if n in (0, last) else tuple(side + 2 * n for side in ends) for n in range(last + 1)]
+    for number, (sigma, following) in enumerate(pairwise(sigmas)):
+        x = interpolate(x, sizes[number], mode="bilinear")
+        clean = model(x, sigma.expand(len(x)), **extra_args)
+        callback({"i": number, "denoised": clean, "x": x, "sigma": sigma, "sigma_hat": sigma})
+        x = x + (x - clean) / sigma * (following - sigma)
+    return x
+
+
+def twice(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, disable: Any) -> Tensor:
+    """Euler's steps, each of them with a second look at every other pixel, at the same noise level."""
+    for number, (sigma, following) in enumerate(pairwise(sigmas)):
+        clean = model(x, sigma.expand(len(x)), **extra_args)
+        coarse = model(x[..., ::2, ::2].contiguous(), sigma.expand(len(x)), **extra_args)
+        callback({"i": number, "denoised": clean, "x": x, "sigma": sigma, "sigma_hat": sigma})
+        clean = torch.lerp(clean, interpolate(coarse, x.shape[-2:], mode="nearest"), 0.3)
+        x = x + (x - clean) / sigma * (following - sigma)
+    return x
+
+
+@pytest.mark.parametrize("function", [growing, twice])
+def test_a_sampler_that_changes_the_size(function: Any, model: Any, idle: Any) -> None:
+    check(model, idle, True, steps=3, function=function)
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)

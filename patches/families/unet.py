@@ -61,6 +61,10 @@ class UNet(Family):
         layer = layer_at(network, site)
         return layer.to_k(tokens), layer.to_v(tokens)
 
+    def heads(self, network: Any, site: Site) -> int:
+        """How many heads a layer has."""
+        return layer_at(network, site).heads
+
 
 def layer_at(network: Any, site: Site) -> Any:
     """The host's module of an attention layer in a U-Net."""
