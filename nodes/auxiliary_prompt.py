@@ -12,6 +12,7 @@ from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, pre
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens
 from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, prompt_spans, split_phrases
 from .checks import check_choice, check_loaded
+from .embeddings import embeddings_state
 from .types import CONCEPT
 
 AUTOMATIC = "automatic"
@@ -93,6 +94,10 @@ class AuxiliaryPromptNode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, text: str | None = None, noun: str | None = "", **_inputs: Any) -> Any:
+        return embeddings_state(text, noun)
+
+    @classmethod
     def execute(
         cls, clip: Any, text: str, concept: str, preset: str = AUTOMATIC, noun: str = "", phrases: str = ""
     ) -> io.NodeOutput:
@@ -108,10 +113,10 @@ class AuxiliaryPromptNode(io.ComfyNode):
             # One that has only some of the concept's words has nothing of its own in the auxiliary prompt.
             with suppress(ValueError):
                 (others[phrase],) = find_spans(clip, other, (counterpart(phrase, concept, chosen),)).values()
-        encoded = [_encode(clip, text, concept, spans), _encode(clip, other, concept, others)]
+        encoded = [_encode(clip, text, concept, spans), _encode(clip, other, concept, others, auxiliary=True)]
         return io.NodeOutput(*encoded, other)
 
 
-def _encode(clip: Any, text: str, noun: str, spans: Mapping[str, Spans]) -> Any:
-    tokens = BranchTokens(prompt_spans(clip, text), spans[noun])
+def _encode(clip: Any, text: str, noun: str, spans: Mapping[str, Spans], auxiliary: bool = False) -> Any:
+    tokens = BranchTokens(prompt_spans(clip, text), spans[noun], auxiliary)
     return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans, BRANCH_KEY: tokens})

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
 from ..patches.engine import add_edit
 from ..patches.families import chosen_sites, family_of
+from ..patches.graph import lost
 from ..patches.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
 from .types import CONCEPT, FAMILIES, SHARES, model_output, named_sites_input, seed_input, sites_input
@@ -177,10 +178,15 @@ class DualBranchIntegrationNode(io.ComfyNode):
 
 def _tokens(conditioning: Any, name: str) -> BranchTokens:
     found = next((values[BRANCH_KEY] for _, values in conditioning if BRANCH_KEY in values), None)
+    if found is not None and found.auxiliary != (name == "auxiliary"):
+        other = "auxiliary" if found.auxiliary else "concept"
+        raise ValueError(
+            f"The {name} input has the {other} conditioning; connect the {name} output of Dual-Branch Prompts."
+        )
     if found is None:
         raise ValueError(
             f"The {name} conditioning does not say which of its words are the concept's; connect the {name} output of "
-            "Dual-Branch Prompts."
+            f"Dual-Branch Prompts.{lost((name,))}"
         )
     return found
 

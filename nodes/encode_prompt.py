@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..patches.prompt import SPANS_KEY, check_context, find_spans, split_phrases
 from .checks import check_loaded
+from .embeddings import embeddings_state
 from .types import SUBJECT, SubjectType
 
 
@@ -55,6 +56,10 @@ class EncodePromptWithSubjects(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, text: str | None = None, **_inputs: Any) -> Any:
+        return embeddings_state(text)
 
     @classmethod
     def execute(cls, clip: Any, text: str, phrases: str = "", subjects: tuple[Any, ...] | None = None) -> io.NodeOutput:

@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..patches.graph import lost
 from ..patches.prompt import SPANS_KEY
 from ..patches.residual import FORMAT, ResidualToken, add_residual, family_of, file_contents, subject_positions
 from .checks import check_number, prompt_in
@@ -82,7 +83,10 @@ class ApplyResidualTokens(io.ComfyNode):
                     f"The residual token of '{residual.noun}' cannot be added to a prompt whose words lie elsewhere "
                     "than in its context, as those of Anima (T5's tokens) and HiDream (also Llama's); take another's."
                 )
-            positions = subject_positions(values.get(SPANS_KEY, {}), residual.noun, phrase)
+            try:
+                positions = subject_positions(values.get(SPANS_KEY, {}), residual.noun, phrase)
+            except ValueError as error:
+                raise ValueError(f"{error}{'' if SPANS_KEY in values else lost(('conditioning',))}") from error
             changed = context if strength == 0 else add_residual(context, residual.vectors, positions, strength)
             shifted.append([changed, values.copy()])
         return io.NodeOutput(shifted)

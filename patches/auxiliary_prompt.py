@@ -21,17 +21,21 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
     concept, noun = concept.strip(), noun.strip()
     if not concept:
         raise ValueError("The concept phrase is empty; write the concept's words as they stand in the prompt.")
-    if not words_of(noun):
+    if not noun:
         raise ValueError("The auxiliary noun is empty; write a common noun, or choose a preset.")
+    # A sign that is no letter, as an emoji, is a noun to the model too.
+    if all(ord(sign) < 128 and not sign.isalnum() for sign in noun):
+        raise ValueError(f"The auxiliary noun '{noun}' is no word; write a common noun, or choose a preset.")
     pattern = _whole(concept)
     rest = pattern.sub(" ", text)
     if rest == text:
         raise ValueError(f"The concept phrase '{concept}' is not in the prompt '{text}'; write it as it stands there.")
-    if words_of(noun) & words_of(concept):
+    itself = re.compile(rf"\b{re.escape(noun)}\b", re.IGNORECASE) if words_of(noun) else re.compile(re.escape(noun))
+    if words_of(noun) & words_of(concept) or itself.search(concept):
         raise ValueError(
             f"The auxiliary noun '{noun}' is part of the concept phrase '{concept}'; choose one that differs from it."
         )
-    if re.search(rf"\b{re.escape(noun)}\b", rest, re.IGNORECASE):
+    if itself.search(rest):
         raise ValueError(f"The auxiliary noun '{noun}' is already in the prompt; choose one that is not.")
     return pattern.sub(lambda _: noun, text)
 

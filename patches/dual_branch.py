@@ -38,10 +38,11 @@ USUAL_PLACES = 64 * 64
 @dataclass(frozen=True)
 class BranchTokens:
     """Where in a branch's context its prompt's own tokens are, and those of the noun that stands for the concept in it:
-    "V* backpack" in the concept's prompt, the auxiliary noun in the other."""
+    "V* backpack" in the concept's prompt, the auxiliary noun in the other, which is the `auxiliary` one."""
 
     prompt: Spans
     noun: Spans
+    auxiliary: bool = False
 
 
 # Equations. Tensors have the shape (..., places, tokens) or (..., places), for every row and head by itself.
@@ -175,7 +176,13 @@ class DualBranchIntegration(Edit):
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run is the concept's."""
-        if not any(prompt.get(BRANCH_KEY) == self.concept for prompt in prompts):
+        known = [prompt[BRANCH_KEY] for prompt in prompts if BRANCH_KEY in prompt]
+        if self.concept not in known:
+            if any(tokens.auxiliary for tokens in known):
+                raise ValueError(
+                    "The sampler's positive prompt is the auxiliary conditioning of Dual-Branch Prompts, which knows "
+                    "nothing of the concept; connect its concept output to the sampler."
+                )
             raise ValueError(
                 "The sampler's positive prompt is not the concept conditioning of Dual-Branch Integration; connect the "
                 "concept output of Dual-Branch Prompts to both."

@@ -23,6 +23,7 @@ from torch import Tensor
 from .companion import OfThePictureError, companion_call, companion_options, silenced
 from .edit import Edit, Start
 from .families import Transformer, family_of
+from .graph import lost
 from .openings import opened
 from .process import Process
 from .recording import Recording
@@ -76,7 +77,12 @@ def _sample(
         )
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
-        edit.check(prompts)
+        try:
+            edit.check(prompts)
+        except ValueError as error:
+            # All that nodes of ours say in a prompt's dictionary begins so.
+            known = any(str(name).startswith(KEY) for prompt in prompts for name in prompt)
+            raise ValueError(f"{error}{'' if known else lost()}") from error
     _check_frames(noise)
     # Some samplers write into the levels they are given (uni_pc), and the host keeps these for the next run.
     sigmas = sigmas.clone()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+# Our nodes that say of a prompt where its phrases are, and how all of ours begin.
+ENCODERS = ("SubjectPatchesEncodePrompt", "SubjectPatchesAuxiliaryPrompt")
+PREFIX = "SubjectPatches"
 # A workflow in API format: by their ids, the nodes with their class_type and inputs.
 Workflow = Mapping[str, Mapping[str, Any]]
 
@@ -78,6 +81,61 @@ def text_of(workflow: Workflow, value: Any) -> str | None:
         return None
     inputs = list(workflow[value[0]]["inputs"].values())
     return text_of(workflow, inputs[0]) if len(inputs) == 1 else None
+
+
+def lost(names: tuple[str, ...] = ()) -> str:
+    """What to add to a sentence about a prompt that says nothing of its phrases, though a node of ours encoded it:
+    which nodes between that one and the node that runs made another conditioning of it. "" where that cannot be told.
+
+    `names` are the inputs that the prompt comes by; without them any but a negative one."""
+    place = here()
+    if place is None:
+        return ""
+    ways = list(_ways(place.workflow, place.node, names))
+    if not ways or any(not between for _, between in ways):
+        return ""
+    maker, between = ways[0]
+    # The host's own nodes keep what they are given; another pack's may make a conditioning of its own.
+    suspects = [each for each in between if not _is_the_hosts(place.workflow, each)] or between
+    called = ", ".join(_called(place.workflow, each) for each in suspects)
+    one = "" if len(suspects) == 1 else "one of "
+    return (
+        f" It was encoded by {_called(place.workflow, maker)}, but {one}{called} behind it makes a conditioning that "
+        "says nothing of this any more: leave that node out, or let it act on another prompt."
+    )
+
+
+def _ways(workflow: Workflow, node: str, names: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """From a node by prompts and guiders back to each node of ours that encodes one: that node, and those of other
+    packs and the host between the two."""
+    for name, source in links(workflow[node]).items():
+        if source not in workflow or (names and name not in names) or (not names and "negative" in name):
+            continue
+        kind = workflow[source]["class_type"]
+        if kind in ENCODERS:
+            yield source, []
+        elif _gives_prompts(kind, workflow[node]["inputs"][name][1]):
+            for maker, between in _ways(workflow, source, ()):
+                yield maker, between if kind.startswith(PREFIX) else [*between, source]
+
+
+def _gives_prompts(kind: str, output: int) -> bool:
+    import nodes
+
+    types = getattr(nodes.NODE_CLASS_MAPPINGS.get(kind), "RETURN_TYPES", ())
+    return output < len(types) and str(types[output]) in ("CONDITIONING", "GUIDER", "*")
+
+
+def _is_the_hosts(workflow: Workflow, node: str) -> bool:
+    import nodes
+
+    made = nodes.NODE_CLASS_MAPPINGS.get(workflow[node]["class_type"])
+    return not str(getattr(made, "RELATIVE_PYTHON_MODULE", None) or "").startswith("custom_nodes")
+
+
+def _called(workflow: Workflow, node: str) -> str:
+    each = workflow[node]
+    return f"{each.get('_meta', {}).get('title') or each['class_type']} (node {node})"
 
 
 def _is_link(value: Any) -> bool:

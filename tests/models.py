@@ -32,7 +32,7 @@ from .dit_models import POOLED, second_context
 CONTEXT = SMALL_CONTEXT
 Conditioning = list[list[Any]]
 CONCEPT = BranchTokens(((1, 6),), ((2, 4),))
-AUXILIARY = BranchTokens(((1, 5),), ((2, 3),))
+AUXILIARY = BranchTokens(((1, 5),), ((2, 3),), auxiliary=True)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from safetensors.torch import save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
 from subject_patches.patches.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
-from subject_patches.patches.dual_branch import BRANCH_KEY
+from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, DualBranchIntegration
 from subject_patches.patches.prompt import SPANS_KEY, positions_of
+from subject_patches.tests.models import small_model
 from subject_patches.toy.family import WIDTH, ToyClip, ToyTokenizer
 
 
@@ -49,6 +51,36 @@ def made(clip: Any, text: str, concept: str, **values: Any) -> tuple[dict[str, A
 )
 def test_the_noun_takes_the_place_of_the_whole_phrase(text: str, concept: str, right: str) -> None:
     assert auxiliary_text(text, concept, "cat") == right
+
+
+def test_a_noun_without_letters(clip: comfy.sd.CLIP) -> None:
+    """An emoji is a word to the model."""
+    concept, auxiliary, text = made(clip, "a sks dog on grass", "sks dog", noun="🐱")
+    assert text == "a 🐱 on grass"
+    assert auxiliary[BRANCH_KEY].noun[0][0] == concept[BRANCH_KEY].noun[0][0]
+    with pytest.raises(ValueError, match="The auxiliary noun '🐱' is already in the prompt; choose one that is not"):
+        auxiliary_text("a sks dog beside a 🐱", "sks dog", "🐱")
+    with pytest.raises(ValueError, match="The auxiliary noun '🐱' is part of the concept phrase 'sks 🐱'; choose one"):
+        auxiliary_text("a sks 🐱 on grass", "sks 🐱", "🐱")
+    with pytest.raises(ValueError, match=r"The auxiliary noun '\?!' is no word; write a common noun"):
+        auxiliary_text("a sks dog on grass", "sks dog", "?!")
+
+
+def test_the_conditionings_know_which_is_which(clip: comfy.sd.CLIP) -> None:
+    prompts = AuxiliaryPromptNode.execute(clip, "a sks dog on grass", "sks dog", noun="red cat").args[:2]
+    concept, auxiliary = (each[0][1][BRANCH_KEY] for each in prompts)
+    # By their tokens they are alike.
+    assert (concept.prompt, concept.noun) == (auxiliary.prompt, auxiliary.noun)
+    assert concept != auxiliary
+    for given, message in (
+        (prompts[::-1], "The concept input has the auxiliary conditioning; connect the concept output"),
+        ((prompts[0], prompts[0]), "The auxiliary input has the concept conditioning; connect the auxiliary output"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DualBranchIntegrationNode.execute(small_model(), *given, 1.0, 1.0, 0.5)
+    edit = DualBranchIntegration(frozenset(), BranchWindow(), concept, auxiliary, None)
+    with pytest.raises(ValueError, match="The sampler's positive prompt is the auxiliary conditioning of Dual-Branch"):
+        edit.check([prompts[1][0][1]])
 
 
 def test_presets_differ_from_what_is_in_the_prompt() -> None:

@@ -67,6 +67,16 @@ def test_a_workflow_may_leave_advanced_inputs_out(schema: Any) -> None:
             assert given[each.id].default == getattr(each, "default", None), each.id
 
 
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
+def test_help_page_says_what_a_list_does(schema: Any) -> None:
+    """The host runs a node once for each element of a list, but for those that take a list whole."""
+    _, told = (HELP / f"{schema.node_id}.md").read_text(encoding="utf-8").split("## Lists and batches\n\n")
+    section = told.split("\n## ")[0]
+    once = section.startswith("A list at any input runs this node once for each element, and gives a list; ")
+    assert once != schema.is_input_list
+    assert section.startswith("A list of pictures is one") == schema.is_input_list
+
+
 def test_every_help_page_belongs_to_a_node() -> None:
     """No page outlives its node."""
     assert {path.stem for path in HELP.glob("*.md")} == {schema.node_id for schema in SCHEMAS}

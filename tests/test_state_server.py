@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from host import Host, Server
 from hosting.client import Progress
 from hosting.errors import WorkflowError
 from PIL import Image
+from safetensors.torch import save_file
 
 Workflow = dict[str, dict[str, Any]]
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
 SAMPLING = {"steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 
+# Another pack's node that makes a conditioning of its own.
+FORGETFUL = """
+class Forgetful:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "rewritten", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    def rewritten(self, conditioning):
+        return ([[tokens, {}] for tokens, _ in conditioning],)
+
+
+NODE_CLASS_MAPPINGS = {"ForgetfulRewriter": Forgetful}
+"""
+
+
 @pytest.fixture(scope="module")
-def lru(host: Host) -> Iterator[Server]:
-    """A server that keeps what a workflow no longer has."""
-    with Server(host, arguments=["--cache-lru", "100"]) as running:
+def lru(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that keeps what a workflow no longer has, with another pack."""
+    base = tmp_path_factory.mktemp("lru")
+    pack = base / "custom_nodes" / "forgetful.py"
+    pack.parent.mkdir()
+    pack.write_text(FORGETFUL, encoding="utf-8")
+    with Server(host, base=base, arguments=["--cache-lru", "100"]) as running:
         yield running
 
 
@@ -214,3 +238,68 @@ def test_a_list_of_pictures_is_one_training(server: Server) -> None:
     assert sum(step.node_id == "10" and step.done == step.total > 0 for step in seen) == 1
     assert np.array_equal(shown(server, outputs["14"]["images"][0]), batched.picture)
     assert listed.files[0].exists()
+
+
+# What another pack's node made of a prompt
+
+
+def test_the_node_that_dropped_a_prompts_phrases_is_named(lru: Server) -> None:
+    size = {"width": 64, "height": 64}
+    given = {"positive": ["6", 0], "negative": ["3", 0], "latent_image": ["4", 0], **SAMPLING, "seed": 1}
+    workflow: Workflow = {
+        "1": CHECKPOINT,
+        "2": {
+            "class_type": "SubjectPatchesEncodePrompt",
+            "inputs": {"clip": ["1", 1], "text": "an emblem on grass", "phrases": "emblem"},
+        },
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {**size, "batch_size": 1}},
+        "5": {"class_type": "ForgetfulRewriter", "inputs": {"conditioning": ["2", 0]}},
+        # The host's own keeps what it is given.
+        "6": {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": ["5", 0], "start": 0, "end": 1}},
+        "7": {"class_type": "SolidMask", "inputs": {**size, "value": 1.0}},
+        "8": {"class_type": "SubjectPatchesLayout", "inputs": {**size, "phrases": "emblem", "mask": ["7", 0]}},
+        "9": {
+            "class_type": "SubjectPatchesLayoutBias",
+            "inputs": {
+                "model": ["1", 0], "layout": ["8", 0], "guidance_weight": 0.08, "positive_weight": 2.5,
+                "negative_weight": -5.0, "weaken": "everywhere outside", "sites": "encoder and decoder",
+                "start_percent": 0.0, "end_percent": 1.0,
+            },
+        },
+        "10": {"class_type": "KSampler", "inputs": {"model": ["9", 0], **given}},
+        "11": {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["1", 2]}},
+        "12": {"class_type": "SaveImage", "inputs": {"images": ["11", 0], "filename_prefix": "dropped"}},
+    }  # fmt: skip
+    named = r"was encoded by SubjectPatchesEncodePrompt \(node 2\), but ForgetfulRewriter \(node 5\) behind it makes a"
+    with pytest.raises(WorkflowError, match=rf"says? which of its words are 'emblem'.* It {named}"):
+        lru.queue(workflow)
+    workflow["6"]["inputs"]["conditioning"] = ["2", 0]
+    assert lru.queue(workflow)["12"]["images"]
+
+
+# A file that a prompt names
+
+
+def test_an_embedding_that_changes_is_read_again(server: Server) -> None:
+    """Without a training in the workflow, and also where the text comes by a link."""
+    file = server.base / "models" / "embeddings" / "changing.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    workflow = training(1, "changing")
+    del workflow["10"], workflow["5"]
+    text = "embedding:changing emblem on grass"
+    workflow["11"] = {
+        "class_type": "SubjectPatchesEncodePrompt",
+        "inputs": {"clip": ["1", 1], "text": text, "phrases": "emblem"},
+    }
+    pictures = []
+    for number, linked in enumerate((False, False, True, True)):
+        save_file({"clip_l": torch.full((2, 64), 0.3 * number - 0.4)}, file)
+        if linked:
+            workflow["20"] = {"class_type": "PrimitiveString", "inputs": {"value": text}}
+            workflow["11"]["inputs"]["text"] = ["20", 0]
+        images = server.queue(workflow)["14"].get("images")
+        # The host tells of no new picture where it took all from its cache.
+        assert images
+        pictures.append(shown(server, images[0]))
+    assert all(not np.array_equal(one, other) for one, other in itertools.pairwise(pictures))

@@ -304,6 +304,23 @@ def test_a_resumed_training_is_one_that_never_stopped(output: Path, dtype: torch
     assert_same(trained(8, "dog", dtype=dtype)[0], whole)
 
 
+def test_a_training_does_not_go_back(output: Path) -> None:
+    trained(4, "dog")
+    with pytest.raises(
+        ValueError, match=r"The training 'dog' has done 4 steps already, more than the 2 asked for; raise the steps"
+    ):
+        trained(2, "dog")
+
+
+def test_a_vae_that_gives_no_numbers_is_not_trained_with() -> None:
+    class Broken:
+        def encode(self, picture: Tensor) -> Tensor:
+            return picture / 0 * 0
+
+    with pytest.raises(ValueError, match="The VAE gave values that are no numbers for training picture 1; use another"):
+        latents_of(Broken(), [torch.ones(1, 8, 8, 3)])
+
+
 def test_master_weights_are_float32_and_learn() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         weights, losses = trained(30, dtype=dtype)

@@ -194,7 +194,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
 
     generator = torch.Generator().manual_seed(2)
-    auxiliary = {**shape.pooled(generator), BRANCH_KEY: BranchTokens(((1, 7),), ((2, 3),))}
+    auxiliary = {**shape.pooled(generator), BRANCH_KEY: BranchTokens(((1, 7),), ((2, 3),), auxiliary=True)}
 
     def integrated(**settings: Any) -> Callable[[Any], Any]:
         def patch(model: Any) -> Any:
