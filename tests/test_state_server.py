@@ -189,11 +189,6 @@ def test_a_concepts_files_are_part_of_what_it_is_known_by(server: Server) -> Non
         assert trained(2, f"without {number}") == 2
         assert np.array_equal(trained.picture, right)
         assert path.exists()
-    # And not with another training's.
-    assert trained(3, "three") == 3
-    assert not np.array_equal(trained.picture, right)
-    assert trained(2, "two") == 2
-    assert np.array_equal(trained.picture, right)
 
 
 def _plain() -> dict[str, Any]:
@@ -263,7 +258,8 @@ def test_the_node_that_dropped_a_prompts_phrases_is_named(lru: Server) -> None:
             "class_type": "SubjectPatchesLayoutBias",
             "inputs": {
                 "model": ["1", 0], "layout": ["8", 0], "guidance_weight": 0.08, "positive_weight": 2.5,
-                "negative_weight": -5.0, "weaken": "everywhere outside", "sites": "encoder and decoder",
+                "negative_weight": -5.0, "hard_mask": False, "weaken": "everywhere outside",
+                "sites": "encoder and decoder",
                 "start_percent": 0.0, "end_percent": 1.0,
             },
         },
@@ -294,7 +290,7 @@ def test_an_embedding_that_changes_is_read_again(server: Server) -> None:
     }
     pictures = []
     for number, linked in enumerate((False, False, True, True)):
-        save_file({"clip_l": torch.full((2, 64), 0.3 * number - 0.4)}, file)
+        save_file({"clip_l": torch.randn(2, 64, generator=torch.Generator().manual_seed(number))}, file)
         if linked:
             workflow["20"] = {"class_type": "PrimitiveString", "inputs": {"value": text}}
             workflow["11"]["inputs"]["text"] = ["20", 0]
