@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.subject import Share, Subject
 from torch import Tensor
 
+from .anystory_models import anystory
 from .models import (
     CONTEXT,
     auxiliary_prompt,
@@ -26,10 +27,12 @@ from .models import (
     map_router,
     mask_router,
     recycled,
+    reference,
     routed,
     sample,
     second_context,
     small_model,
+    subject,
     subject_for,
     swapped,
     trajectory_for,
@@ -201,6 +204,28 @@ MECHANISMS = (
 )
 
 
+@cache
+def _further_subject(channels: int, seed: int) -> Subject:
+    return subject(reference(seed, channels=channels), seed=seed)
+
+
+def _told(
+    model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, *, count: int = 1, **values: Any
+) -> Any:
+    # The same ones each time, so that only the first run looks at them: together with others, or alone, they differ by
+    # rounding.
+    channels = model.model.latent_format.latent_channels
+    others = tuple(_further_subject(channels, 200 + number) for number in range(count - 1)) if subjects else ()
+    start, end = window if strength else (0.0, 0.0)
+    given = {"reference_start": start, "reference_end": end, "token_start": start, "token_end": end}
+    return anystory(model, (*subjects[:1], *others), token_scale=strength, **given, **values)
+
+
+# What works on FLUX.1 alone.
+FLUX_MECHANISMS = (
+    Mechanism("AnyStory", _told),
+    Mechanism("AnyStory with three subjects", partial(_told, count=3)),
+)
 over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 
 

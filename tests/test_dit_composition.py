@@ -16,14 +16,13 @@ from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests.dit_models import dit_model
-from subject_patches.tests.mechanisms import MECHANISMS, Mechanism
+from subject_patches.tests.mechanisms import FLUX_MECHANISMS, MECHANISMS, Mechanism
 from subject_patches.tests.models import difference, known_prompt, latent_noise, recycled, sample, subject_for
 from subject_patches.tests.test_openings import Look
 from torch import Tensor
 
 # One that extends the keys, one that biases them, one that takes the output apart.
 CHOSEN = [m for m in MECHANISMS if m.name in ("recycled self-attention", "soft layout bias", "dual branch")]
-over_chosen = pytest.mark.parametrize("mechanism", CHOSEN, ids=lambda m: m.name)
 Other = Callable[[Any], Any]
 
 
@@ -81,9 +80,11 @@ OTHERS: dict[str, Other] = {
 }
 
 
+BESIDE = [(each, family) for each in CHOSEN for family in ("flux", "sd3")] + [(FLUX_MECHANISMS[-1], "flux")]
+
+
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("family", ["flux", "sd3"])
-@over_chosen
+@pytest.mark.parametrize(("mechanism", "family"), BESIDE, ids=lambda each: getattr(each, "name", each))
 def test_beside_others(mechanism: Mechanism, family: str, name: str, request: pytest.FixtureRequest) -> None:
     model, other = request.getfixturevalue(family), OTHERS[name]
     steps = 4 if name == "a step cache" else 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from subject_patches.patches.families import attention_sites
 from subject_patches.tests.dit_models import PATCHED, dit_model
-from subject_patches.tests.mechanisms import MECHANISMS, Mechanism
+from subject_patches.tests.mechanisms import FLUX_MECHANISMS, MECHANISMS, Mechanism
 from subject_patches.tests.models import difference, sample, subject_for
 from subject_patches.tests.peers import splitting
 from torch import Tensor
@@ -34,6 +34,7 @@ Family = tuple[Any, Tensor]
 
 
 PAIRS = [(name, each) for name in PATCHED for each in MECHANISMS if name in EVERY or each.name in KINDS]
+PAIRS += [("FLUX.1", each) for each in FLUX_MECHANISMS]
 
 
 @pytest.fixture(scope="module")
