@@ -12,6 +12,7 @@ from subject_patches.nodes.self_recurrence import SelfRecurrenceNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.inversion import Inversion
+from subject_patches.patches.window import Levels, Window
 from subject_patches.tests.dit_models import dit_model
 from subject_patches.tests.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.models import (
@@ -59,6 +60,14 @@ def inverted(model: Any, seed: int) -> tuple[Inversion, Any, str, Any]:
     given = {"conditioning": prompts(model)[0], "measure_replay": True}
     with torch.inference_mode():
         return InvertToTrajectoryNode.execute(model, {"samples": latent}, sigmas_of(model), **given).args
+
+
+def test_windows_are_shares_of_the_steps_whatever_the_shift(model: Any) -> None:
+    sampling = model.get_model_object("model_sampling")
+    levels = Levels(tuple(sigmas_of(model, 10).tolist()), True, sampling.percent_to_sigma)
+    for start, end, inside in ((0.0, 0.45, range(5)), (0.15, 0.65, range(2, 7)), (0.55, 1.0, range(6, 10))):
+        found = [n for n, sigma in enumerate(levels.sigmas[:-1]) if levels.lie_in(Window(start, end), sigma)]
+        assert found == list(inside)
 
 
 def test_a_picture_is_inverted_and_retouched(model: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import pytest
 import torch
 from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer
+from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
 from subject_patches.patches.tokens import read_tokens
@@ -202,3 +204,20 @@ def test_a_context_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="made 3 tokens of the prompt where 4 were expected"):
         EncodePromptWithSubjects.execute(clip, "a dog", "dog")
     EncodePromptWithSubjects.execute(clip, "a dog", "")
+
+
+def test_embeddings_within_a_template(tmp_path: Path) -> None:
+    """What stands behind an embedding goes through the host's parser, which takes white space apart."""
+    save_file({"emb_params": torch.randn(3, 2560)}, tmp_path / "cat.safetensors")
+    save_file({"emb_params": torch.randn(3, 768)}, tmp_path / "wide.safetensors")
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer, clip.tokenizer_options = ENCODERS["Klein"].tokenizer(embedding_directory=str(tmp_path)), {}
+    (first,) = find_spans(clip, "one dog", ["one"])["one"]
+    for text in ("one embedding:cat", "one embedding:cat dog", "one embedding:cat, a dog"):
+        # The space before it is a token.
+        assert find_spans(clip, text, ["embedding:cat"]) == {"embedding:cat": ((first[1] + 1, first[1] + 4),)}
+        ((start, stop),) = prompt_spans(clip, text)
+        assert start == first[0]
+        assert stop == find_spans(clip, text, [text.rsplit(" ", 1)[1]])[text.rsplit(" ", 1)[1]][-1][1]
+    with pytest.raises(ValueError, match="'embedding:wide' has no tokens; write at least one word"):
+        find_spans(clip, "one embedding:cat", ["embedding:wide"])
