@@ -230,7 +230,16 @@ def _guide(
         conditioning = session.stripped(branch, session.in_force(guidance["uncond"]))
         recording = Recording(branch, (), None, session.run)
         unconditional = _predict(session, recording, conditioning, latents, timestep, session.sigma, options)
-    branch.guided(session.sigma, guidance["cond_scale"], latents, unconditional, plus)
+    scale, rule = guidance["cond_scale"], options.get("sampler_cfg_function")
+
+    def guide(conditioned: Tensor, without: Tensor, x: Tensor) -> Tensor:
+        given = {"sampler_cfg_function": rule, "transformer_options": options.get("transformer_options", {})}
+        return comfy.samplers.cfg_function(
+            session.guider.inner_model, conditioned, without, scale, x, timestep, given,
+            guidance["cond"], guidance["uncond"],
+        )  # fmt: skip
+
+    branch.guided(session.sigma, scale, latents, unconditional, plus, None if rule is None else guide)
 
 
 def _run_stream(

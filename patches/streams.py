@@ -20,6 +20,8 @@ from .sites import Site
 
 # (sigma, noise, latents) -> noised latents: the model's own forward process.
 NoiseScaling = Callable[[float, Tensor, Tensor], Tensor]
+# (the conditioned prediction, the unconditioned one, the latents they are of) -> the guided prediction.
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 # In the place of a stream's conditioning: the generation's own negative one.
 UNCONDITIONAL = "unconditional"
 
@@ -256,9 +258,18 @@ class Denoising:
         """Whether the branch has its guidance at a noise level."""
         return self._path[-1].sigma == sigma and self._path[-1].guided is not None
 
-    def guided(self, sigma: float, scale: float, latents: Tensor, unconditional: Tensor, plus: bool = False) -> None:
+    def guided(
+        self,
+        sigma: float,
+        scale: float,
+        latents: Tensor,
+        unconditional: Tensor,
+        plus: bool = False,
+        guide: Guide | None = None,
+    ) -> None:
         """Told the guidance at `sigma`: its scale, and the unconditional prediction of some latents. With `plus` the
-        sampler goes on with the noise of that prediction (CFG++), and so does the branch.
+        sampler goes on with the noise of that prediction (CFG++), and so does the branch. `guide` is the generation's
+        own rule where it has another than the sum.
 
         Guidance adds in noises, e_u + scale * (e - e_u), so the latents need not be the branch's: e is their distance
         from their prediction, in sigmas (DCI's code, which shares e_u; in no equation of the paper)."""
@@ -266,7 +277,10 @@ class Denoising:
         if point.sigma == sigma and point.prediction is not None:
             shown = point.shown.to(point.prediction)
             without = latents - unconditional
-            point.guided = shown - without - scale * (shown - point.prediction - without)
+            if guide is None:
+                point.guided = shown - without - scale * (shown - point.prediction - without)
+            else:
+                point.guided = guide(point.prediction, shown - without, shown)
             point.unconditional = (latents, unconditional) if plus else None
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:

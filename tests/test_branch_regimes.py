@@ -10,6 +10,7 @@ import node_helpers
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_model_advanced import RescaleCFG
 from subject_patches.patches.streams import step_by_the_unconditional
 from subject_patches.tests.models import (
     auxiliary_prompt,
@@ -132,6 +133,18 @@ def test_an_inpainting_model_is_shown_the_generations_picture(conditioned: bool,
 def test_the_branch_steps_as_cfg_plus_plus_does(cfg: float, model: Any) -> None:
     check(*branch_and_generation(model, sampler="euler_cfg_pp", cfg=cfg))
     check(*branch_and_generation(model, sampler="euler", cfg=cfg))
+
+
+@pytest.mark.parametrize("guidance", ["rescaled", "looked at after"])
+def test_the_branch_is_guided_by_the_generations_own_rule(guidance: str, model: Any) -> None:
+    """A node that puts another rule in the place of the sum; and one that looks at its result, which is no CFG++."""
+    if guidance == "rescaled":
+        (ruled,) = RescaleCFG().patch(model, 0.7)
+    else:
+        ruled = model.clone()
+        ruled.set_model_sampler_post_cfg_function(lambda given: given["denoised"])
+    check(*branch_and_generation(ruled, cfg=7.0))
+    check(*branch_and_generation(ruled, cfg=0.8, sampler="euler_cfg_pp"))
 
 
 @pytest.mark.parametrize("sampler", [name for name in comfy.samplers.KSampler.SAMPLERS if "cfg_pp" in name])

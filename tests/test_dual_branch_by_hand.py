@@ -60,11 +60,14 @@ class ByHand:
 
     def run(self, noise: Tensor, sigmas: Tensor, latents: Tensor | None = None) -> Tensor:
         (concept, _), (other, _), (negative, _) = known_prompt()[0], auxiliary_prompt()[0], prompt(2)[0]
+        timestep = self.model.model.model_sampling.timestep
+        # A run from an image has no other schedule than what is left of it.
+        whole = 1000 if latents is None else int(timestep(sigmas[0]))
         first = sigmas[0] if latents is not None else (1 + sigmas[0] ** 2).sqrt()
         x, beside = (each * first + (0 if latents is None else latents) for each in (noise, self.noise(noise)))
         for sigma, following in itertools.pairwise(sigmas):
             step, kept = following - sigma, {}
-            if int(self.model.model.model_sampling.timestep(sigma)) / 1000 > 1 - SHARE:
+            if int(timestep(sigma)) / whole > 1 - SHARE:
                 predicted = self.forward(beside, sigma, other, self.keeper(kept))
                 mine = self.forward(x, sigma, concept, self.mixer(kept))
                 without = x - self.forward(x, sigma, negative)
