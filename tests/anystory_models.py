@@ -43,22 +43,37 @@ class AnyStoryCase(Golden):
     """A forward or a whole loop."""
 
     @property
+    def looped(self) -> bool:
+        return "noise_pred_per_step" in self.tensors
+
+    @property
     def subjects(self) -> int:
-        return self.case["n_subjects"]
+        ids = self.tensors["ref_ids" if self.looped else "in.ref_ids"]
+        return int((ids == ids[0]).all(-1).sum())
+
+    @property
+    def windows(self) -> dict[str, tuple[float, float]]:
+        """Those of the subjects' tokens and of the references; what a loop does not say is what the authors take."""
+        if self.looped:
+            start, end = self.case.get("redux_window", (0.1, 0.3))
+            references = self.case.get("ref_start_at", 0.0), self.case.get("ref_end_at", 1.0)
+            return {"token_window": (start, end), "reference_window": references}
+        shown = (bool(self.case.get(name)) for name in ("use_redux", "use_ref"))
+        names = ("token_window", "reference_window")
+        return {name: (0.0, float(each)) for name, each in zip(names, shown, strict=True)}
 
     def picture(self, packed: Tensor) -> Tensor:
         """Tokens (rows, n, channels) of the picture as latents (rows, channels, height, width)."""
-        tokens = self.case.get("tokens", {})
-        return unpacked(packed, tokens.get("img_hw") or self.case["img_tokens_hw"])
+        ids = self.tensors["latent_image_ids" if self.looped else "in.img_ids"]
+        return unpacked(packed, [int(size) + 1 for size in ids[:, 1:].amax(0)])
 
     def settings(self, anystory: AnyStory, row: int = 0, caches: Sequence[FeatureCache] = ()) -> AnyStorySettings:
         """What the node would ask for, of one row of the batch."""
         loras = Loras(anystory, 1.0, 1.0)
         given = {name.removeprefix("in."): tensor for name, tensor in self.tensors.items()}
-        looped = "noise_pred_per_step" in self.tensors
-        shown = {name: looped or bool(self.case.get(f"use_{name}")) for name in ("redux", "ref", "ref_mask")}
-        tokens = given["redux_unscaled"] * self.case["redux_scale"] if looped else given["redux"]
-        router = self.case.get("router") if looped else self.case.get("use_router")
+        tokens = given["redux_unscaled"] * self.case.get("redux_scale", 0.6) if self.looped else given["redux"]
+        router = "router" in given and (self.looped or self.case.get("use_router"))
+        masked = "ref_mask" in given and (self.looped or self.case.get("use_ref_mask"))
         side = given["ref_ids"][: given["ref"].shape[1] // self.subjects, 1:].amax(0) - given["ref_ids"][0, 1:] + 1
         grid = [int(size) for size in side]
         assert torch.equal(given["ref_ids"][0], torch.tensor([0.0, 0.0, -float(grid[1])]))
@@ -66,22 +81,12 @@ class AnyStoryCase(Golden):
         caches = caches or [FeatureCache(2**26) for _ in range(self.subjects)]
         for number, cache_ in enumerate(caches):
             own = slice(number * grid[0] * grid[1], (number + 1) * grid[0] * grid[1])
-            mask = _row(given["ref_mask"], row)[:, own, 0] if shown["ref_mask"] and "ref_mask" in given else None
+            mask = _row(given["ref_mask"], row)[:, own, 0] if masked else None
             clean = unpacked(_row(given["ref"], row)[:, own], grid)
             references.append(clean_reference(clean, mask, shift, loras, cache_))
-        whole, never = (0.0, 1.0), (0.0, 0.0)
-        windows = {
-            "token_window": whole if shown["redux"] else never,
-            "reference_window": whole if shown["ref"] else never,
-        }
-        if looped:
-            windows = {
-                "token_window": tuple(self.case["redux_window"]),
-                "reference_window": (self.case["ref_start_at"], self.case["ref_end_at"]),
-            }
         return AnyStorySettings(
             loras, tuple(f"subject {number + 1}" for number in range(self.subjects)), _row(tokens, row),
-            _row(given["router"], row) if router else None, tuple(references), shift=shift, **windows,
+            _row(given["router"], row) if router else None, tuple(references), shift=shift, **self.windows,
         )  # fmt: skip
 
     def prompt(self, row: int = 0) -> list[list[Any]]:
