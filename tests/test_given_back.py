@@ -28,7 +28,7 @@ class Picture:
 
     def path(self, conditioning: Any, rounds: int) -> tuple[Any, Tensor]:
         given = ({"samples": self.latent}, self.sigmas, None, conditioning, rounds)
-        inversion, last, _ = InvertToTrajectoryNode.execute(self.toy.model, *given).args
+        inversion, last, *_ = InvertToTrajectoryNode.execute(self.toy.model, *given).args
         return inversion, last["samples"]
 
     def swap(self, path: Any) -> Any:

@@ -117,7 +117,7 @@ def picture_by_all(toy: Toy, device: torch.device) -> Tensor:
     prompts = AuxiliaryPromptNode.execute(toy.clip, "an emblem on grass", "emblem", noun="star").args
     latent = {"samples": toy.vae.encode(picture).to(device)}
     sigmas = BasicScheduler.execute(toy.model, "normal", 2, 1.0).args[0]
-    path, last, _ = InvertToTrajectoryNode.execute(toy.model, latent, sigmas, toy.clip, fixed_point_rounds=1).args
+    path, last, *_ = InvertToTrajectoryNode.execute(toy.model, latent, sigmas, toy.clip, fixed_point_rounds=1).args
     layout = LayoutNode.execute(128, 128, "emblem", mask=mask).args[0]
     router = RouteByMasksNode.execute(masks=mask).args[0]
     model = routed(recycled(laid_out(toy.model, layout), one, region_mask=mask), one, router, strength=0.7)

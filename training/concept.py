@@ -151,7 +151,8 @@ def as_lora(
     for name, weight in before.items():
         key = f"diffusion_model.{name.removesuffix('.weight')}"
         trained = after[name].detach()
-        # Where the training was: a GPU does this in a fraction of the time.
+        # Where the training was, a GPU does this in a fraction of the time; Apple's have no float64.
+        trained = trained.cpu() if trained.device.type == "mps" else trained
         change = trained.float() - weight.to(trained.device).float()
         thin = factors(change, spread.to(change.device), rank, error)
         if thin is None:

@@ -163,7 +163,7 @@ class Cases:
         from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 
         model, sigmas = self.concept.model, _sigmas(self.given)
-        path, last, _ = InvertToTrajectoryNode.execute(model, {"samples": latents}, sigmas, None, prompt, rounds).args
+        path, last, *_ = InvertToTrajectoryNode.execute(model, {"samples": latents}, sigmas, None, prompt, rounds).args
         return path, last["samples"]
 
     def _segmented(self, images: Tensor) -> Tensor:
