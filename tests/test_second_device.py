@@ -94,6 +94,15 @@ def test_an_area(mechanism: Mechanism, model: Any, there: Any) -> None:
     assert difference(sample(mechanism.on(there), **run), sample(mechanism.on(model), **run)) < 1e-4
 
 
+@pytest.mark.parametrize("guidance", ["shared", "own"])
+def test_a_branch_under_a_mask_by_cfg_plus_plus(guidance: str, model: Any, there: Any) -> None:
+    mask = torch.ones(1, 1, 8, 8)
+    mask[..., :4] = 0
+    run = {**RUN, "steps": 3, "sampler": "dpmpp_2m_cfg_pp", "cfg": 0.7, "mask": mask, "latent": torch.ones(2, 4, 8, 8)}
+    results = [sample(integrated(each, guidance=guidance), **run) for each in (there, model)]
+    assert difference(*results) < 1e-4
+
+
 # What else computes
 
 
