@@ -430,3 +430,17 @@ def test_on_a_second_device(router: bool, model: Any) -> None:
             comfy.model_management.unload_model_and_clones(patcher)
     for each in found:
         assert difference(each, expected) < 1e-3
+
+
+def test_offloaded_and_partly_loaded() -> None:
+    """The model by parts, and the weights beside it: hooks stay on the modules, which cast what they keep elsewhere."""
+    model = golden_model()
+    patched = told(model, settings())
+    whole = sample(patched)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(patched), whole)
+    patched.partially_unload(patched.offload_device, 2**40)
+    golden_anystory().patcher.partially_unload(patched.offload_device, 2**40)
+    assert patched.model.model_lowvram
+    assert torch.equal(sample(told(model, settings())), whole)
+    assert hooks_of(model) == 0
