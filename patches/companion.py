@@ -128,7 +128,8 @@ def _fits(place: str, given: list[Tensor], result: list[Tensor]) -> bool:
     as_before = first.shape[0] == rows or first.shape[:2].numel() == given[0].shape[:2].numel()
     if place == "attn1_patch":
         return as_before and all(a.shape[:-1] == b.shape[:-1] for a, b in zip(given[1:], others, strict=False))
-    return as_before and all(each.shape[0] == rows for each in others)
+    lengths = {each.shape[1] for each in others if each.ndim > 1}
+    return as_before and all(each.shape[0] == rows for each in others) and len(lengths) <= 1
 
 
 def silenced(output: Tensor, extra: dict[str, Any]) -> Tensor:

@@ -110,7 +110,7 @@ class MapRouting(Routing):
         super().amend(call, sigma, recorded)
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        if call.site not in self.read:
+        if call.site not in self.read or not call.chunk.spans:
             return
         key = _key(call)
         if key not in self._tokens:
