@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, preset_noun
 from ..patches.dual_branch import BRANCH_KEY, BranchTokens
-from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, prompt_spans, split_phrases
+from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, in_context, prompt_spans, split_phrases
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
 from .types import CONCEPT
@@ -118,5 +118,9 @@ class AuxiliaryPromptNode(io.ComfyNode):
 
 
 def _encode(clip: Any, text: str, noun: str, spans: Mapping[str, Spans], auxiliary: bool = False) -> Any:
-    tokens = BranchTokens(prompt_spans(clip, text), spans[noun], auxiliary)
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans, BRANCH_KEY: tokens})
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    for tokens, values in conditioning:
+        placed = {phrase: in_context(clip, text, tokens, found) for phrase, found in spans.items()}
+        prompt = in_context(clip, text, tokens, prompt_spans(clip, text))
+        values.update({SPANS_KEY: placed, BRANCH_KEY: BranchTokens(prompt, placed[noun], auxiliary)})
+    return conditioning

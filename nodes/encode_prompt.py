@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.prompt import SPANS_KEY, check_context, find_spans, split_phrases
+from ..patches.prompt import SPANS_KEY, find_spans, in_context, split_phrases
 from .checks import check_loaded
 from .embeddings import embeddings_state
 from .types import SUBJECT, SubjectType
@@ -67,6 +67,7 @@ class EncodePromptWithSubjects(io.ComfyNode):
         wanted = (*split_phrases(phrases), *(subject.phrase for subject in subjects or ()))
         spans = find_spans(clip, text, wanted)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={SPANS_KEY: spans})
-        if spans:
-            check_context(clip, text, conditioning[0][0])
+        for tokens, values in conditioning if spans else ():
+            placed = {phrase: in_context(clip, text, tokens, found) for phrase, found in spans.items()}
+            values[SPANS_KEY] = placed
         return io.NodeOutput(conditioning)

@@ -88,15 +88,20 @@ def find_spans(clip: Any, text: str, phrases: Iterable[str]) -> dict[str, Spans]
     return {phrase: _find(prompt, phrase) for phrase in wanted}
 
 
-def check_context(clip: Any, text: str, context: Tensor) -> None:
-    """Raises ValueError when the context (1, tokens, width) that a CLIP made of a text is not as long as its tokens
-    are many: positions among them would be wrong."""
+def in_context(clip: Any, text: str, context: Tensor, spans: Spans) -> Spans:
+    """Spans of a text's tokens in the context (1, tokens, width) that a CLIP made of it, where another pack may have
+    put each token twice, once for keys and once for values, which are turned round where its weight is negative.
+
+    Raises ValueError when the context is not as long as its tokens are many: positions among them would be wrong."""
     expected = _Prompt(clip, text).length
+    if context.shape[1] == 2 * expected and torch.equal(context[:, ::2].abs(), context[:, 1::2].abs()):
+        return tuple((2 * start, 2 * stop) for start, stop in spans)
     if context.shape[1] != expected:
         raise ValueError(
             f"This text encoder made {context.shape[1]} tokens of the prompt where {expected} were expected, so "
             f"phrases cannot be found in it; leave the phrases empty, or use one of {KNOWN}."
         )
+    return spans
 
 
 def check_embeddings(clip: Any, phrase: str) -> None:

@@ -145,3 +145,27 @@ def test_the_schema_explains_itself() -> None:
     ]
     page = Path(__file__).parents[1] / "web" / "docs" / f"{schema.node_id}.md"
     assert all(f"`{each.id}`" in page.read_text(encoding="utf-8") for each in schema.inputs)
+
+
+def test_tokens_that_another_pack_puts_twice(clip: comfy.sd.CLIP) -> None:
+    """Once for keys and once for values, which a negative weight turns round."""
+    text = "a red dog on a beach"
+    (plain,) = encode(clip, text, "red dog; beach")
+    made = clip.clone()
+    name = next(iter(clip.tokenize(text)))
+    encoder = getattr(clip.cond_stage_model, f"clip_{name}")
+    own = encoder.encode_token_weights
+
+    def twice(pairs: Any) -> tuple[Any, ...]:
+        tokens, *rest = own(pairs)
+        turned = tokens.clone()
+        turned[:, 3] *= -1
+        return (torch.stack([tokens, turned], 2).flatten(1, 2), *rest)
+
+    made.patcher.add_object_patch(f"clip_{name}.encode_token_weights", twice)
+    (doubled,) = encode(made, text, "red dog; beach")
+    assert doubled[0].shape[1] == 2 * plain[0].shape[1]
+    for phrase, spans in plain[1][SPANS_KEY].items():
+        assert doubled[1][SPANS_KEY][phrase] == tuple((2 * start, 2 * stop) for start, stop in spans)
+        for start, stop in spans:
+            assert torch.equal(doubled[0][:, 2 * start : 2 * stop : 2], plain[0][:, start:stop])
