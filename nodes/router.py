@@ -11,7 +11,7 @@ from ..patches.layout_regions import Layout
 from ..patches.map_router import MapRouter
 from ..patches.mask_router import MaskRouter
 from ..patches.router import MOST_SUBJECTS
-from .checks import check_choice, check_number, masks_in
+from .checks import check_choice, check_number, masks_in, tell, upside_down
 from .types import SEVERAL, LayoutType, RouterType
 
 PRECEDING, MEAN = "preceding layer", "running mean"
@@ -59,6 +59,9 @@ class RouteByMasksNode(io.ComfyNode):
             painted = masks_in("masks", masks).cpu() > 0.5
             called = [f"Mask {number}" for number in range(1, len(painted) + 1)]
         _check_regions(painted, called)
+        for name, region in zip(called, painted, strict=True):
+            if masks is not None and (doubt := upside_down(name.lower(), region)):
+                tell(doubt)
         return io.NodeOutput(MaskRouter(painted, tuple(layout.shown()) if layout is not None else ()))
 
 

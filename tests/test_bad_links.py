@@ -252,7 +252,9 @@ def test_an_upside_down_mask_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert upside_down("mask", (torch.arange(48) > 20).expand(32, 48).float()) is None
     with caplog.at_level(logging.WARNING):
         AdaptiveBlendMaskNode.execute(mask)
+        RouteByMasksNode.execute(mask)
     assert "The mask 1 of 1 covers 79%" in caplog.text
+    assert "The mask 1 covers 79%" in caplog.text
 
 
 def test_a_list_where_one_value_belongs_is_refused() -> None:
