@@ -95,7 +95,7 @@ def _sample(
     options[SESSION] = session
     try:
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-        session.warn_of_idle()
+        session.tell()
         session.warn_of_left()
         return result
     finally:

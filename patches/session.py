@@ -23,6 +23,7 @@ from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
 from .sites import Site
 from .streams import UNCONDITIONAL, Denoising, Features, Stream
+from .tally import Tally
 from .window import Levels
 
 
@@ -56,6 +57,7 @@ class Session:
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
         self._acted: set[int] = set()
+        self._tally = Tally()
         self._left: dict[tuple[str, str], set[Site]] = {}
 
     @property
@@ -81,9 +83,13 @@ class Session:
         self._model_key = None
         self.active = tuple(edit for edit in self.edits if self.levels.lie_in(edit.window, sigma))
         self._acted.update(id(edit) for edit in self.active)
+        self._tally.acts(self.active, sigma)
 
-    def warn_of_idle(self) -> None:
-        """Says, when the run is over, which nodes did nothing in it because no step was in their window."""
+    def tell(self) -> None:
+        """Says, when the run is over, what each node did in it, and which did nothing because no step was in their
+        window."""
+        for line in self._tally.lines():
+            logging.info(line)
         for edit in self.edits:
             if edit.node and self.guider is not None and id(edit) not in self._acted and not edit.window.empty:
                 self.warn_once(f"{edit.node} did nothing: {self.levels.none_in(edit.window)}")
@@ -108,12 +114,13 @@ class Session:
 
     def requests(self, model_options: Mapping[str, Any]) -> list[Request]:
         """What the active edits want recorded in this call of the model."""
-        found = [request for edit in self.active for request in edit.requests(self.sigma)]
-        return [
-            request
-            for request in found
-            if request[0].conditioning is not UNCONDITIONAL or self._is_guided(model_options)
-        ]
+        found = []
+        for edit in self.active:
+            for request in edit.requests(self.sigma):
+                if request[0].conditioning is not UNCONDITIONAL or self._is_guided(model_options):
+                    found.append(request)
+                    self._tally.asks(edit, request[0])
+        return found
 
     def _is_guided(self, model_options: Mapping[str, Any]) -> bool:
         """Whether the model is about to run on a negative conditioning: at CFG 1 the host's guider leaves it out."""
@@ -175,6 +182,7 @@ class Session:
             found = (r.features.get(call.site, {}) for r in self.recordings.values() if r.stream is stream)
             return {part: call.widened(tensor) for features in found for part, tensor in features.items()} or None
 
+        self._tally.amends(edits, call.site)
         for edit in edits:
             edit.amend(call, self.sigma, recorded)
         for edit in edits:
@@ -192,6 +200,8 @@ class Session:
         place = (id(stream), parts)
         if place not in self.recordings:
             self.recordings[place] = Recording(stream, parts, self._cache_key(stream, options), self.run)
+            self.recordings[place].load(sites, device)
+            self._tally.recorded(stream, self.recordings[place].complete)
         recording = self.recordings[place]
         recording.load(sites, device)
         return recording

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from author import save
-from host import Server
+from host import ROOT, Server
+from hosting.arrange import NOTE
 from hosting.page import HOW_TO_GET, Page, find_browser
-from hosting.workflows import load_workflow, workflow_files
+from hosting.workflows import load_workflow, real_workflow_files, workflow_files
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"there is no browser here; {HOW_TO_GET}")
 
@@ -22,15 +25,54 @@ def page(server: Server) -> Iterator[Page]:
         yield opened
 
 
-@pytest.mark.parametrize("path", workflow_files(), ids=lambda path: path.stem)
-def test_page_runs_what_the_tools_run(server: Server, page: Page, path: Path) -> None:
-    """No node is missing, the page's API export is what the tools queue, and the file is what the page saves."""
+FILES = [*workflow_files(), *real_workflow_files()]
+
+
+@pytest.fixture(scope="module")
+def prompts(server: Server) -> dict[str, Any]:
+    """Each workflow in API format, as the tools convert it."""
+    converted = server.to_api_each([load_workflow(path) for path in FILES])
+    return dict(zip((path.stem for path in FILES), converted, strict=True))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path: Path) -> None:
+    """No node is missing, the page's API export is what the tools queue, and the file is what the page saves. Nodes lie
+    in titled groups and none over another, on opening and with the pictures of a run."""
     workflow = load_workflow(path)
     page.load(workflow)
     assert page.missing() == []
     prompt, saved = page.export()
-    assert prompt == server.to_api(workflow)
+    assert prompt == prompts[path.stem]
     assert _lasting(saved) == _lasting(workflow)
+    _check_canvas(page, workflow)
+    for node in workflow["nodes"]:
+        if node["type"] in ("SaveImage", "PreviewImage"):
+            page.show_pictures(node["id"], "subject_patches_emblem.png", 2)
+    page.settle()
+    _check_canvas(page, workflow)
+
+
+def _check_canvas(page: Page, workflow: dict[str, Any]) -> None:
+    bounds = page.bounds()
+    notes = [node["id"] for node in workflow["nodes"] if node["type"] == NOTE]
+    assert len(notes) == 1
+    assert [pair for pair in itertools.combinations(bounds, 2) if _overlap(*(bounds[each] for each in pair))] == []
+    groups = [group["bounding"] for group in workflow["groups"]]
+    assert all(group["title"] for group in workflow["groups"])
+    assert not any(_overlap(one, other) for one, other in itertools.combinations(groups, 2))
+    lost = [number for number, box in bounds.items() if not any(_holds(group, box) for group in groups)]
+    assert lost == notes
+
+
+def _overlap(one: list[float], other: list[float]) -> bool:
+    return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
+
+
+def _holds(group: list[float], box: list[float]) -> bool:
+    return all(
+        group[axis] <= box[axis] and box[axis] + box[axis + 2] <= group[axis] + group[axis + 2] for axis in (0, 1)
+    )
 
 
 def test_page_and_client_agree_on_titles_and_values(server: Server, page: Page, solid_workflow: dict[str, Any]) -> None:
@@ -40,6 +82,22 @@ def test_page_and_client_agree_on_titles_and_values(server: Server, page: Page, 
     prompt, _ = page.export()
     assert prompt["1"]["inputs"]["color"] == 0xFF0000
     assert prompt == server.to_api(solid_workflow)
+
+
+def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
+    """Each is a box of nodes that are there, of the pack's own making, with links to bring and widgets to set."""
+    offered = {each["name"] for each in server.blueprints().values()}
+    for path in sorted((ROOT / "subgraphs").glob("*.json")):
+        blueprint = json.loads(path.read_text(encoding="utf-8"))
+        assert path.stem in offered
+        page.load(blueprint)
+        assert page.missing() == []
+        (box,) = blueprint["nodes"]
+        (definition,) = blueprint["definitions"]["subgraphs"]
+        assert box["type"] == definition["id"]
+        assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
+        assert box["properties"]["proxyWidgets"]
+        assert len(box["inputs"]) > 2
 
 
 def test_missing_node_is_seen(page: Page, solid_workflow: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from host import Server
 from hosting.errors import WorkflowError
+from hosting.gallery import Entry, in_order, look_of, page, wide_sheet
 from hosting.paths import ROOT
 from hosting.pip import clean_environment
 from hosting.sheet import Group, draw_sheet, draw_thumbnail, fit
@@ -30,20 +32,41 @@ def _png(colour: tuple[int, int, int], width: int = 8, height: int = 8) -> bytes
 
 @pytest.mark.parametrize("path", complete_workflows()[:1], ids=lambda path: path.stem)
 def test_demo_writes_what_it_prints(path: Path) -> None:
-    """The command prints the path of each picture and, last, of the contact sheet, and each is a picture."""
+    """The command prints the path of each picture and, last, of the gallery that holds them."""
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--workflow", path.stem]
     began = time.time()
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     printed = [Path(line) for line in done.stdout.splitlines()]
     assert len(printed) > 1
-    assert printed[-1].name == "contact_sheet.png"
-    for picture in printed:
+    assert [path.name for path in printed[-2:]] == ["gallery.png", "gallery.html"]
+    assert printed[-1].read_text(encoding="utf-8").count("data:image/png;base64,") == len(printed) - 2
+    for picture in printed[:-1]:
         assert picture.stat().st_mtime >= began - 2
         with Image.open(picture) as image:
             image.verify()
     with Image.open(printed[0]) as image:
         assert json.loads(image.info["workflow"]) == load_workflow(path)
+
+
+def test_gallery_is_one_page_and_one_sheet_of_some_height() -> None:
+    """In the reader's order, the inspector last; each row has its caption, and the page needs no other file."""
+    names = ["attention_inspector", "something_new", "emblem_in_a_scene"]
+    assert in_order(names) == ["emblem_in_a_scene", "something_new", "attention_inspector"]
+    groups = (Group("Before", (_png(RED),) * 2), Group("After & more", (_png(GREEN),)))
+    entries = [Entry(f"Row {number}", "Look at this.", groups) for number in range(20)]
+    sheet = wide_sheet(entries)
+    assert sheet.height <= 2000 < sheet.width
+    assert {RED, GREEN} <= {colour for _, colour in sheet.getcolors(maxcolors=1 << 20)}
+    text = page(entries)
+    assert text.count("data:image/png;base64,") == 60
+    assert "After &amp; more" in text
+    assert re.findall(r"(?:src|href)=\"(?!data:)", text) == []
+
+
+@pytest.mark.parametrize("path", complete_workflows(), ids=lambda path: path.stem)
+def test_every_workflow_says_what_to_look_at(path: Path) -> None:
+    assert len(look_of(load_workflow(path))) > 20
 
 
 def test_sheet_shows_every_picture_in_order() -> None:

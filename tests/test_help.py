@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import subject_patches
 from host import ROOT, Server
-from hosting.workflows import workflow_files
+from hosting.workflows import real_workflow_files, workflow_files
 
 HELP = ROOT / "web" / "docs"
 
@@ -64,7 +64,8 @@ def test_a_workflow_may_leave_advanced_inputs_out(schema: Any) -> None:
     for each in schema.inputs:
         if each.as_dict().get("advanced"):
             assert each.optional, each.id
-            assert given[each.id].default == getattr(each, "default", None), each.id
+            # One that is given as a list may be settled within.
+            assert given[each.id].default in (getattr(each, "default", None), *([None] if schema.is_input_list else []))
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
@@ -98,6 +99,8 @@ def test_readme_names_every_node_and_every_workflow() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [schema.display_name for schema in SCHEMAS if f"**{schema.display_name}**" not in text] == []
     assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == [path.stem for path in workflow_files()]
+    kinds = {path.stem.rsplit("_", 1)[0] for path in real_workflow_files()}
+    assert {*re.findall(r"^\| `(\w+)_sd15`, `\1_sdxl` \|", text, re.MULTILINE)} == kinds
 
 
 @pytest.mark.parametrize(

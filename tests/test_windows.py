@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from subject_patches.tests.models import (
     prompt,
     randn,
     recycled,
+    sample,
     small_model,
     swapped,
     through,
@@ -223,3 +225,15 @@ def test_a_window_with_a_step_says_nothing(model: Any, caplog: Any) -> None:
 
 def test_windows_that_meet_keep_their_origin() -> None:
     assert (Window(0.0, 0.5, 3.0) & Window(0.2, 1.0)) == Window(0.2, 0.5, 3.0)
+
+
+def test_a_run_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    """One line a node: steps, layers, companions, and passes that the cache saved, which are all of a second run."""
+    model = recycled(small_model(), end_percent=0.5)
+    for saved in (0, 2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            sample(model, steps=4)
+        (line,) = [record.message for record in caplog.records if record.message.startswith("Recycled")]
+        expected = rf"Recycled Self-Attention: 2 steps, 5 layers, 1 companion, {saved} of 2 passes from the cache\."
+        assert re.fullmatch(expected, line), line

@@ -1,10 +1,11 @@
 """Write a workflow file as the page saves it, from a workflow in API or UI format.
 
-    python tools/author.py FILE [--name NAME]
+    python tools/author.py FILE [--name NAME] [--note TEXT]
 
-The page itself lays an API workflow out and saves it to workflows/NAME.json (by default the name of FILE); node titles
-come from each node's `_meta.title`. A UI workflow keeps its layout. Seeds are set to stay fixed, so that the file gives
-the same pictures every time. Needs Chromium and its driver, as the browser tests do.
+The page itself saves the workflow to workflows/NAME.json (by default the name of FILE). Nodes are laid out in groups,
+Input, Subject, Generate and Compare; in a UI workflow a node stays in the group that it lies in. Node titles come from
+each node's `_meta.title`. The note beside them is TEXT, Markdown, or stays as it is. Seeds are set to stay fixed, so
+that the file gives the same pictures every time. Needs Chromium and its driver, as the browser tests do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from host import Server, ToolError, find_host
+from hosting.arrange import NOTE, arrange
 from hosting.command import Parser, enter, run
 from hosting.page import Page
 from hosting.workflows import FOLDER
@@ -29,6 +31,7 @@ def main() -> int:
     """The command line; see the module's text."""
     parser = Parser(prog="author.py", description="Write a workflow file as the page saves it.")
     parser.add_argument("file", type=Path, metavar="FILE", help="a workflow in API or UI format")
+    parser.add_argument("--note", help="what the note says, in Markdown")
     parser.add_argument("--name", help="the name in workflows/ (by default that of FILE)")
     options = parser.parse_args()
     try:
@@ -39,7 +42,7 @@ def main() -> int:
     enter(host, Path(__file__), sys.argv[1:])
     name = options.name or options.file.stem
     with Server(host) as server, Page(server.url) as page:
-        saved = save(page, workflow, name)
+        saved = save(page, workflow, name, options.note)
         if unknown := page.missing():
             raise ToolError(f"No node of the host or this pack is called {', '.join(unknown)}; correct {options.file}.")
     target = FOLDER / f"{name}.json"
@@ -49,17 +52,33 @@ def main() -> int:
     return 0
 
 
-def save(page: Page, workflow: dict[str, Any], name: str) -> dict[str, Any]:
-    """What the page saves of `workflow`, with seeds that stay fixed and an id that depends on `name` alone."""
+def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = None) -> dict[str, Any]:
+    """What the page saves of `workflow`, laid out, with seeds that stay fixed and an id that depends on `name`."""
     if "nodes" not in workflow:
         page.load_api(workflow, name)
         _, workflow = page.export()
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
         node["widgets_values"] = ["fixed" if isinstance(v, str) and v in _CHANGING else v for v in values]
+    if note is not None:
+        _note(workflow, note)
     page.load(workflow)
+    workflow = arrange(page.export()[1], page.least_sizes())
+    page.load(workflow)
+    page.settle()
     _, saved = page.export()
     return saved | {"id": str(uuid.uuid5(_NAMESPACE, name))}
+
+
+def _note(workflow: dict[str, Any], text: str) -> None:
+    notes = [node for node in workflow["nodes"] if node["type"] == NOTE]
+    if not notes:
+        number = max(node["id"] for node in workflow["nodes"]) + 1
+        workflow["last_node_id"] = max(number, workflow["last_node_id"])
+        notes = [{"id": number, "type": NOTE, "pos": [0, 0], "size": [420, 300], "title": "What this shows"}]
+        notes[0] |= {"inputs": [], "outputs": [], "flags": {}, "mode": 0, "order": 0, "properties": {}}
+        workflow["nodes"] += notes
+    notes[0]["widgets_values"] = [text]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tools/demo.py [--workflow NAME] [--checkpoint FILE] [--keep-server] [--thumbnails] [--offline]
 
-Does all set-up by itself. The pictures and `contact_sheet.png` go to demo_output/, and the path of each is printed.
+Does all set-up by itself. The pictures, `gallery.html`, which holds them all, and `gallery.png` go to demo_output/, and
+the path of each is printed. Nothing is opened.
 
 A workflow needs nothing special to appear here: the pictures of each Save Image or Preview Image node make one group,
 captioned with the title of the node ("Before: ...", "After: ..."), and the groups come as the nodes lie on the canvas,
@@ -46,10 +47,12 @@ def main() -> int:
 
 def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bool, thumbnails: bool) -> None:
     # Pillow is there only in the host's interpreter.
+    from hosting.gallery import Entry, in_order, look_of, page, wide_sheet
     from hosting.sheet import draw_sheet, draw_thumbnail
     from hosting.workflows import complete_workflows, fetch_groups, find_workflow, load_workflow, use_checkpoint
 
-    files = [find_workflow(name)] if name else complete_workflows()
+    there = {path.stem: path for path in ([find_workflow(name)] if name else complete_workflows())}
+    files = [there[stem] for stem in in_order(list(there))]
     if not files:
         raise ToolError(f"There is no workflow in {ROOT / 'workflows'}; get a complete checkout of this pack.")
     OUTPUT.mkdir(exist_ok=True)
@@ -58,13 +61,13 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
     keeping = ("--cache-ram", *map(str, _FREE_MEMORY))
     with Server(host, checkpoints=[checkpoint] if checkpoint else [], arguments=keeping) as server:
         workflows = [load_workflow(path) for path in files]
-        blocks = []
+        entries = []
         for path, workflow, prompt in zip(files, workflows, server.to_api_each(workflows), strict=True):
             if checkpoint is not None:
                 use_checkpoint(prompt, checkpoint.name)
             outputs = server.queue(prompt, workflow=workflow, progress=_Line(path.stem), seconds=3600)
             groups = fetch_groups(server, workflow, outputs)
-            blocks.append((_words(path.stem), groups))
+            entries.append(Entry(_words(path.stem), look_of(workflow), tuple(groups)))
             for group in groups:
                 name = f"{path.stem}_{_slug(group.caption)}"
                 for earlier in OUTPUT.glob(f"{name}_*.png"):
@@ -75,10 +78,11 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
                     _write(OUTPUT / f"{name}_{number}.png", picture)
             if thumbnails:
                 draw_thumbnail(groups).save(path.with_suffix(".jpg"), quality=88)
-                draw_sheet(blocks[-1:]).save(HELP / f"{path.stem}.jpg", quality=88)
-        sheet = OUTPUT / "contact_sheet.png"
-        draw_sheet(blocks).save(sheet)
-        print(sheet, flush=True)
+                draw_sheet([(_words(path.stem), groups)]).save(HELP / f"{path.stem}.jpg", quality=88)
+        sheet, gallery = OUTPUT / "gallery.png", OUTPUT / "gallery.html"
+        wide_sheet(entries).save(sheet)
+        gallery.write_text(page(entries), encoding="utf-8")
+        print(sheet, gallery, sep="\n", flush=True)
         if keep_server:
             print(f"{server.url}  (Ctrl-C stops it)", flush=True)
             while server.running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,42 @@ Promise.resolve(window.app.loadApiJson(prompt, name)).then(() => done(null), err
 _MISSING = """
 const known = window.LiteGraph.registered_node_types;
 return window.app.graph.nodes.map(node => node.type).filter(type => !(type in known));
+"""
+_LEAST = """
+return window.app.graph.nodes.map(node => [node.id, ...node.computeSize()]);
+"""
+_BOUNDS = """
+const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+const box = node => [node.pos[0], node.pos[1] - title, node.size[0], node.size[1] + title];
+return window.app.graph.nodes.map(node => [node.id, box(node)]);
+"""
+_SHOW = """
+const [id, images] = arguments;
+const detail = {node: id, display_node: id, prompt_id: "shown", output: {images}};
+window.app.api.dispatchEvent(new CustomEvent("executed", {detail}));
+"""
+_LOADED = """
+return window.app.graph.nodes.every(node => (node.imgs || []).every(image => image.complete));
+"""
+_BOX = """
+const [name, kinds, widgets] = arguments;
+const graph = window.app.graph, nodes = graph.nodes.filter(node => kinds.includes(node.type));
+const {node} = graph.convertToSubgraph(new Set(nodes));
+node.title = node.subgraph.name = name;
+const shown = [];
+for (const [kind, widget] of widgets)
+    for (const inner of node.subgraph.nodes)
+        if (inner.type === kind) shown.push([String(inner.id), widget]);
+node.properties.proxyWidgets = shown;
+"""
+_FIT = """
+const boxes = [...window.app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 60, n.size[0], n.size[1] + 60])];
+const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1])) - 60;
+const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 40;
+const ds = window.app.canvas.ds, element = window.app.canvas.canvas;
+ds.scale = Math.min((element.clientWidth - 100) / (right - left), (element.clientHeight - 100) / (bottom - top), 1);
+ds.offset = [-left + 80 / ds.scale, -top + 90 / ds.scale];
+window.app.canvas.setDirty(true, true);
 """
 _EXPORT = """
 const [done] = arguments;
@@ -104,6 +141,37 @@ class Page:
         error, prompt, workflow = self._driver.execute_async_script(_EXPORT)
         self._raise(error)
         return json.loads(prompt), json.loads(workflow)
+
+    def least_sizes(self) -> dict[int, list[float]]:
+        """The least width and height of each node of the open workflow, by its number."""
+        return {int(number): size for number, *size in self._driver.execute_script(_LEAST)}
+
+    def bounds(self) -> dict[int, list[float]]:
+        """Where each node of the open workflow lies, its title bar included: x, y, width and height by its number."""
+        return {int(number): box for number, box in self._driver.execute_script(_BOUNDS)}
+
+    def box(self, name: str, kinds: Sequence[str], widgets: Sequence[tuple[str, str]]) -> None:
+        """Put the open workflow's nodes of these kinds into one box, a subgraph, that shows the widgets of theirs."""
+        self._driver.execute_script(_BOX, name, list(kinds), [list(widget) for widget in widgets])
+
+    def show_pictures(self, node: int, name: str, count: int) -> None:
+        """Tell the page that an output node gave a picture of the server's input folder `count` times, as the server
+        does at the end of a run."""
+        images = [{"filename": name, "subfolder": "", "type": "input"}] * count
+        self._driver.execute_script(_SHOW, str(node), images)
+
+    def settle(self) -> None:
+        """Wait until pictures are loaded and drawn."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self._driver, _SECONDS).until(lambda driver: driver.execute_script(_LOADED))
+        self._driver.execute_async_script("const [done] = arguments; setTimeout(done, 400);")
+
+    def picture(self) -> bytes:
+        """A PNG of the page with the whole workflow in sight."""
+        self._driver.execute_script(_FIT)
+        self.settle()
+        return self._driver.get_screenshot_as_png()
 
     def _raise(self, error: str | None) -> None:
         if error is not None:

@@ -176,6 +176,10 @@ class Server:
             self._object_info = self._json("GET", "/object_info")
         return self._object_info
 
+    def blueprints(self) -> dict[str, Any]:
+        """The subgraph blueprints that the server offers, by number."""
+        return self._json("GET", "/global_subgraphs")
+
     def to_api(self, workflow: dict[str, Any], *, offline: bool = False) -> ApiPrompt:
         """Convert a workflow from the UI format, which people save, to the API format, which the server runs.
 

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from .sheet import Group
 
 FOLDER = ROOT / "workflows"
+_FAMILIES = ("_sd15", "_sdxl")
 
 
 def workflow_files() -> list[Path]:
-    """Every shipped workflow, in the order of their names."""
-    return sorted(FOLDER.glob("*.json"))
+    """Every shipped workflow that runs with the toy, in the order of their names."""
+    return sorted(path for path in FOLDER.glob("*.json") if not path.stem.endswith(_FAMILIES))
+
+
+def real_workflow_files() -> list[Path]:
+    """Every shipped workflow for a real checkpoint, whose name ends with its family, in the order of their names."""
+    return sorted(path for path in FOLDER.glob("*.json") if path.stem.endswith(_FAMILIES))
+
+
+def find_real_workflow(name: str) -> Path:
+    """The workflow file for a real checkpoint that is called `name`, without .json."""
+    return next(path for path in real_workflow_files() if path.stem == name)
 
 
 def complete_workflows() -> list[Path]:

@@ -1,0 +1,48 @@
+"""A loader of small checkpoints for a test's server: random weights, in the host's own classes of a real family."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import comfy.sd
+import comfy.supported_models
+import torch
+from clips import small_clip
+from comfy.taesd.taesd import TAESD
+from hosting.random_models import SMALL, generator, model_of
+
+WIDTH = 48
+# What the host adds to an SDXL's pooled output: six numbers of 256 each.
+SIX = 1536
+
+
+class SmallCheckpoint:
+    """A MODEL, a CLIP and a VAE that fit one another."""
+
+    CATEGORY = "test"
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, the host's name
+        return {"required": {"family": (["sd15", "sdxl"],)}}
+
+    sizes: ClassVar[dict[str, int]] = {"hidden_size": WIDTH}
+
+    def load(self, family: str) -> tuple[Any, Any, Any]:
+        """SDXL's context is both its encoders' side by side."""
+        if family == "sd15":
+            model = model_of(comfy.supported_models.SD15, {**SMALL, "context_dim": WIDTH})
+            return model, small_clip("SD 1.x", **self.sizes), _vae()
+        config = {**SMALL, "model_channels": 64, "num_classes": "sequential", "context_dim": 2 * WIDTH}
+        model = model_of(comfy.supported_models.SDXL, {**config, "adm_in_channels": SIX + WIDTH})
+        return model, small_clip("SDXL", **self.sizes), _vae()
+
+
+def _vae() -> Any:
+    source = generator(3)
+    weights = TAESD(latent_channels=4).state_dict()
+    for name, weight in weights.items():
+        fan = weight[0].numel() if weight.ndim > 1 else 1
+        weights[name] = torch.randn(weight.shape, generator=source) / fan**0.5 if weight.ndim else weight
+    return comfy.sd.VAE(sd=weights)

@@ -1,0 +1,83 @@
+"""The workflows for real checkpoints, run with random weights of the same architecture that are small, in few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from host import Host, Server
+from hosting.paths import ROOT
+from hosting.workflows import load_workflow, real_workflow_files, workflow_files
+from real_workflows import FAMILIES, WORKFLOWS
+
+# Stands in for Load Checkpoint: a checkpoint's three parts, as small as the families' architectures allow.
+LOADER = """
+import sys
+sys.path[:0] = {paths!r}
+from small_checkpoint import SmallCheckpoint
+NODE_CLASS_MAPPINGS = {{"SmallCheckpoint": SmallCheckpoint}}
+"""
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that also has a loader of small checkpoints."""
+    base = tmp_path_factory.mktemp("base")
+    loader = base / "custom_nodes" / "small_checkpoint_loader"
+    loader.mkdir(parents=True)
+    paths = [str(ROOT / "tests"), str(ROOT / "tools")]
+    (loader / "__init__.py").write_text(LOADER.format(paths=paths), encoding="utf-8")
+    with Server(host, base=base) as running:
+        yield running
+
+
+def test_every_kind_is_there_for_every_family() -> None:
+    assert {path.stem for path in real_workflow_files()} == {
+        f"{kind}_{name}" for kind in WORKFLOWS for name in FAMILIES
+    }
+    assert not {*workflow_files()} & {*real_workflow_files()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_run(small_server: Server, family: str) -> None:
+    """Each gives a picture of the size that one number says; the trained concept is loaded again by the next."""
+    # Before one that loads what another trains.
+    kinds = sorted(WORKFLOWS, key=list(WORKFLOWS).index)
+    workflows = [load_workflow(ROOT / "workflows" / f"{kind}_{family}.json") for kind in kinds]
+    known = FAMILIES[family]
+    for kind, prompt in zip(kinds, small_server.to_api_each(workflows), strict=True):
+        loaders = [node for node in prompt.values() if node["class_type"] == "CheckpointLoaderSimple"]
+        assert [node["inputs"]["ckpt_name"] for node in loaders] == [known.checkpoint]
+        every = [value for node in prompt.values() for value in node["inputs"].values()]
+        assert sum(value == known.side for value in every) == _places(prompt, known.side)
+        _make_small(prompt, family)
+        outputs = small_server.queue(prompt, seconds=300)
+        assert any(entry.get("images") for entry in outputs.values()), kind
+
+
+def _places(prompt: dict[str, Any], side: int) -> int:
+    """How often a side may stand in a prompt: as the one number or the latent's two sides, and where it is no side of
+    the picture: the canvas of boxes, and 512 of a reference."""
+    assert sum(node["inputs"].get("value") == side for node in prompt.values()) <= 1
+    kinds = {"PrimitiveInt", "EmptyLatentImage", "SubjectPatchesSubject", "CreateBoundingBoxes", "SubjectPatchesLayout"}
+    values = (node["inputs"].values() for node in prompt.values() if node["class_type"] in kinds)
+    return sum(value == side for each in values for value in each)
+
+
+def _make_small(prompt: dict[str, Any], family: str) -> None:
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node["class_type"], node["inputs"] = "SmallCheckpoint", {"family": family}
+        elif node["class_type"] == "PrimitiveInt":
+            inputs["value"] = SIDE
+        elif node["class_type"] == "EmptyLatentImage":
+            inputs |= {name: SIDE for name in ("width", "height") if not isinstance(inputs[name], list)}
+        elif node["class_type"] == "SubjectPatchesTrainConcept":
+            inputs |= {"steps": 1, "size": SIDE, "batch_size": 1}
+        elif "steps" in inputs:
+            inputs["steps"] = 2
+        elif node["class_type"] == "SubjectPatchesSubject":
+            inputs["size"] = SIDE

@@ -1,0 +1,103 @@
+"""Write the subgraph blueprints that the host offers beside nodes: `python tools/blueprints.py`.
+
+Each is made by the page of nodes of a shipped workflow: one box with the few inputs that a person should see. Needs
+Chromium and its driver, as `tools/author.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from host import ROOT, Server, find_host
+from hosting.command import Parser, enter, run
+from hosting.page import Page
+from hosting.workflows import find_real_workflow, load_workflow
+
+FOLDER = ROOT / "subgraphs"
+_NAMESPACE = uuid.UUID("8f0c3f0e-11ba-4c8e-9c3e-6f1f5a6c1f0b")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A box: the workflow whose nodes of these kinds it holds, and which of their widgets it shows, by their kind."""
+
+    name: str
+    workflow: str
+    kinds: tuple[str, ...]
+    widgets: tuple[tuple[str, str], ...]
+
+
+BLUEPRINTS = (
+    Blueprint(
+        "Reference (Subject Patches)",
+        "reference_sd15",
+        ("SubjectPatchesSubject", "SubjectPatchesRecycledSelfAttention"),
+        (("SubjectPatchesRecycledSelfAttention", "strength"), ("SubjectPatchesSubject", "size")),
+    ),
+    Blueprint(
+        "Two Subjects in Boxes (Subject Patches)",
+        "two_subjects_sd15",
+        (
+            *("SubjectPatchesSubject", "SubjectPatchesLayout", "SubjectPatchesLayoutBias"),
+            *("SubjectPatchesRouteByMasks", "SubjectPatchesRoutedReferenceAttention", "CreateBoundingBoxes"),
+            *("SubjectPatchesEncodePrompt", "PrimitiveStringMultiline"),
+        ),
+        (
+            *(("SubjectPatchesEncodePrompt", "text"), ("SubjectPatchesEncodePrompt", "phrases")),
+            *(("PrimitiveStringMultiline", "value"), ("SubjectPatchesSubject", "phrase")),
+            *(("SubjectPatchesRoutedReferenceAttention", "strength"), ("SubjectPatchesLayoutBias", "guidance_weight")),
+        ),
+    ),
+    Blueprint(
+        "Retouch (Subject Patches)",
+        "retouch_sd15",
+        (
+            *("SubjectPatchesInvertToTrajectory", "SubjectPatchesAdaptiveBlendMask", "SubjectPatchesMultiSourceSwap"),
+            "VAEEncode",
+        ),
+        (
+            *(("SubjectPatchesAdaptiveBlendMask", "phrase"), ("SubjectPatchesMultiSourceSwap", "lambda2")),
+            ("SubjectPatchesMultiSourceSwap", "mask_blend_start"),
+        ),
+    ),
+)
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    Parser(prog="blueprints.py", description="Write the subgraph blueprints.").parse_args()
+    host = find_host(development=True)
+    enter(host, Path(__file__), sys.argv[1:])
+    FOLDER.mkdir(exist_ok=True)
+    with Server(host) as server, Page(server.url) as page:
+        for blueprint in BLUEPRINTS:
+            target = FOLDER / f"{blueprint.name}.json"
+            target.write_text(json.dumps(made(page, blueprint), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(target, flush=True)
+    return 0
+
+
+def made(page: Page, blueprint: Blueprint) -> dict[str, Any]:
+    """The blueprint in the form in which the page keeps one: a workflow of the box alone."""
+    page.load(load_workflow(find_real_workflow(blueprint.workflow)))
+    page.box(blueprint.name, blueprint.kinds, blueprint.widgets)
+    _, workflow = page.export()
+    (definition,) = workflow["definitions"]["subgraphs"]
+    (box,) = (node for node in workflow["nodes"] if node["type"] == definition["id"])
+    fixed = str(uuid.uuid5(_NAMESPACE, blueprint.name))
+    for socket in box["inputs"]:
+        socket["link"] = None
+    for socket in box["outputs"]:
+        socket["links"] = None
+    kept = {"revision": 0, "last_node_id": box["id"], "last_link_id": 0, "nodes": [box], "links": [], "groups": []}
+    text = json.dumps({**kept, "definitions": workflow["definitions"], "version": 0.4, "id": fixed})
+    return json.loads(text.replace(definition["id"], str(uuid.uuid5(_NAMESPACE, f"{blueprint.name} box"))))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,307 @@
+"""Write the workflows for real checkpoints as the page saves them: `python tools/real_workflows.py [NAME ...]`.
+
+Each is made for SD 1.5 and for SDXL by the same function, so that the two differ in what a checkpoint needs alone: its
+name, the side of its pictures, guidance. Needs Chromium and its driver, as `tools/author.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from author import save
+from host import Server, find_host
+from hosting.client import ApiPrompt
+from hosting.command import Parser, enter, run
+from hosting.page import Page
+from hosting.workflows import FOLDER
+
+Link = list[Any]
+NEGATIVE = "blurry, low quality, watermark, text"
+# Of a canvas of 512 x 512; a layout fits a picture of any size.
+LEFT, RIGHT = (32, 128, 208, 320), (272, 128, 208, 320)
+CHECKPOINT_NOTE = """
+
+**Choose your checkpoint** in Load Checkpoint first: this workflow has the size, steps and guidance of {family}, and
+any checkpoint of that family works. **{title}** says how big the picture is; it stands nowhere else."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance."""
+
+    name: str
+    checkpoint: str
+    side: int
+    cfg: float
+
+
+FAMILIES = {
+    "sd15": Family("SD 1.5", "v1-5-pruned-emaonly-fp16.safetensors", 512, 7.0),
+    "sdxl": Family("SDXL", "sd_xl_base_1.0.safetensors", 1024, 6.0),
+}
+
+
+class Graph:
+    """A workflow in API format that is being made; `add` gives the new node's number."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.prompt: ApiPrompt = {}
+        self.checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=family.checkpoint)
+        self.model, self.clip, self.vae = ([self.checkpoint, slot] for slot in range(3))
+
+    def add(self, kind: str, title: str = "", /, **inputs: Any) -> str:
+        """A node of the host's or the pack's own; inputs that are not named keep what a new node has."""
+        number = str(len(self.prompt) + 1)
+        self.prompt[number] = {"class_type": kind, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
+        return number
+
+    def side(self) -> Link:
+        """The side of the picture, in the one place where it stands."""
+        return [self.add("PrimitiveInt", "Side of the picture", value=self.family.side), 0]
+
+    def text(self, title: str, text: str) -> Link:
+        return [self.add("CLIPTextEncode", title, clip=self.clip, text=text), 0]
+
+    def picture(self, title: str, name: str) -> Link:
+        return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
+
+    def subject(self, title: str, image: Link, phrase: str = "", **more: Any) -> Link:
+        given = {"image": image, "vae": self.vae, "phrase": phrase, "size": 512, **more}
+        return [self.add("SubjectPatchesSubject", title, **given), 0]
+
+    def sampled(self, title: str, model: Link, positive: Link, negative: Link, latent: Link, **more: Any) -> Link:
+        """A picture by the host's own sampler."""
+        usual = {"seed": 1, "steps": 25, "cfg": self.family.cfg, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+        links = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
+        sampler = self.add("KSampler", title, **links, **usual, denoise=1.0, **more)
+        return self.decoded([sampler, 0])
+
+    def decoded(self, latent: Link) -> Link:
+        return [self.add("VAEDecode", samples=latent, vae=self.vae), 0]
+
+    def save(self, title: str, images: Link, prefix: str) -> None:
+        self.add("SaveImage", title, images=images, filename_prefix=f"subject_patches/{prefix}")
+
+    def empty(self, side: Link | int, count: int = 1) -> Link:
+        return [self.add("EmptyLatentImage", "Size of the picture", width=side, height=side, batch_size=count), 0]
+
+
+def reference(graph: Graph) -> str:
+    """The simplest graph: ten nodes, no phrase, no mask, nothing to download."""
+    subject = graph.subject("", graph.picture("Your subject", "emblem"))
+    model = graph.add("SubjectPatchesRecycledSelfAttention", model=graph.model, subject=subject, strength=1.0)
+    positive = graph.text("Prompt", "a photo of an emblem on a wooden table")
+    negative = graph.text("Negative prompt", NEGATIVE)
+    graph.save("The picture", graph.sampled("", [model, 0], positive, negative, graph.empty(graph.family.side)), "ref")
+    return (
+        "## Your subject in a new picture\nThe picture in **Your subject** is shown in what the prompt says: no "
+        "training, no download.\n\n**Change first:** the picture, then the prompt, which should name what the picture "
+        "shows. `strength` of Recycled Self-Attention says how much of it: 0 is the checkpoint alone, 1 the paper's."
+    )
+
+
+def two_subjects(graph: Graph) -> str:
+    """Two subjects, each in its box."""
+    side = graph.side()
+    layout = _boxes(graph, {"dog": LEFT, "cat": RIGHT})
+    first = graph.subject("First subject: the dog", graph.picture("Your dog", "emblem"), "dog")
+    second = graph.subject("Second subject: the cat", graph.picture("Your cat", "second_emblem"), "cat", others=first)
+    text = {"clip": graph.clip, "text": "a photo of a dog and a cat on a lawn", "phrases": "dog\ncat"}
+    positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **text), 0]
+    negative = graph.text("Negative prompt", NEGATIVE)
+    model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=layout), 0]
+    router = [graph.add("SubjectPatchesRouteByMasks", layout=layout), 0]
+    routed = {"model": model, "subjects": second, "router": router}
+    model = [graph.add("SubjectPatchesRoutedReferenceAttention", **routed), 0]
+    graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "two_subjects")
+    return (
+        "## Two subjects, each in its box\nEach picture is seen in its own box only, so that the two do not blend.\n\n"
+        "**Change first:** the two pictures, their nouns (in the prompt, in `phrases`, in each Subject Reference and "
+        f"as each box's description), then the boxes. {BOXES}"
+    )
+
+
+def layout(graph: Graph) -> str:
+    """Phrases in boxes, without pictures."""
+    side = graph.side()
+    placed = _boxes(graph, {"red apple": LEFT, "green bottle": RIGHT})
+    text = "a photo of a red apple and a green bottle on a wooden table"
+    prompt = {"clip": graph.clip, "text": text, "phrases": "red apple\ngreen bottle"}
+    positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **prompt), 0]
+    negative = graph.text("Negative prompt", NEGATIVE)
+    latent = graph.empty(side)
+    graph.save("Before: the prompt alone", graph.sampled("", graph.model, positive, negative, latent), "before")
+    model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=placed), 0]
+    graph.save("After: each in its box", graph.sampled("", model, positive, negative, latent), "layout")
+    return (
+        "## Things where you say\nEach phrase of the prompt is drawn in its box.\n\n**Change first:** the boxes. Each "
+        "has its phrase as its description; the phrase must stand in the prompt and in `phrases`, too. "
+        f"`guidance_weight` of Layout Bias says how hard: 0.05 to 0.08 are the authors'. {BOXES}"
+    )
+
+
+def concept(graph: Graph) -> str:
+    """A concept trained from pictures, and a prompt that the second branch brings back."""
+    side = graph.side()
+    shown = {f"images.image{n}": graph.picture("A picture of your concept", f"shield_{n + 1}") for n in range(4)}
+    images = [graph.add("BatchImagesNode", **shown), 0]
+    links = {"model": graph.model, "clip": graph.clip, "vae": graph.vae, "images": images}
+    settings = {"noun": "shield", "name": NAME, "preset": "for dual-branch"}
+    automatic = {"steps": 0, "size": 0, "learning_rate": 0.0, "word_learning_rate": 0.0}
+    trained = graph.add("SubjectPatchesTrainConcept", **links, **settings, **automatic)
+    words = f"embedding:{NAME} shield"
+    given = {"clip": [trained, 1], "text": f"a photo of {words} on a sandy beach", "concept": words}
+    prompts = graph.add("SubjectPatchesAuxiliaryPrompt", **given, preset="automatic", noun="")
+    negative = graph.text("Negative prompt", NEGATIVE)
+    latent = graph.empty(side)
+    alone = graph.sampled("KSampler, the concept alone", [trained, 0], [prompts, 0], negative, latent)
+    graph.save("Before: the concept alone", alone, "concept")
+    links = {"model": [trained, 0], "concept": [prompts, 0], "auxiliary": [prompts, 1]}
+    model = [graph.add("SubjectPatchesDualBranchIntegration", **links, injection_strength=1.0, strength=1.0), 0]
+    both = graph.sampled("KSampler, with its prompt", model, [prompts, 0], negative, latent)
+    graph.save("After: with its prompt", both, "dual_branch")
+    return (
+        "## Teach the checkpoint your concept\nA few pictures become a file that is an embedding and a LoRA (500 "
+        "steps; on a GPU minutes, on a processor many hours), and the second branch brings the rest of the prompt "
+        "back.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) in their place), the "
+        "`noun` and the `name`, then both in the prompt. Steps and rates are 0, which takes the authors' for this "
+        f"checkpoint; the log says what was taken. `use_a_concept` loads the file again: it is called {NAME}."
+    )
+
+
+def use_a_concept(graph: Graph) -> str:
+    """A trained concept, loaded by the host's own nodes."""
+    side = graph.side()
+    model = [
+        graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=f"{NAME}.safetensors", strength_model=1.0),
+        0,
+    ]
+    positive = graph.text("Prompt, with the concept's words", f"a photo of embedding:{NAME} shield on a sandy beach")
+    negative = graph.text("Negative prompt", NEGATIVE)
+    graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "concept_again")
+    return (
+        "## A concept that was trained before\nThe file of Train ICO Concept is an embedding, which the prompt names, "
+        f"and a LoRA: here **{NAME}**, which the workflow `concept` makes. None of this pack's nodes is needed.\n\n"
+        "**Change first:** the concept's name, in the LoRA's list and in the prompt, and the noun behind it."
+    )
+
+
+def retouch(graph: Graph) -> str:
+    """A picture's subject gets a reference's details."""
+    side = graph.side()
+
+    def inverted(title: str, name: str) -> tuple[Link, str]:
+        loaded = graph.picture(title, name)
+        square = {"upscale_method": "lanczos", "crop": "center", "width": side, "height": side}
+        scaled = [graph.add("ImageScale", f"{title}, to the size", image=loaded, **square), 0]
+        latent = [graph.add("VAEEncode", pixels=scaled, vae=graph.vae), 0]
+        links = {"model": graph.model, "latent": latent, "sigmas": sigmas, "clip": graph.clip}
+        return scaled, graph.add("SubjectPatchesInvertToTrajectory", f"Invert: {title.lower()}", **links)
+
+    schedule = {"model": graph.model, "scheduler": "normal", "steps": 50, "denoise": 1.0}
+    sigmas = [graph.add("BasicScheduler", "The steps of all three", **schedule), 0]
+    _, source = inverted("Your picture", "another_emblem")
+    _, details = inverted("The details", "emblem")
+    neutral = {"clip": graph.clip, "text": "a photo of an emblem", "phrases": "emblem"}
+    positive = [graph.add("SubjectPatchesEncodePrompt", "What both pictures show", **neutral), 0]
+    negative = graph.text("Negative prompt", "")
+    mask = {"phrase": "emblem", "threshold": 0.3, "join": "OR"}
+    links = {"layout": [source, 0], "reference": [details, 0]}
+    links["blend_mask"] = [graph.add("SubjectPatchesAdaptiveBlendMask", **mask), 0]
+    swap = {"model": graph.model, **links, "lambda2": 0.2, "mask_blend_start": 0.6}
+    model = [graph.add("SubjectPatchesMultiSourceSwap", **swap), 0]
+    guider = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=graph.family.cfg)
+    given = {"noise": [graph.add("DisableNoise"), 0], "guider": [guider, 0]}
+    given["sampler"] = [graph.add("KSamplerSelect", "Sampler", sampler_name="euler"), 0]
+    latent = graph.add("SamplerCustomAdvanced", **given, sigmas=sigmas, latent_image=[source, 1])
+    graph.save("After: with the details", graph.decoded([latent, 0]), "retouched")
+    return (
+        "## Give a picture's subject the details of another\n**Your picture** keeps its structure; its subject takes "
+        "the look of **The details** (50 steps, lambda2 0.2, mask from 0.6: the paper's).\n\n**Change first:** the two "
+        "pictures, then the noun in *What both pictures show*, in its `phrases` and in Adaptive Swap Mask. More "
+        "`lambda2` keeps more of the picture. Connect a painted mask to Adaptive Swap Mask to say where."
+    )
+
+
+NAME = "my_concept"
+BOXES = (
+    "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (Settings, Lite Graph, Modern Node Design); "
+    "without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."
+)
+WORKFLOWS: dict[str, Callable[[Graph], str]] = {
+    each.__name__: each for each in (reference, two_subjects, layout, concept, use_a_concept, retouch)
+}
+
+
+def _boxes(graph: Graph, boxes: dict[str, tuple[int, int, int, int]]) -> Link:
+    """A layout of boxes for the editor, and in numbers for who has none."""
+    drawn = [
+        {
+            **dict(zip(("x", "y", "width", "height"), box, strict=True)),
+            "metadata": {"type": "obj", "text": "", "desc": phrase, "palette": ["#d62828"]},
+        }
+        for phrase, box in boxes.items()
+    ]
+    numbers = [graph.add("PrimitiveStringMultiline", "The boxes in numbers", value=json.dumps(drawn, indent=1)), 0]
+    state = {"bboxes": numbers, "width": 512, "height": 512}
+    editor = graph.add("CreateBoundingBoxes", "Create Bounding Boxes: draw here", **state)
+    canvas = {"width": 512, "height": 512, "phrases": "", "boxes": [editor, 2]}
+    return [graph.add("SubjectPatchesLayout", **canvas), 0]
+
+
+def _complete(prompt: ApiPrompt, known: dict[str, Any]) -> ApiPrompt:
+    """The prompt with every value that a new node has: the page keeps those of a node of another workflow otherwise."""
+    for node in prompt.values():
+        inputs = known[node["class_type"]]["input"]
+        for name, (kind, *more) in (inputs.get("required", {}) | inputs.get("optional", {})).items():
+            options = more[0] if more else {}
+            listed = options.get("options") if kind == "COMBO" else kind if isinstance(kind, list) else None
+            default = options.get("default", listed[0] if listed else None)
+            if default is not None:
+                node["inputs"].setdefault(name, default)
+    return prompt
+
+
+def _with_boxes(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with the boxes in the editor's own state: in API format the page takes a list for a link."""
+    for node in workflow["nodes"]:
+        if node["type"] == "PrimitiveStringMultiline":
+            boxes = json.loads(node["widgets_values"][0])
+            for other in workflow["nodes"]:
+                if other["type"] == "CreateBoundingBoxes":
+                    other["widgets_values"] = [512, 512, boxes, boxes]
+    return workflow
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = Parser(prog="real_workflows.py", description="Write the workflows for real checkpoints.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these (by default all)")
+    options = parser.parse_args()
+    host = find_host(development=True)
+    enter(host, Path(__file__), sys.argv[1:])
+    with Server(host) as server, Page(server.url) as page:
+        for kind, make in WORKFLOWS.items():
+            for suffix, family in FAMILIES.items():
+                name = f"{kind}_{suffix}"
+                if options.names and name not in options.names:
+                    continue
+                graph = Graph(family)
+                title = "Size of the picture" if kind == "reference" else "Side of the picture"
+                note = make(graph) + CHECKPOINT_NOTE.format(family=family.name, title=title)
+                page.load_api(_complete(graph.prompt, server.object_info()), name)
+                saved = save(page, _with_boxes(page.export()[1]), name, note)
+                target = FOLDER / f"{name}.json"
+                target.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(target, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
