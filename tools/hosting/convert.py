@@ -24,9 +24,10 @@ def main() -> int:
 def _converted(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
     prompt = convert_ui_to_api(workflow, object_info)
     for node in workflow.get("nodes") or ():
-        # The client takes the box editor's own state for a socket and leaves it empty.
+        # The client takes the box editor's own state for a socket, and what belongs there for what comes next.
         if node["type"] == "CreateBoundingBoxes" and str(node["id"]) in prompt:
-            prompt[str(node["id"])]["inputs"]["editor_state"] = {"__value__": node["widgets_values"][2]}
+            for name, value in zip(("editor_state", "last_incoming"), node["widgets_values"][2:], strict=True):
+                prompt[str(node["id"])]["inputs"][name] = {"__value__": value}
     return prompt
 
 
