@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import comfy.sd
 import comfy.supported_models
+import folder_paths
 import torch
 from clips import small_clip
 from comfy.taesd.taesd import TAESD
@@ -33,10 +34,20 @@ class SmallCheckpoint:
         """SDXL's context is both its encoders' side by side."""
         if family == "sd15":
             model = model_of(comfy.supported_models.SD15, {**SMALL, "context_dim": WIDTH})
-            return model, small_clip("SD 1.x", **self.sizes), _vae()
+            return model, _reading(small_clip("SD 1.x", **self.sizes)), _vae()
         config = {**SMALL, "model_channels": 64, "num_classes": "sequential", "context_dim": 2 * WIDTH}
         model = model_of(comfy.supported_models.SDXL, {**config, "adm_in_channels": SIX + WIDTH})
-        return model, small_clip("SDXL", **self.sizes), _vae()
+        return model, _reading(small_clip("SDXL", **self.sizes)), _vae()
+
+
+def _reading(clip: Any) -> Any:
+    """The CLIP as the host's loader gives it: it knows the folder of embeddings, which are as wide as it is."""
+    for name in ("clip_l", "clip_g"):
+        tokenizer = getattr(clip.tokenizer, name, None)
+        if tokenizer is not None:
+            tokenizer.embedding_directory = folder_paths.get_folder_paths("embeddings")
+            tokenizer.embedding_size = WIDTH
+    return clip
 
 
 def _vae() -> Any:
