@@ -17,7 +17,7 @@ from measuring.recycled_attention import Pair
 from measuring.routed_reference import ALONE
 from measuring.routed_reference import Case as Scene
 from subject_patches.toy.judge import load_judge
-from subject_patches.toy.sampling import Toy
+from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
 
 PAIRS = 16
 LAYOUTS = 12
@@ -34,6 +34,14 @@ def given(host: Host) -> Iterator[Given]:
 
 
 @pytest.fixture(scope="module")
+def dit(host: Host) -> Iterator[Given]:
+    """The second toy, a transformer."""
+    toy, judge = Toy.load(DIT_CHECKPOINT), load_judge()
+    with torch.inference_mode():
+        yield Given(host, toy, judge, PAIRS, 8)
+
+
+@pytest.fixture(scope="module")
 def pairs(given: Given) -> list[Pair]:
     """Emblems, each with its reference picture and a scene to put it in."""
     return [Pair(given, 1000 + number) for number in range(PAIRS)]
@@ -43,6 +51,14 @@ def test_recycled_attention_carries_identity(pairs: list[Pair]) -> None:
     """With the reference, the emblem in the picture is more like it than without, by more than chance."""
     rise = [pair.carried({}).identity - pair.carried(None).identity for pair in pairs]
     assert np.mean(rise) > 2 * np.std(rise, ddof=1) / PAIRS**0.5
+
+
+def test_recycled_attention_carries_identity_in_a_transformer(dit: Given) -> None:
+    """On the second toy too, in all its layers at once, in the places where the reference's keys stand by default."""
+    pairs = [Pair(dit, 1000 + number) for number in range(6)]
+    rise = [pair.carried({}).identity - pair.carried(None).identity for pair in pairs]
+    assert np.mean(rise) > 2 * np.std(rise, ddof=1) / len(rise) ** 0.5
+    assert np.mean(rise) > 0.1
 
 
 def test_recycled_attention_keeps_the_rest_of_a_region(pairs: list[Pair]) -> None:

@@ -20,7 +20,19 @@ from torch import Tensor
 
 from .drawing import draw
 from .judge import Judge, caption_score, load_judge
-from .scenes import SMALL, WHOLE, Scene, World, describe, sample_emblem, sample_scene, view
+from .plates import ENOUGH, fit
+from .scenes import (
+    EMBLEM,
+    SMALL,
+    TEXTURED_BACKGROUNDS,
+    WHOLE,
+    Scene,
+    World,
+    describe,
+    sample_emblem,
+    sample_scene,
+    view,
+)
 
 if TYPE_CHECKING:
     from .sampling import Toy
@@ -54,6 +66,16 @@ def shares(judge: Judge, images: Tensor, scenes: Sequence[Scene]) -> dict[str, f
         "things": float(np.mean([found for s in scores for found in s.things])),
         "background": float(np.mean([s.background for s in scores])),
     }
+
+
+def plates_right(judge: Judge, images: Tensor) -> float:
+    """The share of pictures in which the outline of what the judge sees first, an emblem if there is one, is one of the
+    plates'. No caption says which one. Only for textured grounds; see `plates`."""
+    right = []
+    for image, reading in zip(images, judge.findings(images), strict=True):
+        things = sorted(reading.objects, key=lambda thing: (thing.shape != EMBLEM, -thing.score))
+        right.append(bool(things) and fit(image.numpy(), things[0].box)[1] >= ENOUGH)
+    return float(np.mean(right))
 
 
 def made(toy: Toy, scenes: Sequence[Scene], given: argparse.Namespace) -> Tensor:
@@ -94,6 +116,7 @@ def main() -> None:
         "emblem": ("an emblem", lambda: held_out_emblems(given.count)),
     }
     print("| pictures | all things right | things right | background right |\n|---|---|---|---|")
+    plates: dict[str, str] = {}
     for kind in given.kinds:
         name, scenes = kinds[kind][0], kinds[kind][1]()
         rows = {}
@@ -107,6 +130,11 @@ def main() -> None:
         for row, images in rows.items():
             found = shares(judge, images, scenes)
             print(f"| {name}, {row} | " + " | ".join(f"{found[k]:.1%}" for k in found) + " |", flush=True)
+            if kind == "emblem":
+                textured = torch.tensor([scene.background.kind in TEXTURED_BACKGROUNDS for scene in scenes])
+                plates[row] = f"{plates_right(judge, images[textured]):.1%} of {int(textured.sum())}"
+    for row, found in plates.items():
+        print(f"\nThe plate's shape is right, on textured grounds, {row}: {found}")
 
 
 if __name__ == "__main__":
