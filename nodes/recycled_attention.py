@@ -76,7 +76,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                 ),
                 sites_input(
                     "Which self-attention layers see the reference. 'usual' is the decoder, which the paper finds "
-                    "best; of a transformer all layers, which is not measured yet.",
+                    "best; of a transformer all layers, best on the pack's small one.",
                 ),
                 *window_inputs("the reference begins to act"),
                 seed_input(

@@ -28,7 +28,7 @@ def noise_level_input() -> io.Combo.Input:
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
         "'nearly clean': that of the schedule's end, one pass in all while the subject's cache holds it, as AnyStory's "
         "ReferenceNet. 'usual' is 'current' for SD 1.x and 2.x and 'nearly clean' for SDXL and transformers, whose "
-        "features of every step would overflow a cache; which shows a subject better there is not measured yet.",
+        "features of every step would overflow a cache. The pack's small transformer shows a subject better so, too.",
     )
 
 
@@ -51,8 +51,8 @@ def positions_input() -> io.Combo.Input:
         advanced=True,
         tooltip="For transformers that know places by rotations: where the picture sees a reference. 'same': in the "
         "same place, as it ran. 'beside': left of the picture, one after another, as AnyStory's on FLUX. 'damped': in "
-        "the same place, the finer a difference of places the less it counts. 'usual' is 'same'; which is best is not "
-        "measured yet.",
+        "the same place, the finer a difference of places the less it counts. 'usual' is 'same', which is "
+        "best by far on the pack's small transformer.",
     )
 
 
