@@ -124,11 +124,11 @@ class RecycledSelfAttention(Edit):
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if not is_recycled(self.keep_probability, self.seed, sigma, call.site):
             return
+        if call.grid is None and not (self.region_mask is None and self.positions is None):
+            call.leave(self.node)
+            return
         region = route = None
         if self.region_mask is not None:
-            if call.grid is None:
-                call.leave(self.node)
-                return
             region = self._region(call)
             route = region > 0
             if not bool(route.any()):

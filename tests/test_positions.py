@@ -11,11 +11,13 @@ from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import pos_ids_x
 from comfy.ldm.wan.model import WanModel
 from comfy.quant_ops import ck
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import PLACES, AttentionCall, Chunk
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.families.rope import Rope, frequencies
 from subject_patches.patches.positions import BESIDE, DAMPED, Positions, damping, placed_keys
+from subject_patches.patches.recycled_attention import RecycledSelfAttention
 from subject_patches.patches.streams import NoisedReference
+from subject_patches.patches.window import Window
 from subject_patches.tests.dit_models import dit_model
 from subject_patches.tests.models import difference, frames_of, randn, recycled, reference, sample, small_model, subject
 from torch import Tensor
@@ -121,6 +123,21 @@ def test_turns_add_up(halves: bool) -> None:
     # A turn keeps the length of each pair.
     pair = (lambda t: t.unflatten(-1, (2, 2, -1))[0, 0, 0, :, 3]) if halves else (lambda t: t[0, 0, 6:8])
     torch.testing.assert_close(pair(once).norm(), pair(key).norm())
+
+
+@pytest.mark.parametrize("mode", [BESIDE, DAMPED])
+def test_keys_have_no_place_where_those_of_the_picture_are_unknown(mode: str) -> None:
+    """In another pack's call of the model on latents that are not found in the picture."""
+    model = dit_model("Qwen-Image")
+    family = family_of(model)
+    positions = Positions(mode, family, family.rope(model.model.diffusion_model))
+    lent = NoisedReference(torch.zeros(1, 4, *THEIRS), 0)
+    edit = RecycledSelfAttention(frozenset(), Window(), (lent,), positions=positions)
+    call = call_at(model, (3, 5), 2)
+    call.grid = None
+    edit.amend(call, 1.0, lambda stream: {"key": torch.zeros(1, 2, 1), "value": torch.zeros(1, 2, 1)})
+    assert call.left == [("Recycled Self-Attention", PLACES)]
+    assert not call.amended
 
 
 def test_the_nodes_choice_acts() -> None:
