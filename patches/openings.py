@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, Extension
+from .call import BATCH, PLACES, AttentionCall, Extension
 from .execution import execute, extended, prompt_only
 from .families import Tokens, Transformer
 from .recording import Recording
@@ -111,7 +111,9 @@ class Attention:
         if mask is None:
             return None
         if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+            # In the queries' type, which not every kernel does without.
+            none = torch.zeros(mask.shape, dtype=self.values["q"].dtype, device=mask.device)
+            mask = none.masked_fill(~mask, -torch.inf)
         if mask.ndim == 4:
             mask = mask[:, 0]
         mask = mask if mask.ndim == 3 else mask[None]
@@ -225,7 +227,7 @@ class Opening:
         rows = attention.values["q"].shape[0]
         if tokens is None or (wanted and rows != self.forward.rows):
             if wanted:
-                self.session.leave(site, self.forward)
+                self.session.leave(site, self.forward, PLACES if tokens is None else BATCH)
             return attention.plain()
         calls = self._calls(attention, site, tokens, grid) if wanted else []
         amended = [call for call in calls if call.amended]

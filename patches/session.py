@@ -13,7 +13,7 @@ import torch
 from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
-from .call import BATCH, BRANCH, AttentionCall, Chunk
+from .call import BRANCH, AttentionCall, Chunk
 from .chunks import UNCONDITIONED, chunks_of
 from .companion import acting_on_companions
 from .conditionings import of_the_stream
@@ -94,11 +94,11 @@ class Session:
             if edit.node and self.guider is not None and id(edit) not in self._acted and not edit.window.empty:
                 self.warn_once(f"{edit.node} did nothing: {self.levels.none_in(edit.window)}")
 
-    def leave(self, site: Site, forward: Forward) -> None:
-        """Notes that a layer is left as it is because another pack changed its batch."""
+    def leave(self, site: Site, forward: Forward, what: str) -> None:
+        """Notes that a layer is left as it is because another pack changed `what` in it."""
         for edit in self.active:
             if edit.node and site in edit.sites and any(edit.wants(chunk) for chunk in forward.chunks):
-                self._left.setdefault((edit.node, BATCH), set()).add(site)
+                self._left.setdefault((edit.node, what), set()).add(site)
 
     def warn_of_left(self) -> None:
         """Says, when the run is over, which nodes left layers as they are because of what other packs did there."""

@@ -15,7 +15,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
-from .call import AttentionCall, Chunk, prompt_keys
+from .call import BATCH, AttentionCall, Chunk, prompt_keys
 from .execution import Attend, execute
 from .recording import Recording
 from .session import Forward, Session
@@ -127,7 +127,7 @@ def editor(session: Session, forward: Forward, site: Site, widening: Widening) -
         chunks = _chunks(forward, widening, site, query, extra)
         if chunks is None:
             if site not in widening.begins:
-                session.leave(site, forward)
+                session.leave(site, forward, BATCH)
             return plain(query, key, value, extra, other)
         if len(key) != len(query):
             # So does the host's attention where only queries were cut into tiles.

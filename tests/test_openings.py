@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.sample
 import pytest
 import torch
 from subject_patches.nodes.references import reference_streams
-from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.call import BATCH, PLACES, AttentionCall
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.layout_regions import Layout, Region
+from subject_patches.patches.openings import Attention, Opening
 from subject_patches.patches.prompt import SPANS_KEY
+from subject_patches.patches.session import Forward
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
 from subject_patches.tests import dense
@@ -194,6 +197,26 @@ def test_videos_are_refused(name: str) -> None:
         comfy.sample.sample(
             patched, noise, 1, 1.0, "euler", "normal", known_prompt(), known_prompt(2), noise, disable_pbar=True
         )
+
+
+def test_a_mask_of_truth_values_is_a_bias_of_the_queries_type() -> None:
+    query = torch.zeros(1, 2, 4, dtype=torch.float16)
+    attention = Attention(torch.add, None, (query, query, query, 1), {"mask": torch.tensor([[True, False]])})
+    bias = attention.bias(slice(0, 1), slice(0, 2))
+    assert bias.dtype == torch.float16
+    assert bias.flatten().tolist() == [0.0, -math.inf]
+
+
+def test_it_is_told_what_another_pack_changed() -> None:
+    model, left = dit_model("HiDream"), []
+    family, sites = family_of(model), attention_sites(model)
+    session = SimpleNamespace(leave=lambda site, forward, what: left.append((site, what)))
+    opening = Opening(session, family, sites, Forward(1, (), frozenset(sites)), None, SIZE, 7, 1, None)
+    count = math.prod(family.grid(SIZE)) + 7
+    for rows, tokens in ((1, count - 1), (2, count)):
+        query = torch.zeros(rows, tokens, 8)
+        opening(lambda q, *_, **__: q, query, query, query, 2)
+    assert left == [(sites[0], PLACES), (sites[1], BATCH)]
 
 
 def test_the_context_of_animas_adapter() -> None:
