@@ -106,7 +106,11 @@ class MapRouting(Routing):
         )
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        self._sigma[0] = sigma
+        if sigma != self._sigma[0]:
+            self._sigma[0] = sigma
+            if not self.router.running_mean:
+                # Nothing of an earlier step: a run has too many for all of its layers' maps.
+                self._canvases.clear()
         super().amend(call, sigma, recorded)
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
@@ -139,14 +143,14 @@ class MapRouting(Routing):
         """Adds a tile's maps to those of the whole picture: stretched alone, a tile would show some of everything."""
         maps = resized(maps, call.chunk.size)
         both = spread_out(torch.cat([maps, maps.new_ones((len(maps), 1, *call.chunk.size))], 1), call.chunk)
-        place = key if self.router.running_mean else (key, call.site, self._sigma[0])
+        place = key if self.router.running_mean else (key, call.site)
         known = self._canvases.get(place)
         self._canvases[place] = both if known is None or known.shape != both.shape else known + both
 
     def _of_canvas(self, key: Hashable, call: AttentionCall) -> Tensor | None:
         """A tile's part of the maps of the whole picture, as far as these are known."""
         mean = self.router.running_mean
-        both = self._canvases.get(key if mean else (key, self.before.get(call.site), self._sigma[0]))
+        both = self._canvases.get(key if mean else (key, self.before.get(call.site)))
         if both is None or tuple(both.shape[-2:]) != call.chunk.latent:
             return None
         cover = both[:, -1:]

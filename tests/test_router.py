@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,17 @@ def test_a_layer_goes_by_what_the_layers_before_it_say(mean: bool, model: Any) -
 # Bad input
 
 LAYOUT = Layout(40, 20, (Region("cat", box(40, 20, 0, 0, 15, 20)), Region("dog", box(40, 20, 20, 0, 40, 20))))
+
+
+def test_maps_of_tiles_go_with_their_step() -> None:
+    routing = MapRouter(running_mean=False).routing(("dog",), (CROSS,), frozenset({CROSS}), Window()).begin()
+    for sigma in (3.0, 2.0, 1.0):
+        call = cross_call(spans={"dog": ((1, 2),)})
+        call.chunk = replace(call.chunk, area=(8, 6, 0, 0), pictures=(0, 1), count=2)
+        routing.amend(call, sigma, lambda stream: None)
+        routing.observe(call, sigma, lambda stream: None)
+        assert routing.route(call) is not None
+        assert len(routing._canvases) == 1
 
 
 def by_masks(**values: Any) -> Any:
