@@ -31,6 +31,9 @@ class Widening:
     _query: Tensor | None = None
     _context: Tensor | None = None
     _widened: Tensor | None = None
+    # The first queries as they were marked, and whether any of them was.
+    _begun: Tensor | None = None
+    _marks: bool = False
 
     def first(self, query: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The patch before all others. Rows that begin alike, as those of cond and uncond before the first prompt is
@@ -38,20 +41,21 @@ class Widening:
         self._query, self._context, self._widened, self.origins = query, context, None, []
         alike = (query[:, None, 0] == query[None, :, 0]).all(-1).int().argmax(1)
         marks = alike != torch.arange(len(query), device=query.device)
-        if bool(marks.any()):
+        self._marks = bool(marks.any())
+        if self._marks:
             query = query.clone()
             query[marks, 0, 0] += torch.arange(1, len(query) + 1, device=query.device)[marks].to(query)
-        self._marked = query[:, 0]
+        self._begun = query[:, 0]
         return query, context, value
 
     def last(self, query: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The patch behind all others."""
         rows, before = len(query), len(self._query)
         if rows == before:
-            unmarked = self._marked is not self._query[:, 0] and torch.equal(query[:, 0], self._marked)
-            if unmarked and query.shape == self._query.shape and torch.equal(query[:, 1:], self._query[:, 1:]):
+            intact = self._marks and torch.equal(query[:, 0], self._begun)
+            if intact and query.shape == self._query.shape and torch.equal(query[:, 1:], self._query[:, 1:]):
                 query = self._query
-            elif unmarked:
+            elif intact:
                 query = query.clone()
                 query[:, 0, 0] = self._query[:, 0, 0].to(query)
         else:
@@ -65,7 +69,7 @@ class Widening:
         tiles = len(query) % before == 0 and times * query.shape[1] == self._query.shape[1]
         # Tiles of a row follow each other (HyperTile), and the first of them begins as the row does.
         asked = query[::times, 0] if tiles else query[:, 0]
-        same = (asked[:, None] == self._marked[None]).all(-1)
+        same = (asked[:, None] == self._begun[None]).all(-1)
         if not bool(same.any(1).all()):
             self.origins = None
             return query
