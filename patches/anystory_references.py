@@ -94,7 +94,7 @@ class References:
         """The keys and values (rows of the pooled prompt, tokens, channels) of each subject at a layer."""
         return [(features[site]["key"], features[site]["value"]) for features in self._features if site in features]
 
-    def bias(self, number: int, shift: float) -> Tensor | float | None:
+    def bias(self, number: int, shift: float) -> Tensor | None:
         """What is added to the logits of a subject's kept keys: (1, 1, tokens), or one number for all, or None."""
         stream = self.streams[number]
         values = None if stream.bias is None else stream.bias[stream.kept]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ class RouterStream:
         network = self.network()
         return (network.double_blocks if kind == "double" else network.single_blocks)[number]
 
-    def _finding(self, kind: str, number: int, vec: Tensor, pe: Tensor) -> ExitStack:
+    def _finding(self, kind: str, number: int, vec: Tensor, pe: Tensor) -> AbstractContextManager[None]:
         """Inside, the block's map is found as soon as the layer that makes the picture's keys has run."""
         self.logits, self._seen = None, {}
         network = self.network()
@@ -91,9 +91,7 @@ class RouterStream:
             self.logits = routing_logits(queries, key.mean(1))
 
         layer = f"double_blocks.{number}.img_attn.qkv" if kind == "double" else f"single_blocks.{number}.linear1"
-        stack = ExitStack()
-        stack.enter_context(self.loras.listening(layer, listen))
-        return stack
+        return self.loras.listening(layer, listen)
 
     def _queries(self, kind: str, number: int, vec: Tensor) -> Tensor:
         """The routing queries: the router's tokens through the plain layer (its LoRA acts on the modulation alone here)

@@ -83,7 +83,6 @@ def _sample(
             # All that nodes of ours say in a prompt's dictionary begins so.
             known = any(str(name).startswith(KEY) for prompt in prompts for name in prompt)
             raise ValueError(f"{error}{'' if known else lost()}") from error
-    _check_frames(noise)
     # Some samplers write into the levels they are given (uni_pc), and the host keeps these for the next run.
     sigmas = sigmas.clone()
     start = _start(guider, noise, latent_image, sigmas, denoise_mask)
@@ -101,15 +100,6 @@ def _sample(
     finally:
         del options[SESSION]
         session.close()
-
-
-def _check_frames(noise: Tensor) -> None:
-    """Raises ValueError for the latents of a video of several frames."""
-    if noise.ndim > 4 and noise.shape[2] > 1:
-        raise ValueError(
-            f"The latent is of a video of {noise.shape[2]} frames, but the nodes of Subject Patches act in pictures; "
-            "give a latent of one frame."
-        )
 
 
 def _start(guider: Any, noise: Tensor, latents: Tensor, sigmas: Tensor, mask: Tensor | None) -> Start:

@@ -14,8 +14,9 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from .loop import LossMap
+
 KIND = "ICO concept"
-LossMap = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
