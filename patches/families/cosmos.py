@@ -35,9 +35,5 @@ class Cosmos(Transformer):
         bases = [10000.0 * f for f in (places.t_ntk_factor, places.h_ntk_factor, places.w_ntk_factor)]
         return Rope(frequencies(sizes, bases), halves=True)
 
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: frame, height, width. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
-
 
 COSMOSES = (Cosmos("Anima", "Anima"), Cosmos("Cosmos-Predict2", "CosmosT2IPredict2", but=("CosmosI2VPredict2",)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Transformer
 
 FLUX_BLOCKS = (Blocks("double", "double", "double_blocks"), Blocks("single", "single", "single_blocks"))
@@ -31,11 +31,7 @@ class Flux(Transformer):
         return {"latent_image": known, "concat_latent_image": inner.process_latent_out(known), "concat_mask": hidden}
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
-
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: an index of pictures, height, width; of FLUX.2 a fourth. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
+        return rope_of(network.pe_embedder)
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class Flux2(Flux):
         return max(encoded.cond.shape[1] - given.shape[1], 0)
 
     def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
+        # A fourth axis, of the prompt's tokens.
         return (*super().beside(reference, picture), 0.0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..sites import Kind
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Tokens, Transformer
 
 
@@ -59,11 +59,7 @@ class HiDream(Transformer):
         return Tokens(slice(0, count), slice(0, count), slice(count, count + context))
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
-
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: nothing, height, width. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
+        return rope_of(network.pe_embedder)
 
 
 HIDREAMS = (HiDream("HiDream", "HiDream"),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Transformer
 
 
@@ -27,11 +27,7 @@ class Krea(Transformer):
         return attention.heads // attention.kvheads
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
-
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: an index of pictures, height, width. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
+        return rope_of(network.pe_embedder)
 
 
 KREAS = (Krea("Krea 2", "Krea2"),)

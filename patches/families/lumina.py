@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sites import Kind
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Tokens, Transformer
 
 
@@ -50,11 +50,7 @@ class Lumina(Transformer):
         return attention.n_local_heads // attention.n_local_kv_heads
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.axes_dims, network.rope_embedder.theta))
-
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: behind the prompt, height, width. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
+        return rope_of(network.rope_embedder)
 
 
 LUMINAS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Transformer
 
 
@@ -21,7 +21,7 @@ class Qwen(Transformer):
         return model.model.diffusion_model.txt_in.in_features
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.pe_embedder.axes_dim, network.pe_embedder.theta))
+        return rope_of(network.pe_embedder)
 
     def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
         # Axes: frame, height, width. Places count from the middle of each picture.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ def frequencies(sizes: Sequence[int], theta: float | Sequence[float]) -> Tensor:
         rates[axis, first : first + size // 2] = bases[axis] ** -steps
         first += size // 2
     return rates
+
+
+def rope_of(embedder: Any) -> Rope:
+    """That of the host's embedder of places in FLUX and what took it over."""
+    return Rope(frequencies(embedder.axes_dim, embedder.theta))
 
 
 @dataclass(frozen=True, eq=False)

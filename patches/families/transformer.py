@@ -126,5 +126,6 @@ class Transformer(Family):
 
     def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
         """By how much the tokens of a reference of one grid move, along each axis of `rope`, to lie left of a picture
-        of another grid, touching it."""
-        raise NotImplementedError
+        of another grid, touching it. Usually the second axis is the height and the third the width, and a picture's
+        first column is 0."""
+        return (0.0, 0.0, -float(reference[1]))

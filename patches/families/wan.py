@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..sites import Kind, Site
-from .rope import Rope, frequencies
+from .rope import Rope, rope_of
 from .transformer import Blocks, Transformer
 
 
@@ -33,11 +33,7 @@ class Wan(Transformer):
         return layer.norm_k(layer.k(context)), layer.v(context)
 
     def rope(self, network: Any) -> Rope:
-        return Rope(frequencies(network.rope_embedder.axes_dim, network.rope_embedder.theta))
-
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: frame, height, width. The picture's first column is 0.
-        return (0.0, 0.0, -float(reference[1]))
+        return rope_of(network.rope_embedder)
 
 
 # The 14B models of 2.2 are those of 2.1 to the host; that of 5B has a VAE of its own.
