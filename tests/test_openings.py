@@ -12,12 +12,13 @@ import comfy.sample
 import pytest
 import torch
 from subject_patches.nodes.references import reference_streams
+from subject_patches.patches.attention import Attention
 from subject_patches.patches.call import BATCH, PLACES, AttentionCall
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.layout_regions import Layout, Region
-from subject_patches.patches.openings import Attention, Opening
+from subject_patches.patches.openings import Opening
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.session import Forward
 from subject_patches.patches.streams import Features, Stream
