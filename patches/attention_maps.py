@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 
 
 def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tensor | None:

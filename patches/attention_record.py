@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attention_maps import MeanMap, attention_maps
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit
 from .layout_regions import canonical
 from .prompt import Spans, positions_of

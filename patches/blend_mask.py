@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attention_maps import attention_maps, normalised, resized, spread_out
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit
 from .layout import tokens_of
 from .layout_regions import canonical

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Chunk
+from .chunk import Chunk
 from .families import Family
 from .placing import Run, area_of, runs_of, spots_of
 

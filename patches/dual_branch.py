@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit, Request, Start
 from .prompt import Spans, positions_of
 from .region import tokens_at

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .process import DIFFUSION, Process
 from .sites import Site
 from .streams import Features, Kept, Stream

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import BRANCH, AttentionCall, Chunk, head_split
+from .call import AttentionCall, head_split
+from .chunk import BRANCH, Chunk
 from .edit import Edit, Start
 from .layout_regions import Layout, canonical
 from .placing import cut

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit, Request, Start
 from .positions import Positions, placed_keys
 from .region import region_at

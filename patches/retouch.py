@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from .blend_mask import AdaptiveMask, Gathering, MaskInRun
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit, Request, Start
 from .region import region_at, tokens_at
 from .rows import check_rows, in_turn, matching_rows, rows_in_turn

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .call import AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import Chunk
 from .edit import Edit, Request
 from .image_prompt import ImagePrompt
 from .positions import Positions

@@ -13,7 +13,8 @@ import torch
 from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
-from .call import BRANCH, AttentionCall, Chunk
+from .call import AttentionCall
+from .chunk import BRANCH, Chunk
 from .chunks import UNCONDITIONED, chunks_of
 from .companion import acting_on_companions
 from .conditionings import of_the_stream

@@ -15,7 +15,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
-from .call import BATCH, AttentionCall, Chunk, prompt_keys
+from .call import BATCH, AttentionCall, prompt_keys
+from .chunk import Chunk
 from .execution import Attend, execute
 from .recording import Recording
 from .session import Forward, Session

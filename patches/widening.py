@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Chunk
+from .chunk import Chunk
 from .sites import Site
 
 # How alike two tokens are that are the same, whatever strength a couple gave to one.

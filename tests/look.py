@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from subject_patches.patches.call import BRANCH, AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import BRANCH, Chunk
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.streams import Features, Stream
 from torch import Tensor

@@ -14,7 +14,8 @@ from subject_patches.patches.anystory import (
     steps_of,
 )
 from subject_patches.patches.anystory_run import widened
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.execution import execute, extended
 from subject_patches.patches.sites import Site
 from torch import Tensor

@@ -10,7 +10,8 @@ import pytest
 import torch
 from comfy.ldm.modules import attention as host
 from subject_patches.patches import execution
-from subject_patches.patches.call import AttentionCall, Chunk, Extension
+from subject_patches.patches.call import AttentionCall, Extension
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.execution import Attend, execute
 from subject_patches.patches.sites import Site
 from subject_patches.tests import dense

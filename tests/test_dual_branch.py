@@ -16,7 +16,8 @@ from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
 from hosting.random_models import SMALL, model_of
-from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
+from subject_patches.patches.call import AttentionCall, prompt_keys
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.dual_branch import (
     BRANCH_KEY,
     BranchTokens,

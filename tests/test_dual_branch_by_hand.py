@@ -11,7 +11,8 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from subject_patches.patches.call import BRANCH, AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import BRANCH, Chunk
 from subject_patches.patches.dual_branch import auxiliary_noise
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit

@@ -14,7 +14,8 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.dual_branch import BRANCH_KEY, BranchWindow, crop
 from subject_patches.patches.edit import Edit
 from subject_patches.patches.engine import add_edit

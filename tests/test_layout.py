@@ -9,7 +9,8 @@ import pytest
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.ldm.modules.attention import attention_pytorch
-from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
+from subject_patches.patches.call import AttentionCall, prompt_keys
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.execution import execute
 from subject_patches.patches.layout import LayoutBias, at_grid, eta, irrelevant_to, logit_deviation, region_values
 from subject_patches.patches.layout_regions import Layout, Region

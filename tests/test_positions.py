@@ -11,7 +11,8 @@ from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import pos_ids_x
 from comfy.ldm.wan.model import WanModel
 from comfy.quant_ops import ck
-from subject_patches.patches.call import PLACES, AttentionCall, Chunk
+from subject_patches.patches.call import PLACES, AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.families.rope import Rope, frequencies
 from subject_patches.patches.positions import BESIDE, DAMPED, Positions, damping, placed_keys

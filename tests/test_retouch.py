@@ -12,7 +12,8 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
 from subject_patches.patches.families import attention_sites

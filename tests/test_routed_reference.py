@@ -10,7 +10,8 @@ import torch
 from comfy.ldm.modules import attention as host
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.nodes.routed_reference import SubjectShareNode
-from subject_patches.patches.call import AttentionCall, Chunk
+from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
 from subject_patches.patches.families import attention_sites

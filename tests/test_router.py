@@ -10,7 +10,8 @@ import pytest
 import torch
 from subject_patches.nodes.router import RouteByMasksNode
 from subject_patches.patches.attention_maps import attention_maps, normalised, resized, smoothed
-from subject_patches.patches.call import AttentionCall, Chunk, prompt_keys
+from subject_patches.patches.call import AttentionCall, prompt_keys
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.map_router import MapRouter, route_of_maps, tokens_in_turn
