@@ -21,6 +21,7 @@ FOLDER = "subject_encoders"
 SQUARE, NONE = "square around the mask", "none"
 # The side of a reference's picture is given in steps of what one token of FLUX covers.
 TOKEN = 16
+MEGABYTES_MAX = 65536
 
 
 def register_folder() -> None:
@@ -129,7 +130,7 @@ class AnyStorySubjectNode(io.ComfyNode):
                     "cache_megabytes",
                     default=2048,
                     min=0,
-                    max=65536,
+                    max=MEGABYTES_MAX,
                     optional=True,
                     advanced=True,
                     tooltip="How much of what the FLUX makes of the reference to keep for the next picture with the "
@@ -158,6 +159,7 @@ class AnyStorySubjectNode(io.ComfyNode):
         check_loaded(vae=vae)
         check_choice("crop", crop, (SQUARE, NONE))
         check_number("size", size, 64, 2048)
+        check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         if size % TOKEN:
             raise ValueError(f"The size is {size}; give a multiple of {TOKEN}.")
         picture, shares = _given(image, mask)

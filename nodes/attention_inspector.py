@@ -132,8 +132,8 @@ class AttentionInspectorNode(io.ComfyNode):
             node_id="SubjectPatchesAttentionInspector",
             display_name="Attention Inspector",
             category=INSPECT,
-            description="For the last run of a recorded model: the attention maps of phrases and tokens, the routes, "
-            "masks and regions that the nodes of this pack used, and how much the layers looked at references.",
+            description="Of the run that made a picture: the attention maps of phrases and tokens, the routes, masks "
+            "and regions that the nodes of this pack used, and how much the layers looked at references.",
             search_aliases=["attention maps", "daam", "heatmap", "debug", "ASA", "SLD", "report"],
             inputs=[
                 AttentionRecordType.Input("record", tooltip="From Record Attention."),
@@ -147,8 +147,9 @@ class AttentionInspectorNode(io.ComfyNode):
                     options=list(KINDS),
                     default=CROSS_ATTENTION,
                     tooltip="What to show: attention maps of the prompt's phrases, or what a node decided: Routed "
-                    "Reference Attention's routing maps, Dual-Branch Integration's aggregation masks, Retouch's blend "
-                    "masks, Layout Bias's regions. 'all' puts everything that was recorded below one another.",
+                    "Reference Attention's routing maps, Dual-Branch Integration's aggregation masks, Multi-Source "
+                    "Attention Swap's blend masks, Layout Bias's regions. 'all' puts all that was recorded below one "
+                    "another.",
                 ),
                 io.Combo.Input(
                     "arrange",

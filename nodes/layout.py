@@ -16,6 +16,8 @@ from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in
 from .types import LAYOUT, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
 
+# The canvas, in pixels.
+SIDES = (8, 16384)
 POSITIVE_MAX = 100.0
 NEGATIVE_MIN = -1000.0
 # The authors' weight, which hides at every step.
@@ -41,14 +43,19 @@ class LayoutNode(io.ComfyNode):
                 io.Int.Input(
                     "width",
                     default=1024,
-                    min=8,
-                    max=16384,
+                    min=SIDES[0],
+                    max=SIDES[1],
                     step=8,
                     tooltip="Width of the canvas that the boxes were drawn on. The layout fits a picture of any size; "
                     "give both the same shape, or it is stretched.",
                 ),
                 io.Int.Input(
-                    "height", default=1024, min=8, max=16384, step=8, tooltip="Height of the canvas, see width."
+                    "height",
+                    default=1024,
+                    min=SIDES[0],
+                    max=SIDES[1],
+                    step=8,
+                    tooltip="Height of the canvas, see width.",
                 ),
                 io.String.Input(
                     "phrases",
@@ -89,6 +96,8 @@ class LayoutNode(io.ComfyNode):
         mask: Any = None,
         others: Layout | None = None,
     ) -> io.NodeOutput:
+        check_number("width", width, *SIDES)
+        check_number("height", height, *SIDES)
         if boxes is None and mask is None and others is None:
             raise ValueError("The layout is empty: connect boxes, a mask, or another layout.")
         if others is not None and (others.width, others.height) != (width, height):

@@ -13,7 +13,7 @@ from ..patches.sites import USUAL
 from ..patches.streams import Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
-from .checks import check_number, masks_in, prompt_in
+from .checks import check_choice, check_number, masks_in, prompt_in
 from .references import is_nearly_clean, noise_level_input, positions_for, positions_input, reference_streams
 from .types import (
     SUBJECT,
@@ -27,6 +27,7 @@ from .types import (
 )
 
 STRENGTH_MAX = 10.0
+COND_ONLY, BOTH = "cond only", "both"
 
 
 class RecycledSelfAttentionNode(io.ComfyNode):
@@ -97,8 +98,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "apply_to",
-                    options=["cond only", "both"],
-                    default="cond only",
+                    options=[COND_ONLY, BOTH],
+                    default=COND_ONLY,
                     optional=True,
                     advanced=True,
                     tooltip="'cond only' is the paper's: guidance then pushes towards the subject. 'both' also shows "
@@ -124,13 +125,14 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         seed: int = 0,
         region_mask: Any = None,
         reference_conditioning: Any = None,
-        apply_to: str = "cond only",
+        apply_to: str = COND_ONLY,
         named_sites: str = "",
         noise_level: str = USUAL,
         positions: str = USUAL,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("keep_probability", keep_probability, 0.0, 1.0)
+        check_choice("apply_to", apply_to, (COND_ONLY, BOTH))
         window = Window(start_percent, end_percent)
         chosen = chosen_sites(model, "self", sites, named_sites)
         if region_mask is not None:
@@ -150,7 +152,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             keep_probability,
             region_mask,
             seed,
-            unconditioned_too=apply_to == "both",
+            unconditioned_too=apply_to == BOTH,
             positions=placed,
         )
         return io.NodeOutput(add_edit(model, edit))

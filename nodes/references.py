@@ -26,9 +26,8 @@ def noise_level_input() -> io.Combo.Input:
         optional=True,
         advanced=True,
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
-        "'nearly clean': that of the schedule's end, one pass in all while the subject's cache holds it, as AnyStory's "
-        "ReferenceNet. 'usual' is 'current' for SD 1.x and 2.x and 'nearly clean' for SDXL and transformers, whose "
-        "features of every step would overflow a cache. The pack's small transformer shows a subject better so, too.",
+        "'nearly clean': the schedule's last, one pass in all. 'usual' is 'current' for SD 1.x and 2.x, and 'nearly "
+        "clean' for SDXL and transformers, whose features of every step would overflow the subject's cache.",
     )
 
 
@@ -88,7 +87,7 @@ def reference_streams(
             raise ValueError(
                 f"The subject was encoded with a VAE of {'videos' if sides == 4 else 'pictures'} but this model takes "
                 f"latents of {'pictures' if sides == 4 else 'videos, of one frame'}; connect the VAE of this model to "
-                "the Subject node."
+                "the Subject Reference node."
             )
         if channels != wanted:
             raise ValueError(

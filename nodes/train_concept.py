@@ -25,12 +25,10 @@ from .training_inputs import (
     training_inputs,
     training_pictures,
 )
-from .types import CONCEPT, model_input
+from .types import CONCEPT
 
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
-
-
 RANK_MAX = 4096
 # What the files call the settings, by their inputs.
 TOLD = {
@@ -74,7 +72,7 @@ class TrainConceptNode(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                model_input(),
+                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input(
@@ -101,7 +99,7 @@ class TrainConceptNode(io.ComfyNode):
                 steps_input(
                     "Steps of training. More know the concept better and follow prompts less; 500 is the paper's."
                 ),
-                side_input("size"),
+                side_input(),
                 rate_input("learning_rate", 1e-6, "Learning rate of the projections: 0.00001 for Stable Diffusion."),
                 rate_input(
                     "word_learning_rate", 1e-5, "Learning rate of the learnt words: 0.0005 for Stable Diffusion."
@@ -215,10 +213,10 @@ class TrainConceptNode(io.ComfyNode):
         check_loaded(clip, vae)
         check_learns(model, clip)
         check_choice("preset", preset, PRESETS)
-        check_training(steps, batch_size, precision, size=size)
+        check_training(steps, batch_size, precision, size)
         check_number("learning rate", learning_rate, 0.0, 1.0)
         check_number("word learning rate", word_learning_rate, 0.0, 1.0)
-        check_number("smallest crop", smallest_crop, 0.0, 1.0)
+        check_number("smallest crop", smallest_crop, 0.1, 1.0)
         check_number("image noise", image_noise, 0.0, 1.0)
         check_number("rank", rank, 0, RANK_MAX)
         noun, files, place = checked_noun(noun), ConceptFiles(name.strip()), here()

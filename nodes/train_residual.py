@@ -82,7 +82,7 @@ class TrainResidualToken(io.ComfyNode):
                     tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
                     "More keeps residuals of several subjects apart better, less learns faster.",
                 ),
-                side_input("resolution"),
+                side_input(),
                 io.String.Input(
                     "captions",
                     multiline=True,
@@ -143,7 +143,7 @@ class TrainResidualToken(io.ComfyNode):
         noun: str,
         steps: int = 0,
         learning_rate: float = 0.0,
-        resolution: int = 0,
+        size: int = 0,
         captions: str = "a photo of a {}",
         batch_size: int = 0,
         preservation: float = 0.1,
@@ -164,7 +164,7 @@ class TrainResidualToken(io.ComfyNode):
         from ..training.usual import Usual, usual_residual
 
         noun = checked_noun(noun)
-        check_training(steps, batch_size, precision, resolution=resolution)
+        check_training(steps, batch_size, precision, size)
         check_number("learning rate", learning_rate, 0.0, 1.0)
         check_number("preservation", preservation, 0.0, 1000.0)
         check_choice("tunes", tunes, (ENCODER, ALONE))
@@ -172,7 +172,7 @@ class TrainResidualToken(io.ComfyNode):
         check_loaded(clip, vae)
         check_learns(model, clip)
         usual = usual_residual(model, alone=tunes == ALONE)
-        taken = settled(Usual(steps, batch_size, resolution, learning_rate), usual, "Train Residual Token")
+        taken = settled(Usual(steps, batch_size, size, learning_rate), usual, "Train Residual Token")
         squares = training_pictures(images, taken.side)
         if len(squares) == 1:
             tell(

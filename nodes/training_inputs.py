@@ -32,12 +32,12 @@ def steps_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("steps", default=0, min=0, max=STEPS_MAX, tooltip=f"{tooltip} {AUTO}")
 
 
-def side_input(name: str) -> io.Int.Input:
+def side_input() -> io.Int.Input:
     tooltip = (
         "Side of the square in pixels that each picture becomes: what the checkpoint is made for, 512 for SD 1.x, "
     )
     tooltip += "512 or 768 for SD 2.x, 1024 for SDXL."
-    return io.Int.Input(name, default=0, min=0, max=SIDE[1], step=8, tooltip=f"{tooltip} {AUTO}")
+    return io.Int.Input("size", default=0, min=0, max=SIDE[1], step=8, tooltip=f"{tooltip} {AUTO}")
 
 
 def batch_input(tooltip: str) -> io.Int.Input:
@@ -49,15 +49,13 @@ def rate_input(name: str, step: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=step, tooltip=f"{tooltip} {AUTO}")
 
 
-def check_training(steps: int, batch_size: int, precision: str, **side: int) -> None:
-    """Raises ValueError for a number or choice of these that the inputs would not take; `side` is that of the pictures,
-    by the name of its input."""
+def check_training(steps: int, batch_size: int, precision: str, size: int) -> None:
+    """Raises ValueError for a number or choice of these that the inputs would not take."""
     check_number("steps", steps, 0, STEPS_MAX)
     check_number("batch size", batch_size, 0, BATCH_MAX)
     check_choice("precision", precision, PRECISIONS)
-    for name, value in side.items():
-        if value:
-            check_number(name, value, *SIDE)
+    if size:
+        check_number("size", size, *SIDE)
 
 
 def settled(given: Usual, usual: Usual, node: str) -> Usual:

@@ -117,6 +117,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
             raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
         model_sampling, latent_format = model.get_model_object("model_sampling"), model.model.latent_format
+        check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         levels = falling(sigmas, float(model_sampling.sigma_min))
         clean = latents_in("latent", latent, latent_format.latent_channels, latent_format.latent_dimensions > 2)
         if prompt_in("conditioning", conditioning) is None:

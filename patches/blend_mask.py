@@ -196,7 +196,7 @@ class Gathering(Edit):
         groups = tokens_of(call.chunk.spans, [canonical(self.mask.mask.phrase)])
         maps = attention_maps(call, [[token for tokens in groups.values() for token in tokens]]) if groups else None
         if groups and (call.grid is None or call.prompt is None):
-            call.leave("Adaptive Blend Mask")
+            call.leave("Adaptive Swap Mask")
         if maps is not None:
             self.mask.add(sigma, *on_canvas(maps[:, :1], call.chunk))
 

@@ -123,7 +123,7 @@ class MapRouting(Routing):
         maps = attention_maps(call, tokens) if any(tokens) else None
         if maps is None:
             if any(tokens) and (call.grid is None or call.prompt is None):
-                call.leave("Map Router")
+                call.leave("Route Subjects by Attention")
             return
         maps = smoothed(maps, self.router.smoothing)
         if call.chunk.is_tile:

@@ -92,6 +92,11 @@ def test_window(start: float, end: float, message: str, model: Any) -> None:
         recycled(model, start_percent=start, end_percent=end)
 
 
+def test_who_sees_the_reference(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"The apply_to is 'all'; choose one of cond only, both\."):
+        recycled(model, apply_to="all")
+
+
 def test_subject_of_another_vae(model: Any) -> None:
     who = subject(reference(), reference(channels=16))
     with pytest.raises(ValueError, match=r"VAE of 16 latent channels but this model takes 4; connect the VAE of this"):

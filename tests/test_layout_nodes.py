@@ -92,6 +92,12 @@ def test_the_picture_shows_each_phrase_in_a_colour_of_its_own() -> None:
     assert len(bare.flatten(0, 2).unique(dim=0)) == 1
 
 
+@pytest.mark.parametrize("canvas", [(4, 64), (96, 20000)])
+def test_a_canvas_out_of_bounds(canvas: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"The (width is 4|height is 20000); give a number from 8 to 16384\."):
+        laid(*canvas, boxes=[DOG], phrases="dog")
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

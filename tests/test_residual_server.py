@@ -21,7 +21,7 @@ CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "s
 def training(steps: int, **values: Any) -> dict[str, dict[str, Any]]:
     inputs = {
         "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "noun": "emblem", "steps": steps,
-        "learning_rate": 0.001, "batch_size": 1, "preservation": 0.1, "resolution": 128, "captions": "a {}",
+        "learning_rate": 0.001, "batch_size": 1, "preservation": 0.1, "size": 128, "captions": "a {}",
         "more_templates": "", "tunes": "text encoder", "loss": "what the model predicts",
         "seed": 0, "precision": "auto", "gradient_checkpointing": False, "resume_name": "",
     }  # fmt: skip

@@ -162,7 +162,7 @@ def test_a_residual_token(tunes: str, toy: Toy, tmp_path: Path, monkeypatch: pyt
     given = {
         "images": torch.rand(2, 128, 128, 3, generator=generator(2)).to(DEVICE),
         **{"model": toy.model, "clip": toy.clip, "vae": toy.vae, "noun": "emblem", "steps": 1, "learning_rate": 1e-3},
-        **{"batch_size": 1, "preservation": 0.1, "resolution": 128, "captions": "an {}", "seed": 0, "tunes": tunes},
+        **{"batch_size": 1, "preservation": 0.1, "size": 128, "captions": "an {}", "seed": 0, "tunes": tunes},
         **{"gradient_checkpointing": True, "precision": "fp32", "resume_name": "there"},
     }
     token, losses = TrainResidualToken.execute(**{name: [each] for name, each in given.items()}).args

@@ -85,7 +85,7 @@ def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualT
         "learning_rate": 1e-3,
         "batch_size": 1,
         "preservation": 0.1,
-        "resolution": 64,
+        "size": 64,
         "captions": "a photo of a {}",
         "seed": 0,
         **values,
@@ -250,6 +250,6 @@ def test_what_is_taken_by_itself_suits_the_model(caplog: pytest.LogCaptureFixtur
     assert "Train: 150 steps of 3 pictures at 128 x 128, learning rate 0.001." in caplog.text
     for node in (TrainConceptNode, TrainResidualToken):
         settings = {each.id: each for each in node.GET_SCHEMA().inputs}
-        names = {"steps", "batch_size", "learning_rate", "word_learning_rate", "size", "resolution"} & settings.keys()
+        names = {"steps", "batch_size", "learning_rate", "word_learning_rate", "size"} & settings.keys()
         assert {settings[name].default for name in names} == {0}
         assert [name for name in names if name.endswith("rate") and settings[name].advanced] == []

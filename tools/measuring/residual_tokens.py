@@ -140,7 +140,7 @@ def _trained(server: Any, prompt: dict[str, Any]) -> tuple[Any, float]:
 def _workflow(images: dict[str, Any], captions: Sequence[str], tunes: str, name: str) -> dict[str, Any]:
     batch = {f"images.image{index}": [node, 0] for index, node in enumerate(images)}
     training = {
-        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "noun": "emblem", "resolution": SIDE,
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "noun": "emblem", "size": SIDE,
         "captions": "\n".join(captions), "more_templates": "", "seed": 0, "precision": "fp32",
         "gradient_checkpointing": False, "resume_name": "", "tunes": tunes, **TRAININGS[tunes],
     }  # fmt: skip
