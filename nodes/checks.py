@@ -171,7 +171,9 @@ def _check_tensor(name: str, value: Any, what: str) -> None:
 
 def _check_some(name: str, tensor: torch.Tensor, sides: Sequence[int], what: str) -> None:
     if 0 in sides:
-        raise ValueError(f"The {name} is empty: its shape is {_shape(tensor)}; connect a node that gives some {what}.")
+        raise ValueError(
+            f"There is nothing in the {name}: its shape is {_shape(tensor)}; connect a node that gives some {what}."
+        )
 
 
 def _check_finite(name: str, tensor: torch.Tensor, what: str) -> None:

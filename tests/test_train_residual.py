@@ -207,8 +207,11 @@ def test_cancel_leaves_the_models() -> None:
     [
         ({"noun": " "}, "The noun is empty; write what the subject is"),
         ({"noun": "(dog:1.2)"}, r"The noun is '\(dog:1\.2\)'; write words alone"),
-        ({"images": [torch.zeros(0, 64, 64, 3)]}, "There are no training pictures; give 3 to 5"),
-        ({"images": []}, "There are no training pictures"),
+        (
+            {"images": [torch.zeros(0, 64, 64, 3)]},
+            r"There is nothing in the images: its shape is \(0, 64, 64, 3\); connect",
+        ),
+        ({"images": []}, "There are no training pictures; give 3 to 5"),
         ({"steps": -1}, "The steps is -1; give a number from 0 to"),
         ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
         ({"batch_size": -1}, "The batch size is -1"),
