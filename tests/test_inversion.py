@@ -1,32 +1,25 @@
-"""Invert to Trajectory: DDIM inversion with all latents kept, in sampling runs of the host, and its file."""
+"""Invert to Trajectory: DDIM inversion with all latents kept, in sampling runs of the host."""
 
 from __future__ import annotations
 
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
-from host import Server
-from safetensors import safe_open
-from safetensors.torch import save_file
-from subject_patches.nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
+from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.inversion import (
     Inversion,
     ddim_step,
-    from_file,
     inverted,
     inverted_step,
     replayed,
-    to_file,
 )
 from subject_patches.patches.process import Process
 from subject_patches.tests.models import difference, prompt, randn, recycled, sample, small_model
@@ -282,6 +275,16 @@ def test_an_inversion_tells_of_its_steps_and_can_be_interrupted(model: Any, monk
     assert invert(model, randn(1, 4, 8, 8))[0].states.isfinite().all()
 
 
+def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
+    """The host's uni_pc writes into the SIGMAS that it is given."""
+    sigmas = schedule(model)
+    right = sigmas.clone()
+    inversion, *_ = invert(model, randn(1, 4, 8, 8), sigmas)
+    sigmas[-1] = 0.001
+    assert torch.equal(inversion.sigmas, right)
+    assert torch.equal(invert(model, randn(1, 4, 8, 8), sigmas)[0].states, inversion.states)
+
+
 # Bad input
 
 
@@ -307,106 +310,3 @@ def test_rounds_out_of_range(rounds: int, model: Any) -> None:
         invert(model, randn(1, 4, 8, 8), fixed_point_rounds=rounds)
     with pytest.raises(ValueError, match="cache_megabytes is -1; give a number from 0 to 65536"):
         invert(model, randn(1, 4, 8, 8), cache_megabytes=-1)
-
-
-# The file
-
-
-@pytest.mark.parametrize("prefix", ["trajectories/pets/a picture", "pets/a picture"])
-def test_saved_and_loaded(prefix: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    inversion, _, _ = invert(model, randn(2, 4, 7, 10))
-    # Wherever it is saved, it is offered.
-    SaveTrajectoryNode.execute(inversion, prefix)
-    (path,) = tmp_path.rglob("*.safetensors")
-    assert path.stat().st_size < inversion.states.numel() * 4 + 2000
-    name = f"trajectories/pets/{path.name} [output]"
-    assert name in LoadTrajectoryNode.define_schema().inputs[0].options
-    loaded = LoadTrajectoryNode.execute(name).args[0]
-    assert torch.equal(loaded.states, inversion.states)
-    assert torch.equal(loaded.sigmas, inversion.sigmas)
-    assert loaded.family == "SD 1.x"
-    first = LoadTrajectoryNode.fingerprint_inputs(name, 1)
-    path.touch()
-    save_file({"x": torch.zeros(1)}, path)
-    assert LoadTrajectoryNode.fingerprint_inputs(name, 1) != first
-    with pytest.raises(ValueError, match=r"a picture_00001_\.safetensors \[output\] is no trajectory; choose one that"):
-        LoadTrajectoryNode.execute(name)
-
-
-@pytest.mark.parametrize("end", [0, 6, 60, -100])
-def test_a_file_that_is_cut_off_is_named(end: int, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
-    file = tmp_path / "trajectories" / "cut.safetensors"
-    file.parent.mkdir()
-    tensors, metadata = to_file(invert(model, randn(1, 4, 8, 8))[0])
-    save_file(tensors, file, metadata)
-    file.write_bytes(file.read_bytes()[:end])
-    name = "trajectories/cut.safetensors"
-    with pytest.raises(ValueError, match=rf"The file {name} cannot be read .*; choose another, or save the"):
-        LoadTrajectoryNode.execute(name)
-    file.unlink()
-    with pytest.raises(ValueError, match=rf"There is no file {name} any more; choose another"):
-        LoadTrajectoryNode.execute(name)
-
-
-def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
-    """The host's uni_pc writes into the SIGMAS that it is given."""
-    sigmas = schedule(model)
-    right = sigmas.clone()
-    inversion, *_ = invert(model, randn(1, 4, 8, 8), sigmas)
-    sigmas[-1] = 0.001
-    assert torch.equal(inversion.sigmas, right)
-    assert torch.equal(invert(model, randn(1, 4, 8, 8), sigmas)[0].states, inversion.states)
-
-
-def test_a_file_whose_parts_do_not_fit(model: Any) -> None:
-    tensors, metadata = to_file(invert(model, randn(1, 4, 8, 8))[0])
-    with pytest.raises(ValueError, match=r"file x has 4 sigmas for states of shape \(5, 1, 4, 8, 8\); invert the"):
-        from_file({**tensors, "sigmas": tensors["sigmas"][1:]}, metadata, "x", 1)
-    with pytest.raises(ValueError, match=r"file x has sigmas that do not fall"):
-        from_file({**tensors, "sigmas": tensors["sigmas"].flip(0)}, metadata, "x", 1)
-
-
-def test_on_a_server(server: Server) -> None:
-    """Inverted, saved, and sampled from the last latent in one run; loaded in the next."""
-    prompt_ = {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}},
-        "2": {"class_type": "EmptyImage", "inputs": {"width": 96, "height": 128, "batch_size": 1, "color": 3368550}},
-        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 2]}},
-        "4": {
-            "class_type": "BasicScheduler",
-            "inputs": {"model": ["1", 0], "scheduler": "normal", "steps": 3, "denoise": 1.0},
-        },
-        "5": {
-            "class_type": "SubjectPatchesInvertToTrajectory",
-            "inputs": {
-                "model": ["1", 0], "latent": ["3", 0], "sigmas": ["4", 0], "clip": ["1", 1], "fixed_point_rounds": 1,
-                "measure_replay": True, "cache_megabytes": 64,
-            },
-        },
-        "6": {
-            "class_type": "SubjectPatchesSaveTrajectory",
-            "inputs": {"trajectory": ["5", 0], "filename_prefix": "trajectories/test"},
-        },
-        "7": {"class_type": "PreviewAny", "inputs": {"source": ["5", 2]}},
-    }  # fmt: skip
-    server.queue(prompt_)
-    (path,) = (server.base / "output" / "trajectories").glob("test*.safetensors")
-    again = {
-        "1": {
-            "class_type": "SubjectPatchesLoadTrajectory",
-            "inputs": {"file": f"trajectories/{path.name} [output]", "cache_megabytes": 64},
-        },
-        "2": {
-            "class_type": "SubjectPatchesSaveTrajectory",
-            "inputs": {"trajectory": ["1", 0], "filename_prefix": "trajectories/again"},
-        },
-    }
-    server.queue(again)
-    (copy,) = (server.base / "output" / "trajectories").glob("again*.safetensors")
-    # A file's header is in no fixed order.
-    with safe_open(path, "pt") as first, safe_open(copy, "pt") as second:
-        assert first.metadata() == second.metadata()
-        assert sorted(first.keys()) == sorted(second.keys())
-        assert all(torch.equal(first.get_tensor(name), second.get_tensor(name)) for name in sorted(first.keys()))
