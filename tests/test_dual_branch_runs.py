@@ -91,7 +91,8 @@ def watched(model: Any, calls: list[tuple[float, Tensor, Tensor | None]]) -> Any
 
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 def test_the_branchs_own_steps_under_every_sampler(sampler: str, model: Any) -> None:
-    """Euler's, between the levels at which the sampler calls the model; without guidance, to see them bare."""
+    """Euler's, between the levels at which the sampler calls the model; without guidance, to see them bare. Those of
+    CFG++ are in test_branch_regimes.py."""
     patched, run = integrated(model, end_percent=SHARE), {"steps": 5, "sampler": sampler, "size": SIZE, "cfg": 1.0}
     calls: list[tuple[float, Tensor, Tensor | None]] = []
     result = sample(watched(patched, calls), **run)
@@ -111,7 +112,8 @@ def test_the_branchs_own_steps_under_every_sampler(sampler: str, model: Any) -> 
         if path and path[-1][0] > sigma:
             last, before, clean = path[-1]
             right = before + (before - clean) / last * (sigma - last)
-            torch.testing.assert_close(state, right, rtol=1e-4, atol=1e-4)
+            if "cfg_pp" not in sampler:
+                torch.testing.assert_close(state, right, rtol=1e-4, atol=1e-4)
         elif path:
             assert torch.equal(state, path[-1][1])
         if not path or path[-1][0] != sigma:

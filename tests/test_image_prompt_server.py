@@ -59,7 +59,7 @@ def graph(eta: float) -> dict[str, dict[str, Any]]:
     wired = {"model": ["9", 0], "positive": ["7", 0], "negative": ["7", 0], "latent_image": ["8", 0]}
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "1": ("CheckpointLoaderSimple", {"ckpt_name": TOY.name}),
-        "2": ("LoadImage", {"image": "emblem.png"}),
+        "2": ("LoadImage", {"image": "subject_patches_emblem.png"}),
         "3": ("SubjectPatchesSubject", {"image": ["2", 0], "vae": ["1", 2], "phrase": "", "size": 96, "margin": 0.1}),
         "4": ("SubjectPatchesLoadImagePromptAdapter", {"file": "toy-adapter.safetensors"}),
         "5": ("CLIPVisionLoader", {"clip_name": "vit-l.safetensors"}),

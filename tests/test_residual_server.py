@@ -114,7 +114,8 @@ async def _texts_while(server: Server, prompt: dict[str, dict[str, Any]]) -> lis
 
 
 def test_a_training_tells_its_loss_and_the_time_left(server: Server) -> None:
-    texts = asyncio.run(_texts_while(server, training(12)))
+    warning, *texts = asyncio.run(_texts_while(server, training(12)))
+    assert "has one picture" in warning
     assert texts
     assert all(re.fullmatch(r"step \d+ of 12, loss \d+\.\d{4}(, \d\d:\d\d left)?", text) for text in texts), texts
     assert any("left" in text for text in texts)

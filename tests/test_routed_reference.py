@@ -334,7 +334,7 @@ def test_bad_numbers_of_subjects(model: Any) -> None:
     [
         ({"strength": -0.1}, r"The strength is -0\.1; give a number from 0 to 10\."),
         ({"eta": math.inf}, "The eta is inf; give a number from 0 to 10"),
-        ({"noise_level": "low"}, "noise_level is 'low'; choose one of current, nearly clean"),
+        ({"noise_level": "low"}, "noise_level is 'low'; choose one of usual, current, nearly clean"),
         ({"cross_attention": "none"}, "cross_attention is 'none'; choose one of kept, skipped"),
         ({"start_percent": 0.7, "end_percent": 0.3}, "The window starts at 0.7, after its end at 0.3"),
         ({"background_prompt": []}, "The background prompt is an empty conditioning; connect one with tokens"),
