@@ -16,8 +16,9 @@ from .anystory import NEGLIGIBLE, reference_bias
 from .anystory_loras import REFERENCES, Loras
 from .cache import FeatureCache, Features
 from .companion import OfThePictureError, companion_call, companion_options
-from .engine import KEY, RECORDING, SESSION, own_randomness
+from .engine import KEY, SESSION
 from .identity import Same
+from .passes import RECORDING, own_randomness
 from .recording import Recording
 from .session import Session
 from .sites import Site

@@ -10,33 +10,31 @@ session.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_management
-import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .companion import OfThePictureError, companion_call, companion_options, silenced
+from .companion import companion_call, companion_options, silenced
 from .edit import Edit, Start
 from .families import Transformer, family_of
 from .graph import lost
+from .guidance import guidance_of, guide_branch, looks_beside
 from .openings import opened
+from .passes import RECORDING, run_stream
 from .process import Process
 from .recording import Recording
 from .session import UNCONDITIONED, Forward, Session
 from .sites import Site
 from .slots import composed, editor, plain, recorder, watched
-from .streams import Denoising, Kept, Stream
+from .streams import Denoising, Kept
 from .widening import Widening
 from .window import Levels
 
 KEY = "subject_patches"
 SESSION = "subject_patches_session"
-RECORDING = "subject_patches_recording"
 
 
 def add_edit(model: Any, edit: Edit) -> Any:
@@ -157,12 +155,12 @@ def _predict_noise(
     requests = session.requests(model_options)
     options = companion_options(model_options, KEY) if requests else {}
     for stream, sites, parts in requests:
-        _run_stream(session, stream, sites, parts, timestep, options)
+        run_stream(session, stream, sites, parts, timestep, options)
     branches = list(dict.fromkeys(stream for stream, *_ in requests if isinstance(stream, Denoising)))
     if not branches:
         return executor(x, timestep, model_options, seed)
     # A sampler that asks for the unconditional prediction goes on with its noise.
-    plus = _asks(executor.class_obj, model_options)
+    plus = looks_beside(executor.class_obj, model_options)
     seen: list[dict[str, Any]] = []
 
     def look(arguments: dict[str, Any]) -> Tensor:
@@ -171,118 +169,16 @@ def _predict_noise(
 
     others = model_options.get("sampler_post_cfg_function", [])
     result = executor(x, timestep, {**model_options, "sampler_post_cfg_function": [look, *others]}, seed)
-    guidance = _guidance(seen[0]) if seen else None
+    guidance = guidance_of(seen[0]) if seen else None
     if guidance is not None:
         for branch in branches:
-            _guide(session, branch, guidance, timestep, options, plus)
+            guide_branch(session, branch, guidance, timestep, options, plus)
     elif any(branch.own_guidance for branch in branches):
         session.warn_once(
             "Dual-Branch Integration's guidance is 'own', but no negative prompt is in this run (CFG 1, as distilled "
             "models are run); the auxiliary branch goes without guidance, as the picture does."
         )
     return result
-
-
-def _asks(guider: Any, model_options: dict[str, Any]) -> bool:
-    """Whether a sampler looks at the predictions beside the guided one, as those by CFG++ do."""
-    own = guider.model_options.get("sampler_post_cfg_function", ())
-    return any(
-        all(function is not known for known in own) for function in model_options.get("sampler_post_cfg_function", ())
-    )
-
-
-def _guidance(seen: dict[str, Any]) -> dict[str, Any] | None:
-    """What a guider says of its unconditional prediction; None of one that leaves it out, and so does not guide."""
-    if seen["uncond"] is not None:
-        return seen
-    # Perp-Neg without its negative prompt guides by its empty one.
-    if seen.get("empty_cond") is None:
-        return None
-    return {**seen, "uncond": seen["empty_cond"], "uncond_denoised": seen["empty_cond_denoised"]}
-
-
-def _guide(
-    session: Session,
-    branch: Denoising,
-    guidance: dict[str, Any],
-    timestep: Tensor,
-    options: dict[str, Any],
-    plus: bool,
-) -> None:
-    """Gives a branch the generation's guidance at this noise level: its unconditional prediction, or one for the
-    branch's own latents. A sampler may change the size of its own; the branch keeps the one it began with, and what
-    was predicted for another is of no use to it."""
-    latents, unconditional = guidance["input"], guidance["uncond_denoised"]
-    if branch.own_guidance or latents.shape != branch.shape:
-        if branch.is_guided(session.sigma):
-            return
-        latents = branch.latents(session.sigma, session.noise_scaling).to(timestep)
-        conditioning = session.stripped(branch, session.in_force(guidance["uncond"]))
-        recording = Recording(branch, (), None, session.run)
-        unconditional = _predict(session, recording, conditioning, latents, timestep, session.sigma, options)
-    scale, rule = guidance["cond_scale"], options.get("sampler_cfg_function")
-
-    def guide(conditioned: Tensor, without: Tensor, x: Tensor) -> Tensor:
-        given = {"sampler_cfg_function": rule, "transformer_options": options.get("transformer_options", {})}
-        return comfy.samplers.cfg_function(
-            session.guider.inner_model, conditioned, without, scale, x, timestep, given,
-            guidance["cond"], guidance["uncond"],
-        )  # fmt: skip
-
-    branch.guided(session.sigma, scale, latents, unconditional, plus, None if rule is None else guide)
-
-
-def _run_stream(
-    session: Session,
-    stream: Stream,
-    sites: frozenset[Site],
-    parts: tuple[str, ...],
-    timestep: Tensor,
-    options: dict[str, Any],
-) -> None:
-    recording = session.recording(stream, sites, parts, options, timestep.device)
-    if recording.complete:
-        return
-    level = session.level(stream)
-    latents = stream.latents(level, session.noise_scaling).to(timestep)
-    conditioning, _ = session.stream_conditioning(stream)
-    prediction = _predict(session, recording, conditioning, latents, timestep, level, options)
-    stream.denoised(level, prediction)
-    recording.finish(comfy.model_management.unet_offload_device())
-
-
-def _predict(
-    session: Session,
-    recording: Recording,
-    conditioning: list[dict[str, Any]],
-    latents: Tensor,
-    timestep: Tensor,
-    level: float,
-    options: dict[str, Any],
-) -> Tensor:
-    """A companion's pass at a noise level: the model's prediction of its clean latents. Where another pack's patch
-    turns out to belong to the picture, the pass begins again without it; so what a pass gives does not depend on which
-    passes were needed before."""
-    sigma = timestep.new_full((len(latents),), level)
-    given = {**options, "transformer_options": {**options["transformer_options"], RECORDING: recording}}
-    while True:
-        try:
-            with own_randomness(timestep.device):
-                return comfy.samplers.calc_cond_batch(
-                    session.guider.inner_model, [conditioning], latents, sigma, given
-                )[0]  # fmt: skip
-        except OfThePictureError as found:
-            recording.begin_again(found.owner)
-
-
-@contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Keeps a pass from the random numbers of the generation. Patches that draw some (ToMe) would else give another
-    picture when the pass is not needed, and other features after another picture's draws."""
-    fork = device.type in ("cuda", "xpu")
-    with torch.random.fork_rng([device] if fork else [], device_type=device.type if fork else "cuda"):
-        torch.manual_seed(0)
-        yield
 
 
 def _apply_model(

@@ -20,8 +20,9 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.edit import Edit
-from subject_patches.patches.engine import RECORDING, add_edit
+from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites
+from subject_patches.patches.passes import RECORDING
 from subject_patches.patches.sites import Site
 from subject_patches.patches.streams import Features, Stream
 from subject_patches.patches.window import Window
