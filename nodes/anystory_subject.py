@@ -12,7 +12,7 @@ from ..encoders.anystory import AnyStory, read_anystory, subject_tokens
 from ..encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, vision_pixels
 from ..patches.anystory_subject import AnyStorySubject
 from ..patches.cache import FeatureCache
-from ..patches.streams import resize_mask
+from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, composite, encoded
 from .checks import check_choice, check_loaded, check_number, masks_in, pictures_in
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
-from ..patches.streams import resize_mask
+from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
 from .checks import check_loaded, check_number, masks_in, pictures_in, single, tell, upside_down
 from .types import SUBJECT, SubjectType

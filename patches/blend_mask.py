@@ -17,10 +17,11 @@ from .chunk import Chunk
 from .edit import Edit
 from .layout import tokens_of
 from .layout_regions import canonical
+from .masks import resize_mask
 from .prompt import SPANS_KEY
 from .region import region_at
 from .rows import in_turn
-from .streams import Features, Stream, resize_mask
+from .streams import Features, Stream
 
 # The mask is made at this many places a latent pixel, each way: no attention layer is finer than the latents, and a
 # distance that is divided by the largest one needs no finer grid.

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from .call import AttentionCall
 from .chunk import Chunk
-from .streams import resize_mask
+from .masks import resize_mask
 
 
 def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import FeatureCache, Features
+from .masks import tokens_inside
 from .sites import Site
 
 # (sigma, noise, latents) -> noised latents: the model's own forward process.
@@ -305,17 +306,3 @@ def step_by_the_unconditional(
     some latents have by their unconditional prediction at `sigma`."""
     mean = noise_scaling(sigma, torch.zeros_like(latents), unconditional)
     return noise_scaling(following, (latents - mean) / sigma, clean)
-
-
-def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A mask (rows, height, width) of 0 to 1 averaged over the cells of a grid: (rows, *grid)."""
-    return torch.nn.functional.interpolate(mask[:, None].float(), grid, mode="area")[:, 0]
-
-
-def tokens_inside(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which cells of a grid lie at least half inside a mask (rows, height, width): (rows, cells) bool. A row with no
-    such cell takes the cell it covers most, so a small subject is never lost at a coarse site."""
-    cover = resize_mask(mask, grid).flatten(1)
-    inside = cover >= 0.5
-    most = torch.zeros_like(inside).scatter_(1, cover.argmax(1, keepdim=True), True)
-    return torch.where(inside.any(1, keepdim=True), inside, most)

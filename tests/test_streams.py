@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+from subject_patches.patches.masks import resize_mask, tokens_inside
 from subject_patches.patches.sites import Site
-from subject_patches.patches.streams import Denoising, NoisedReference, Pass, Trajectory, resize_mask, tokens_inside
+from subject_patches.patches.streams import Denoising, NoisedReference, Pass, Trajectory
 from subject_patches.tests.models import randn
 from torch import Tensor
 
