@@ -204,11 +204,12 @@ def test_without_room_in_the_cache(model: Any) -> None:
     assert torch.equal(results[0], sample(told(model, given), steps=3))
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "dpm_2_ancestral"])
+# With random weights an adaptive step takes hundreds.
+@pytest.mark.parametrize("sampler", [name for name in comfy.samplers.KSampler.SAMPLERS if name != "dpm_adaptive"])
 def test_samplers(sampler: str, model: Any) -> None:
     """Also those that call the model twice a step, or write into their levels."""
     patched = told(model, settings(reference_window=(0.3, 1.0)))
-    results = [sample(patched, sampler=sampler, steps=4) for _ in range(2)]
+    results = [sample(patched, sampler=sampler, steps=3) for _ in range(2)]
     assert results[0].isfinite().all()
     assert torch.equal(*results)
 
@@ -222,6 +223,20 @@ def test_precisions(dtype: torch.dtype) -> None:
     exact = sample(told(golden_model(), given))
     assert result.isfinite().all()
     assert difference(result, exact) < 0.2
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_quantised_weights(router: bool) -> None:
+    """A model kept in eight bits is what its rounded weights are in full; the LoRAs stay as the file has them."""
+    kept, rounded = golden_model(dtype=torch.float8_e4m3fn, compute=torch.float32), golden_model()
+    for parameter in rounded.model.diffusion_model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    assert {p.dtype for p in kept.model.diffusion_model.parameters()} == {torch.float8_e4m3fn}
+    given = settings(router=router)
+    result = sample(told(kept, given))
+    assert difference(result, sample(told(rounded, given))) < 1e-4
+    assert difference(result, sample(kept)) > 0.01
+    assert hooks_of(kept) == 0
 
 
 def test_it_moves_with_the_model() -> None:
