@@ -218,14 +218,24 @@ def test_4_a_batch_that_another_pack_takes_apart(mechanism: Mechanism, model: An
 # 5
 
 
+SIZES = ((13, 21), (16, 24), (5, 30), (9, 9))
+
+
+@pytest.fixture(scope="module")
+def plain_at(model: Any) -> dict[tuple[int, int], Tensor]:
+    return {size: sample(model, size=size) for size in SIZES}
+
+
 @over_mechanisms
-@pytest.mark.parametrize("size", [(13, 21), (16, 24), (5, 30), (9, 9)])
-def test_5_any_width_and_height(mechanism: Mechanism, size: tuple[int, int], model: Any) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_5_any_width_and_height(
+    mechanism: Mechanism, size: tuple[int, int], model: Any, plain_at: dict[tuple[int, int], Tensor]
+) -> None:
     result = sample(mechanism.on(model, size=size), size=size)
     assert result.shape == (1, 4, *size)
     assert result.isfinite().all()
-    assert difference(result, sample(model, size=size)) > 0.01
-    assert torch.equal(sample(mechanism.off(model, "strength 0"), size=size), sample(model, size=size))
+    assert difference(result, plain_at[size]) > 0.01
+    assert torch.equal(sample(mechanism.off(model, "strength 0"), size=size), plain_at[size])
 
 
 # 6 is tests/test_samplers.py
@@ -266,16 +276,15 @@ def alone(model: Any) -> dict[tuple[str, int], Tensor]:
 
 
 @over_mechanisms
-@pytest.mark.parametrize("below", MECHANISMS, ids=lambda m: m.name)
-def test_8_two_nodes_stack(
-    mechanism: Mechanism, below: Mechanism, model: Any, alone: dict[tuple[str, int], Tensor]
-) -> None:
-    first = below.on(model, (subject(seed=1),))
-    # A layout's swap takes the first step to itself, and the last of two has hardly any noise: the second of three.
-    result = sample(mechanism.on(first, (subject(seed=2),)), steps=3)
-    assert difference(result, alone[below.name, 1]) > 0.003
-    assert difference(result, alone[mechanism.name, 2]) > 0.003
-    assert torch.equal(sample(first, steps=3), alone[below.name, 1])
+def test_8_two_nodes_stack(mechanism: Mechanism, model: Any, alone: dict[tuple[str, int], Tensor]) -> None:
+    """The mechanism with every other one upon it, and itself."""
+    first = mechanism.on(model, (subject(seed=1),))
+    for above in MECHANISMS:
+        # A layout's swap takes the first step to itself, and the last of two has hardly any noise: the second of three.
+        result = sample(above.on(first, (subject(seed=2),)), steps=3)
+        assert difference(result, alone[mechanism.name, 1]) > 0.003, above.name
+        assert difference(result, alone[above.name, 2]) > 0.003, above.name
+    assert torch.equal(sample(first, steps=3), alone[mechanism.name, 1])
 
 
 @over_mechanisms
@@ -306,28 +315,33 @@ def test_8_an_idle_node_on_top_changes_no_bit(mechanism: Mechanism, how: str, mo
 # 9: other families are tests/test_families.py
 
 
+PRECISIONS = {
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "fp16 in fp32": (torch.float16, torch.float32),
+    "fp8 in fp32": (torch.float8_e4m3fn, torch.float32),
+}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def rounded_and_exact(request: Any) -> tuple[Any, Tensor, Any, Tensor]:
+    """A model of a precision and its picture, and the same weights in float32 and theirs."""
+    dtype, compute = PRECISIONS[request.param]
+    rounded, exact = small_model(dtype=dtype, compute=compute), small_model()
+    exact.model.diffusion_model.load_state_dict(rounded.model.diffusion_model.state_dict())
+    return rounded, sample(rounded), exact, sample(exact)
+
+
 @over_mechanisms
-@pytest.mark.parametrize(
-    ("dtype", "compute"),
-    [
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.float16, torch.float32),
-        (torch.float8_e4m3fn, torch.float32),
-    ],
-    ids=["bf16", "fp16", "fp16 in fp32", "fp8 in fp32"],
-)
-def test_9_precisions(mechanism: Mechanism, dtype: torch.dtype, compute: torch.dtype | None) -> None:
-    rounded = small_model(dtype=dtype, compute=compute)
-    result, without = sample(mechanism.on(rounded)), sample(rounded)
+def test_9_precisions(mechanism: Mechanism, rounded_and_exact: tuple[Any, Tensor, Any, Tensor]) -> None:
+    rounded, without, exact, exact_without = rounded_and_exact
+    result = sample(mechanism.on(rounded))
     assert result.isfinite().all()
     assert difference(result, without) > 0.01
     assert torch.equal(sample(mechanism.off(rounded, "strength 0")), without)
-    # The same weights in float32: what the precision costs must be small beside what the mechanism does.
-    exact = small_model()
-    exact.model.diffusion_model.load_state_dict(rounded.model.diffusion_model.state_dict())
-    change = (sample(mechanism.on(exact)) - sample(exact)).abs().mean()
-    assert (result - sample(mechanism.on(exact))).abs().mean() < 0.3 * change
+    # What the precision costs must be small beside what the mechanism does.
+    right = sample(mechanism.on(exact))
+    assert (result - right).abs().mean() < 0.3 * (right - exact_without).abs().mean()
 
 
 @over_mechanisms
