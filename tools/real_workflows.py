@@ -167,11 +167,11 @@ def concept(graph: Graph) -> str:
     both = graph.sampled("KSampler, with its prompt", model, [prompts, 0], negative, latent)
     graph.save("After: with its prompt", both, "dual_branch")
     return (
-        "## Teach the checkpoint your concept\nA few pictures become a file that is an embedding and a LoRA (500 "
-        "steps; on a GPU minutes, on a processor many hours), and the second branch brings the rest of the prompt "
+        "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (500 steps; on a GPU "
+        "minutes, on a processor many hours), and the second branch brings the rest of the prompt "
         "back.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) in their place), the "
         "`noun` and the `name`, then both in the prompt. Steps and rates are 0, which takes the authors' for this "
-        f"checkpoint; the log says what was taken. `use_a_concept` loads the file again: it is called {NAME}."
+        f"checkpoint; the log says what was taken. `use_a_concept` loads both again: they are called {NAME}."
     )
 
 
@@ -186,8 +186,9 @@ def use_a_concept(graph: Graph) -> str:
     negative = graph.text("Negative prompt", NEGATIVE)
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "concept_again")
     return (
-        "## A concept that was trained before\nThe file of Train ICO Concept is an embedding, which the prompt names, "
-        f"and a LoRA: here **{NAME}**, which the workflow `concept` makes. None of this pack's nodes is needed.\n\n"
+        "## A concept that was trained before\nTrain ICO Concept leaves an embedding, which the prompt names, and a "
+        f"LoRA of the same name: here **{NAME}**, which the workflow `concept` makes. None of this pack's nodes "
+        "is needed.\n\n"
         "**Change first:** the concept's name, in the LoRA's list and in the prompt, and the noun behind it."
     )
 
