@@ -14,14 +14,13 @@ from ..patches.anystory_subject import AnyStorySubject
 from ..patches.cache import FeatureCache
 from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, composite, encoded
-from .checks import check_choice, check_loaded, check_number, masks_in, pictures_in
+from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 FOLDER = "subject_encoders"
 SQUARE, NONE = "square around the mask", "none"
 # The side of a reference's picture is given in steps of what one token of FLUX covers.
 TOKEN = 16
-MEGABYTES_MAX = 65536
 
 
 def register_folder() -> None:

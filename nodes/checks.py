@@ -19,6 +19,9 @@ OVERSHOOT = 0.5
 # A mask that leaves hardly anything out, or that is white around its edge and not inside, is often upside down.
 NEARLY_ALL = 0.95
 
+# What a cache of features may be told to hold.
+MEGABYTES_MAX = 65536
+
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
     """Raises ValueError unless the value is a number from `least` to `most`."""

@@ -10,12 +10,11 @@ from comfy_api.latest import io
 from ..patches.cache import FeatureCache
 from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
-from .checks import check_loaded, check_number, masks_in, pictures_in, single, tell, upside_down
+from .checks import MEGABYTES_MAX, check_loaded, check_number, masks_in, pictures_in, single, tell, upside_down
 from .types import SUBJECT, SubjectType
 
 # The least and the greatest longer side in pixels.
 SIZES = (64, 2048)
-MEGABYTES_MAX = 65536
 
 
 class SubjectNode(io.ComfyNode):

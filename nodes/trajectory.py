@@ -20,11 +20,10 @@ from ..patches.families import family_of
 from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, read_trajectory, replayed, to_file
 from ..patches.process import Process
 from ..patches.subject import MEGABYTE
-from .checks import check_number, latents_in, prompt_in
+from .checks import MEGABYTES_MAX, check_number, latents_in, prompt_in
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
-MEGABYTES_MAX = 65536
 FOLDER = "trajectories"
 
 
