@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from .data import LABELS, UNLABELLED, batches, vocabulary
 from .family import LATENT_CHANNELS, TEXT, UNET, WIDTH
-from .runs import Peers, Run, load_tensors, save_whole
+from .runs import Peers, Run, held_rate, load_tensors, save_whole
 from .train_autoencoder import to_signal
 
 CAPTION_DROPOUT = 0.1
@@ -174,7 +174,7 @@ def train(
         # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
         model.load_state_dict(load_tensors(path), strict=False)
     initialise_words(model, vocabulary().to(device))
-    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, peers, warmup=500, decay=0.9995)
+    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, peers, 500, 0.9995, schedule=held_rate)
     if resume:
         run.resume(device)
     # From here on every peer draws for itself.
