@@ -6,6 +6,7 @@ A few pairs only: `tools/effects.py` measures a hundred and more, and docs/EFFEC
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from measuring.routed_reference import ALONE
 from measuring.routed_reference import Case as Scene
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
+from subject_patches.toy.scenes import SMALL, WHOLE
 
 PAIRS = 16
 LAYOUTS = 12
 SCENES = 8
+LAYOUT_ROWS: dict[str, dict[str, Any] | None] = {UNPATCHED: None, "layout bias": {}}
 STEPS = 12
 
 
@@ -30,7 +33,7 @@ def given(host: Host) -> Iterator[Given]:
     """The toy and its judge; inference mode, as in the host's server."""
     toy, judge = Toy.load(), load_judge()
     with torch.inference_mode():
-        yield Given(host, toy, judge, PAIRS, STEPS)
+        yield Given(host, toy, judge, PAIRS, STEPS, WHOLE)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def dit(host: Host) -> Iterator[Given]:
     """The second toy, a transformer."""
     toy, judge = Toy.load(DIT_CHECKPOINT), load_judge()
     with torch.inference_mode():
-        yield Given(host, toy, judge, PAIRS, 8)
+        yield Given(host, toy, judge, PAIRS, 8, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +71,13 @@ def test_recycled_attention_keeps_the_rest_of_a_region(pairs: list[Pair]) -> Non
     assert max(score.outside or 0 for score in after) < 2
 
 
-def test_layout_bias_brings_things_into_their_boxes(given: Given) -> None:
-    """With the layout, what is found overlaps more with the boxes than without, by more than chance."""
-    cases = [Case(given, 2, 1000 + number) for number in range(LAYOUTS)]
-    before, after = ([s for case in cases for s in case.scores(name)[0]] for name in (UNPATCHED, "layout bias"))
+@pytest.mark.parametrize(("which", "layouts"), [("given", LAYOUTS), ("dit", 8)])
+def test_layout_bias_brings_things_into_their_boxes(request: pytest.FixtureRequest, which: str, layouts: int) -> None:
+    """With the layout, what is found overlaps more with the boxes than without, by more than chance; on both toys."""
+    cases = [Case(request.getfixturevalue(which), 2, 1000 + number) for number in range(layouts)]
+    before, after = (
+        [s for case in cases for s in case.scores(name, settings)[0]] for name, settings in LAYOUT_ROWS.items()
+    )
     rise = [patched.overlap - plain.overlap for plain, patched in zip(before, after, strict=True)]
     assert np.mean(rise) > 2 * np.std(rise, ddof=1) / len(rise) ** 0.5
     assert sum(score.inside for score in after) > sum(score.inside for score in before)

@@ -45,10 +45,12 @@ def _effects(host: Host, studies: dict[str, Callable[..., None]], dit: bool, cou
     import torch
     from subject_patches.toy.judge import load_judge
     from subject_patches.toy.sampling import CHECKPOINT, DIT_CHECKPOINT, Toy
+    from subject_patches.toy.scenes import SMALL, WHOLE
 
     # Denormal numbers slow a CPU down several times, and mean nothing here.
     torch.set_flush_denormal(True)
-    given = Given(host, Toy.load(DIT_CHECKPOINT if dit else CHECKPOINT), load_judge(), count, steps)
+    toy = Toy.load(DIT_CHECKPOINT if dit else CHECKPOINT)
+    given = Given(host, toy, load_judge(), count, steps, SMALL if dit else WHOLE)
     with torch.inference_mode():
         for name, study in studies.items():
             print(f"\n## {name.capitalize()}\n", flush=True)

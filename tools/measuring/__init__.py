@@ -2,7 +2,17 @@
 
 from functools import partial
 
-from . import dual_branch, layout, recycled_attention, residual_tokens, retouch, routed_reference, together
+from . import (
+    dual_branch,
+    given_back,
+    layout,
+    recycled_attention,
+    referenced_branch,
+    residual_tokens,
+    retouch,
+    routed_reference,
+    together,
+)
 
 STUDIES = {
     "recycled attention": recycled_attention.study,
@@ -19,7 +29,12 @@ DIT_STUDIES = {
     "recycled attention": partial(
         recycled_attention.study, settings_of=recycled_attention.DIT_SETTINGS, inside="by default, in the region"
     ),
-    **{f"layout of {things} things": partial(layout.study, things=things) for things in (2, 3)},
+    **{
+        f"layout of {things} things": partial(layout.study, things=things, settings_of=layout.DIT_SETTINGS)
+        for things in (2, 3)
+    },
     **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
+    "dual branch beside a reference": referenced_branch.study,
+    "inversion": given_back.study,
 }
 COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)

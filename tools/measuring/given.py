@@ -27,14 +27,15 @@ def concept_tokens() -> Any:
 
 @dataclass(frozen=True)
 class Given:
-    """The toy and its judge in this process, the host for a study that needs a server, how many cases to measure, and
-    the sampling steps of each."""
+    """The toy and its judge in this process, the host for a study that needs a server, how many cases to measure, the
+    sampling steps of each, and the world that the toy can draw."""
 
     host: Host
     toy: Any
     judge: Any
     count: int
     steps: int
+    world: Any
 
     def picture(self, positive: Any, seed: int, model: Any = None, sampler: Any = None) -> Tensor:
         """One picture (1, 128, 128, 3) of 0 to 1 of a CONDITIONING, at CFG 4; `model` is a patched one, `sampler` a
@@ -46,13 +47,12 @@ class Given:
 
         used = model or self.toy.model
         noise = torch.randn(1, *NOISE_SHAPE, generator=torch.Generator().manual_seed(seed))
-        sigmas = comfy.samplers.calculate_sigmas(used.get_model_object("model_sampling"), "normal", self.steps)
         sampled = comfy.sample.sample_custom(
             used,
             noise,
             4.0,
             sampler or comfy.samplers.sampler_object("euler"),
-            sigmas,
+            self.sigmas(),
             positive,
             self.toy.encode([""]),
             torch.zeros_like(noise),
@@ -60,6 +60,12 @@ class Given:
             seed=seed,
         )
         return self.toy.vae.decode(sampled)[..., :3].clamp(0, 1)
+
+    def sigmas(self) -> Tensor:
+        """The noise levels of a run, of the schedule "normal"."""
+        import comfy.samplers
+
+        return comfy.samplers.calculate_sigmas(self.toy.model.get_model_object("model_sampling"), "normal", self.steps)
 
 
 @dataclass(frozen=True)

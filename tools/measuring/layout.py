@@ -16,6 +16,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weakening alone": {"positive_weight": 0.0},
     "layout bias and self-recurrence": {},
 }
+# Of a transformer, whose attention has prompt and picture in one: how strong the bias must be there.
+DIT_SETTINGS: dict[str, dict[str, Any]] = {
+    "layout bias": {},
+    "guidance weight 0.04": {"guidance_weight": 0.04},
+    "guidance weight 0.16": {"guidance_weight": 0.16},
+    "guidance weight 0.32": {"guidance_weight": 0.32},
+    "first half of the schedule": {"end_percent": 0.5},
+    "strengthening alone": SETTINGS["strengthening alone"],
+    "weakening alone": SETTINGS["weakening alone"],
+    "layout bias and self-recurrence": {},
+}
 UNPATCHED = "no layout"
 
 
@@ -30,14 +41,14 @@ class Score:
     bound: bool
 
 
-def study(given: Given, things: int) -> None:
+def study(given: Given, things: int, settings_of: dict[str, dict[str, Any]] = SETTINGS) -> None:
     """Prints one table, over `given.count` layouts of so many things."""
-    scores: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *SETTINGS)}
+    scores: dict[str, list[Score]] = {name: [] for name in (UNPATCHED, *settings_of)}
     grounds: dict[str, list[bool]] = {name: [] for name in scores}
     for number in range(given.count):
         case = Case(given, things, number)
         for name in scores:
-            found, ground = case.scores(name)
+            found, ground = case.scores(name, settings_of.get(name))
             scores[name] += found
             grounds[name].append(ground)
         print(f"{things} things: layout {number + 1} of {given.count}", file=sys.stderr, flush=True)
@@ -56,9 +67,9 @@ class Case:
         from subject_patches.toy.scenes import SIZE, describe, phrase, sample_scene
 
         rng = np.random.default_rng((2**43, things, number))
-        scene = sample_scene(rng, things, emblem_share=0.0)
+        scene = sample_scene(rng, things, emblem_share=0.0, world=given.world)
         while len({phrase(thing) for thing in scene.things}) < things:
-            scene = sample_scene(rng, things, emblem_share=0.0)
+            scene = sample_scene(rng, things, emblem_share=0.0, world=given.world)
         phrases = "\n".join(phrase(thing) for thing in scene.things)
         self.given, self.scene, self.seed = given, scene, number
         self.boxes = draw(scene).boxes.tolist()
@@ -66,15 +77,16 @@ class Case:
         self.layout = LayoutNode.execute(SIZE, SIZE, phrases, boxes=drawn).args[0]
         self.positive = EncodePromptWithSubjects.execute(given.toy.clip, describe(scene), phrases).args[0]
 
-    def scores(self, name: str) -> tuple[list[Score], bool]:
-        """A score for each thing of a picture made with these settings, and whether its background is right."""
+    def scores(self, name: str, settings: dict[str, Any] | None) -> tuple[list[Score], bool]:
+        """A score for each thing of a picture made with these settings, or without a layout, and whether its background
+        is right."""
         import comfy.samplers
         from subject_patches.nodes.layout import LayoutBiasNode
         from subject_patches.nodes.self_recurrence import SelfRecurrenceNode
 
         model = sampler = None
-        if name != UNPATCHED:
-            model = LayoutBiasNode.execute(self.given.toy.model, self.layout, **{**DEFAULTS, **SETTINGS[name]}).args[0]
+        if settings is not None:
+            model = LayoutBiasNode.execute(self.given.toy.model, self.layout, **{**DEFAULTS, **settings}).args[0]
         if "recurrence" in name:
             sampler = SelfRecurrenceNode.execute(comfy.samplers.sampler_object("euler"), 2, 0.0, 1.0, 0).args[0]
         image = self.given.picture(self.positive, self.seed, model, sampler)

@@ -162,7 +162,7 @@ class Cases:
         """The trajectory of latents with the personalised model, as Algorithm 1 has it, and the noisiest of it."""
         from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 
-        model, sigmas = self.concept.model, _sigmas(self.given)
+        model, sigmas = self.concept.model, self.given.sigmas()
         path, last, *_ = InvertToTrajectoryNode.execute(model, {"samples": latents}, sigmas, None, prompt, rounds).args
         return path, last["samples"]
 
@@ -191,7 +191,7 @@ class Cases:
         import comfy.samplers
 
         sampler = comfy.samplers.sampler_object("euler")
-        result = guider.sample(noise, latents, sampler, _sigmas(self.given), disable_pbar=True, seed=0)
+        result = guider.sample(noise, latents, sampler, self.given.sigmas(), disable_pbar=True, seed=0)
         return self.given.toy.vae.decode(result)[..., :3].clamp(0, 1)
 
 
@@ -205,12 +205,6 @@ def _ground(prompt: int, plate: str) -> Any:
     while plate in ground.colours:
         ground = sample_background(rng)
     return ground
-
-
-def _sigmas(given: Given) -> Tensor:
-    import comfy.samplers
-
-    return comfy.samplers.calculate_sigmas(given.toy.model.get_model_object("model_sampling"), "normal", given.steps)
 
 
 def _mean(values: Sequence[float]) -> float:
