@@ -10,16 +10,14 @@ On a CPU that others use too, `--processes 2`, one thread each, is the fastest.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
-from torch import multiprocessing
 
-from .runs import Peers, load_tensors, save_whole
+from .command import joined, parsed, parser_of, together
+from .runs import load_tensors, save_whole
 
-HERE = Path(__file__).parent
-CHECKPOINT = HERE / "weights" / "subject-patches-toy.safetensors"
+CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensors"
 
 
 def export(folder: Path, checkpoint: Path) -> None:
@@ -56,15 +54,7 @@ def unpack(checkpoint: Path, folder: Path) -> None:
 
 def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
     """What each process does: the stages asked for, one after the other."""
-    peers = Peers(rank, arguments.processes, meeting)
-    if peers.count > 1:
-        torch.set_num_threads(1)
-    device = torch.device(arguments.device)
-    from comfy.cli_args import args as host_arguments
-
-    host_arguments.cpu = device.type == "cpu"
-    # On a CPU the gradients' denormal numbers make a step five times slower.
-    torch.set_flush_denormal(True)
+    peers, device = joined(rank, arguments, meeting)
     from . import train_autoencoder, train_diffusion
 
     common = (arguments.folder, device, peers, arguments.workers)
@@ -87,32 +77,18 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0], "default", CHECKPOINT)
     parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
     parser.add_argument(
         "--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder"
     )
     parser.add_argument("--stage", choices=("all", "autoencoder", "diffusion", "export"), default="all")
-    parser.add_argument("--folder", type=Path, default=HERE / "runs" / "default", help="where the run keeps its files")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    parser.add_argument("--processes", type=int, default=1, help="processes that train together")
     parser.add_argument("--batch-autoencoder", type=int, default=16)
     parser.add_argument("--batch-diffusion", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint whose U-Net and text encoder to train on from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.start:
-        if not arguments.start.is_file():
-            parser.error(f"--start: there is no checkpoint {arguments.start}")
         unpack(arguments.start, arguments.folder)
-    if arguments.processes == 1:
-        work(0, arguments, None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (arguments, Path(folder) / "meeting"), arguments.processes)
+    together(work, arguments)
 
 
 if __name__ == "__main__":

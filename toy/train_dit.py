@@ -11,17 +11,16 @@ On a CPU that others use too, `--processes 2`, one thread each, is the fastest.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
-from .runs import Peers, load_tensors, save_whole
+from .command import joined, parsed, parser_of, together
+from .runs import load_tensors, save_whole
 from .train import CHECKPOINT as FIRST
 
-HERE = Path(__file__).parent
-CHECKPOINT = HERE / "weights" / "subject-patches-toy-dit.safetensors"
+CHECKPOINT = FIRST.with_name("subject-patches-toy-dit.safetensors")
 CLIP = "text_encoders.clip_l."
 # Where the host looks for each trained part.
 PREFIXES = {"dit.": "model.diffusion_model.", "text.": CLIP + "transformer."}
@@ -63,15 +62,7 @@ def export(trained: dict[str, Tensor], ids: Tensor, checkpoint: Path) -> None:
 
 def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
     """What each process does."""
-    peers = Peers(rank, arguments.processes, meeting)
-    if peers.count > 1:
-        torch.set_num_threads(1)
-    device = torch.device(arguments.device)
-    from comfy.cli_args import args as host_arguments
-
-    host_arguments.cpu = device.type == "cpu"
-    # On a CPU the gradients' denormal numbers make a step several times slower.
-    torch.set_flush_denormal(True)
+    peers, device = joined(rank, arguments, meeting)
     from . import train_rectified_flow
 
     trained, ids = train_rectified_flow.train(
@@ -85,26 +76,11 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0], "dit", CHECKPOINT)
     parser.add_argument("--minutes", type=float, default=240, help="training time")
-    parser.add_argument("--folder", type=Path, default=HERE / "runs" / "dit", help="where the run keeps its state")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    parser.add_argument("--processes", type=int, default=1, help="processes that train together")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint of the DiT to train on from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
-    arguments = parser.parse_args()
-    if arguments.start and not arguments.start.is_file():
-        parser.error(f"--start: there is no checkpoint {arguments.start}")
-    if arguments.processes == 1:
-        work(0, arguments, None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (arguments, Path(folder) / "meeting"), arguments.processes)
+    together(work, parsed(parser))
 
 
 if __name__ == "__main__":
