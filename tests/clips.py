@@ -64,7 +64,7 @@ class Encoders:
     data: str = ""
 
 
-_T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2}
+T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2}
 _LLAMA: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -80,10 +80,10 @@ ENCODERS: dict[str, Encoders] = {
         sd3_clip.SD3Tokenizer,
         sd3_clip.sd3_clip(),
         # The host puts CLIP's 768 and 1280 numbers side by side, and fills up to T5's 4096.
-        {"clip_l": _CLIP, "clip_g": {**_CLIP, "hidden_size": 1280}, "t5xxl": {**_T5, "d_model": 4096}},
+        {"clip_l": _CLIP, "clip_g": {**_CLIP, "hidden_size": 1280}, "t5xxl": {**T5, "d_model": 4096}},
     ),
-    "FLUX.1": Encoders(flux.FluxTokenizer, flux.flux_clip(), {"clip_l": SMALL, "t5xxl": _T5}),
-    "Chroma": Encoders(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": _T5}),
+    "FLUX.1": Encoders(flux.FluxTokenizer, flux.flux_clip(), {"clip_l": SMALL, "t5xxl": T5}),
+    "Chroma": Encoders(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5}),
     "Klein": Encoders(flux.KleinTokenizer, flux.klein_te(), {"qwen3_4b": _DEEP}),
     "Qwen-Image": Encoders(qwen_image.QwenImageTokenizer, qwen_image.te(), {"qwen25_7b": _LLAMA}),
     "Z-Image": Encoders(z_image.ZImageTokenizer, z_image.te(), {"qwen3_4b": _LLAMA}),
@@ -91,12 +91,12 @@ ENCODERS: dict[str, Encoders] = {
     "HiDream": Encoders(
         hidream.HiDreamTokenizer,
         hidream.hidream_clip(),
-        {"clip_l": SMALL, "clip_g": SMALL, "t5xxl": _T5, "llama": {**_LLAMA, "vocab_size": 128256}},
+        {"clip_l": SMALL, "clip_g": SMALL, "t5xxl": T5, "llama": {**_LLAMA, "vocab_size": 128256}},
     ),
     "Krea 2": Encoders(krea2.Krea2Tokenizer, krea2.te(), {"qwen3vl_4b": _DEEP}),
-    "Cosmos-Predict2": Encoders(cosmos.CosmosT5Tokenizer, cosmos.te(), {"t5xxl": _T5}),
+    "Cosmos-Predict2": Encoders(cosmos.CosmosT5Tokenizer, cosmos.te(), {"t5xxl": T5}),
     "Anima": Encoders(anima.AnimaTokenizer, anima.te(), {"qwen3_06b": _LLAMA}),
-    "Wan": Encoders(wan.WanT5Tokenizer, wan.te(), {"umt5xxl": _T5}, data="spiece_model"),
+    "Wan": Encoders(wan.WanT5Tokenizer, wan.te(), {"umt5xxl": T5}, data="spiece_model"),
 }
 
 

@@ -18,6 +18,13 @@ from hosting.device import use_cpu_without_gpu
 from hosting.pack import load_pack
 
 ROOT = Path(__file__).resolve().parents[1]
+_SMALL = """
+import sys
+sys.path[:0] = {paths!r}
+from small_checkpoint import SmallCheckpoint
+from small_loaders import LOADERS
+NODE_CLASS_MAPPINGS = {{"SmallCheckpoint": SmallCheckpoint, **LOADERS}}
+"""
 
 
 def _unwind(_number: int, _frame: object) -> None:
@@ -44,6 +51,29 @@ def server(host: Host) -> Iterator[Server]:
     """One stock server with this checkout as a custom node, for the whole session."""
     with Server(host) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A stock server that also has loaders of small models, which stand in a workflow for the host's own."""
+    base = tmp_path_factory.mktemp("base")
+    folder = base / "custom_nodes" / "small_loaders"
+    folder.mkdir(parents=True)
+    paths = [str(ROOT / "tests"), str(ROOT / "tools")]
+    (folder / "__init__.py").write_text(_SMALL.format(paths=paths), encoding="utf-8")
+    with Server(host, base=base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def flux_server(small_server: Server) -> Server:
+    """The same, with a small FLUX.1, its VAE and AnyStory's weights for it as files."""
+    from .small_flux import write_anystory, write_flux
+
+    models = small_server.base / "models"
+    write_flux(models)
+    write_anystory(models)
+    return small_server
 
 
 @pytest.fixture

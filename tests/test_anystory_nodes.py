@@ -11,7 +11,6 @@ import convert
 import folder_paths
 import pytest
 import torch
-from comfy.clip_vision import ClipVisionModel
 from comfy.t2i_adapter.adapter import StyleAdapter
 from subject_patches.encoders.anystory import AnyStory
 from subject_patches.encoders.preprocessing import latent_pixels, places, to_bytes
@@ -23,7 +22,8 @@ from torch import Tensor
 from .anystory_files import publish
 from .anystory_models import golden_anystory, golden_model
 from .dit_models import dit_model
-from .models import difference, randn, small_model
+from .models import difference, small_model
+from .small_vision import siglip
 from .test_anystory_encoders import redux
 from .test_anystory_golden import Watch
 from .test_anystory_runs import sample
@@ -38,28 +38,6 @@ class Vae:
         self.seen = image
         planes = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return torch.cat([planes, planes[:, :1]], 1)
-
-
-def siglip(width: int = 12, image: int = 84) -> ClipVisionModel:
-    """A SigLIP of the host's, with random weights."""
-    model = ClipVisionModel(
-        {
-            "model_type": "siglip_vision_model",
-            "num_channels": 3,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": width,
-            "image_size": image,
-            "intermediate_size": 24,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "patch_size": 14,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        }
-    )
-    for number, parameter in enumerate(model.model.parameters()):
-        parameter.data = randn(*parameter.shape, seed=number) / max(parameter[0].numel(), 4) ** 0.5
-    return model
 
 
 def picture(seed: int = 3, channels: int = 3) -> Tensor:

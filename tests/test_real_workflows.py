@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from host import Host, Server
+from host import Server
 from hosting.paths import ROOT
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
 from real_workflows import FAMILIES, WORKFLOWS
 
-# Stands in for Load Checkpoint: a checkpoint's three parts, as small as the families' architectures allow.
-LOADER = """
-import sys
-sys.path[:0] = {paths!r}
-from small_checkpoint import SmallCheckpoint
-NODE_CLASS_MAPPINGS = {{"SmallCheckpoint": SmallCheckpoint}}
-"""
 SIDE = 64
-
-
-@pytest.fixture(scope="module")
-def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that also has a loader of small checkpoints."""
-    base = tmp_path_factory.mktemp("base")
-    loader = base / "custom_nodes" / "small_checkpoint_loader"
-    loader.mkdir(parents=True)
-    paths = [str(ROOT / "tests"), str(ROOT / "tools")]
-    (loader / "__init__.py").write_text(LOADER.format(paths=paths), encoding="utf-8")
-    with Server(host, base=base) as running:
-        yield running
 
 
 def test_every_kind_is_there_for_every_family() -> None:
