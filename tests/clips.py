@@ -1,15 +1,21 @@
 """Small CLIPs of the host's own families, made in inference mode as the host makes them.
 
-The tokenizers are the host's own, which it brings along, but for Gemma's and umT5's: those come with the weights, and a
-small one stands for them here. Mistral's does not load in the host with transformers 5.
+The tokenizers are the host's own, which it brings along, but for Gemma's, umT5's and Mistral's: those come with the
+weights, and a small one stands for them here.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import comfy.sd
 import comfy.sd1_clip
@@ -64,6 +70,33 @@ class Encoders:
     data: str = ""
 
 
+def mistral_vocabulary(data: Any) -> dict[str, Any]:
+    """What the host makes of Mistral's vocabulary, also with transformers 5.15 and newer, whose converter takes a file
+    where the host gives it a dictionary."""
+    try:
+        return _HOSTS(data)
+    except TypeError as error:
+        if "vocab_file" not in str(error):
+            raise
+    from transformers.integrations.mistral import MistralConverter
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tekken.json"
+        path.write_bytes(data.numpy().tobytes())
+        return {"tokenizer_object": MistralConverter(str(path)).converted(), "legacy": False}
+
+
+_HOSTS: Callable[[Any], dict[str, Any]] = flux.load_mistral_tokenizer
+
+
+class MistralTokenizer(flux.Flux2Tokenizer):
+    """FLUX.2 dev's, but for that."""
+
+    def __init__(self, **given: Any) -> None:
+        with patch.object(flux, "load_mistral_tokenizer", mistral_vocabulary):
+            super().__init__(**given)
+
+
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2}
 _LLAMA: dict[str, Any] = {
     "hidden_size": 16,
@@ -84,6 +117,12 @@ ENCODERS: dict[str, Encoders] = {
     ),
     "FLUX.1": Encoders(flux.FluxTokenizer, flux.flux_clip(), {"clip_l": SMALL, "t5xxl": T5}),
     "Chroma": Encoders(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5}),
+    "FLUX.2": Encoders(
+        MistralTokenizer,
+        flux.flux2_te(),
+        {"mistral3_24b": {**_LLAMA, "num_hidden_layers": 40}},
+        data="tekken_model",
+    ),
     "Klein": Encoders(flux.KleinTokenizer, flux.klein_te(), {"qwen3_4b": _DEEP}),
     "Qwen-Image": Encoders(qwen_image.QwenImageTokenizer, qwen_image.te(), {"qwen25_7b": _LLAMA}),
     "Z-Image": Encoders(z_image.ZImageTokenizer, z_image.te(), {"qwen3_4b": _LLAMA}),
@@ -100,14 +139,22 @@ ENCODERS: dict[str, Encoders] = {
 }
 
 
+_SENTENCE = "a red umbrella and a small corgi on the green grass, it said"
+
+
 @cache
 def tokenizer_data(kind: str) -> dict[str, torch.Tensor]:
-    """What a text encoder's weights bring along of its tokenizer: a small sentencepiece."""
+    """What a text encoder's weights bring along of its tokenizer: a small sentencepiece, or Mistral's vocabulary."""
     if not kind:
         return {}
+    made = {"spiece_model": _sentencepiece, "tekken_model": _tekken}[kind]()
+    return {kind: torch.frombuffer(bytearray(made), dtype=torch.uint8)}
+
+
+def _sentencepiece() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red umbrella and a small corgi on the green grass, it said"] * 9),
+        sentence_iterator=iter([_SENTENCE] * 9),
         model_writer=model,
         vocab_size=340,
         model_type="bpe",
@@ -118,7 +165,24 @@ def tokenizer_data(kind: str) -> dict[str, torch.Tensor]:
         unk_id=3,
         minloglevel=2,
     )
-    return {kind: torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)}
+    return model.getvalue()
+
+
+def _tekken() -> bytes:
+    """All bytes, and every beginning of some words, with and without the space before them; a thousand special tokens stand before,
+    as in the published ones, those of the host's template among them."""
+    words = dict.fromkeys(bytes([byte]) for byte in range(256))
+    for word in (f"{space}{word}".encode() for word in _SENTENCE.split() for space in ("", " ")):
+        words |= dict.fromkeys(word[:end] for end in range(2, len(word) + 1))
+    named = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    special = [*named, *(f"<SPECIAL_{number}>" for number in range(len(named), 1000))]
+    # Letters, digits, signs and spaces apart, as in the published pattern.
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    sizes = {"default_vocab_size": len(special) + len(words), "default_num_special_tokens": len(special)}
+    known = [{"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)]
+    specials = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)]
+    told = {"config": {"pattern": pattern, **sizes}, "vocab": known, "special_tokens": specials}
+    return json.dumps(told).encode()
 
 
 @torch.inference_mode()

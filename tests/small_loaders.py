@@ -1,5 +1,5 @@
-"""Loaders for a test's server, in the places of the host's own whose files have to be of a released model's sizes: small
-models with random weights, in the host's own classes, that fit one another."""
+"""Loaders for a test's server, in the places of the host's own whose files have to be of a released model's sizes:
+small models with random weights, in the host's own classes, that fit one another."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The workflow of AnyStory, over the queue of a stock server. The host's loaders load a small FLUX and a small VAE, and the
-pack's AnyStory's weights for it, under the names that the workflow gives them. Loaders of small models stand for those of
-the host's whose files have to be of the released sizes: the text encoders', SigLIP's and Redux's."""
+"""The workflow of AnyStory, over the queue of a stock server. The host's loaders load a small FLUX and a small VAE, and
+the pack's AnyStory's weights for it, under the names that the workflow gives them. Loaders of small models stand for
+those of the host's whose files have to be of the released sizes: the text encoders', SigLIP's and Redux's."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _refused(server: Server, api: ApiPrompt, sentence: str) -> None:
 
 def test_bad_input_is_one_sentence(flux_server: Server, api: ApiPrompt) -> None:
     """Another family, nine subjects, an empty mask, no Redux, weights of another FLUX and of two ranks."""
-    ((number, patch),) = _of(api, "SubjectPatchesAnyStory")
+    ((number, _),) = _of(api, "SubjectPatchesAnyStory")
     (_, (last, _)) = _of(api, "SubjectPatchesAnyStorySubject")
     changed = copy.deepcopy(api)
     changed["toy"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": TOY}}

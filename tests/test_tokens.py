@@ -9,12 +9,13 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
+from comfy.text_encoders import flux
 from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer
 from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
 from subject_patches.patches.tokens import read_tokens
-from subject_patches.tests.clips import ENCODERS, small_encoder, tokenizer_data
+from subject_patches.tests.clips import ENCODERS, mistral_vocabulary, small_encoder, tokenizer_data
 
 TEXT = "An old umbrella, and a small corgi by the blue umbrella."
 
@@ -174,6 +175,37 @@ def test_a_phrase_that_is_a_part_of_a_token(qwen: comfy.sd.CLIP) -> None:
 def test_the_template_is_no_part_of_the_prompt(qwen: comfy.sd.CLIP, phrase: str) -> None:
     with pytest.raises(ValueError, match=rf"'{phrase}' is not in the prompt; .* the prompt's are a \| dog;"):
         find_spans(qwen, "a dog", [phrase])
+
+
+def test_mistral_without_the_template() -> None:
+    """FLUX.2 dev's positions count the template, which the host keeps; the prompt's words alone are looked at."""
+    clip = clip_of("FLUX.2")
+    (chunk,) = clip.tokenize("a small corgi")["mistral3_24b"]
+    spelled = [clip.tokenizer.mistral3_24b.inv_vocab[value] for value, _ in chunk]
+    assert spelled[-5:] == ["[INST]", "a", "\u0120small", "\u0120corgi", "[/INST]"]
+    assert find_spans(clip, "a small corgi", ["small corgi"])["small corgi"] == ((len(chunk) - 3, len(chunk) - 1),)
+    for phrase in ("objects", "INST", "speculation"):
+        with pytest.raises(
+            ValueError, match=rf"'{phrase}' is not in the prompt; .* the prompt's are a \| small \| corgi;"
+        ):
+            find_spans(clip, "a small corgi", [phrase])
+
+
+def test_the_hosts_mistral_loads_or_says_why() -> None:
+    """With transformers up to 5.14 the host's own loading gives the vocabulary that is tested here; from 5.15 on it stops
+    in the host's loader, before any node of this pack, with the words that the help page quotes."""
+    (data,) = tokenizer_data("tekken_model").values()
+    try:
+        own = flux.load_mistral_tokenizer(data)
+    except TypeError as error:
+        told = (Path(__file__).parents[1] / "web" / "docs" / "SubjectPatchesEncodePrompt.md").read_text(
+            encoding="utf-8"
+        )
+        words = "missing 1 required positional argument: 'vocab_file'"
+        assert words in str(error)
+        assert words in " ".join(told.split())
+        return
+    assert own["tokenizer_object"].get_vocab() == mistral_vocabulary(data)["tokenizer_object"].get_vocab()
 
 
 def test_a_vocabulary_of_another_kind() -> None:
