@@ -169,8 +169,8 @@ def _sentencepiece() -> bytes:
 
 
 def _tekken() -> bytes:
-    """All bytes, and every beginning of some words, with and without the space before them; a thousand special tokens stand before,
-    as in the published ones, those of the host's template among them."""
+    """All bytes, and every beginning of some words, with and without the space before them. A thousand special tokens
+    stand before, as in the published ones, those of the host's template among them."""
     words = dict.fromkeys(bytes([byte]) for byte in range(256))
     for word in (f"{space}{word}".encode() for word in _SENTENCE.split() for space in ("", " ")):
         words |= dict.fromkeys(word[:end] for end in range(2, len(word) + 1))

@@ -1,5 +1,5 @@
 """The workflows for FLUX.1, over the queue of a stock server. Its own loaders load a small FLUX and a small VAE under
-the names of the released files; small text encoders, CLIP-L and T5, stand for the loader that knows only their sizes."""
+the names of the released files; small text encoders, CLIP-L and T5, stand for the loader that knows but their sizes."""
 
 from __future__ import annotations
 
