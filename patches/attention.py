@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bias import Bias
+
 # The order of the host's positional arguments.
 _NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 _SYNONYMS = {"query": "q", "key": "k", "value": "v"}
@@ -85,6 +87,11 @@ class Attention:
         mask = mask if mask.ndim == 3 else mask[None]
         mask = mask if len(mask) == 1 else mask[rows]
         return mask if mask.shape[1] == 1 else mask[:, queries]
+
+    def biases(self, rows: slice, queries: slice) -> tuple[Bias, ...]:
+        """The same as what an `AttentionCall` has of biases."""
+        mask = self.bias(rows, queries)
+        return () if mask is None else (Bias(mask, 0, self.count("k")),)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The same attention on other tokens: (rows, n, channels) throughout."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .bias import Bias, summed
 from .chunk import Chunk
 from .sites import Site
 
@@ -88,7 +89,7 @@ class AttentionCall:
     extensions: list[Extension] = field(default_factory=list)
     prompt_extensions: list[Extension] = field(default_factory=list)
     taken: int = 0
-    own_bias: Tensor | None = None
+    biases: tuple[Bias, ...] = ()
     blends: list[Blend] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
@@ -123,7 +124,7 @@ class AttentionCall:
         if self.own is None:
             self.key = self.key if key is None else key
             self.value = self.value if value is None else value
-            self.own_bias = self.own_bias if key is None else None
+            self.biases = self.biases if key is None else ()
         else:
             self._splice(self.own, key, value)
         if self.key.shape[1] != self.value.shape[1]:
@@ -131,17 +132,12 @@ class AttentionCall:
         self.amended = True
 
     def _splice(self, own: slice, key: Tensor | None, value: Tensor | None) -> None:
-        def spliced(whole: Tensor, part: Tensor | None, dimension: int = 1) -> Tensor:
-            if part is None:
-                return whole
-            before = whole.narrow(dimension, 0, own.start)
-            behind = whole.narrow(dimension, own.stop, whole.shape[dimension] - own.stop)
-            return torch.cat([before, part, behind], dimension)
+        def spliced(whole: Tensor, part: Tensor | None) -> Tensor:
+            return whole if part is None else torch.cat([whole[:, : own.start], part, whole[:, own.stop :]], 1)
 
         count = self.key.shape[1]
-        if key is not None and self.own_bias is not None:
-            bias = self.own_bias.expand(*self.own_bias.shape[:-1], count)
-            self.own_bias = spliced(bias, bias.new_zeros((*bias.shape[:-1], key.shape[1])), -1)
+        if key is not None:
+            self.biases = tuple(rest for b in self.biases for rest in b.without(own.start, own.stop, key.shape[1]))
         self.key, self.value = spliced(self.key, key), spliced(self.value, value)
         more = self.key.shape[1] - count
         self.own = slice(own.start, own.stop + more)
@@ -164,13 +160,11 @@ class AttentionCall:
         picture's queries: keys, values and what edits have added to their logits, to `extend` some queries by."""
         taken = self.key[:, keys], self.value[:, keys], self.bias_of(keys)
 
-        def rest(whole: Tensor, dimension: int) -> Tensor:
-            before, _, behind = whole.tensor_split((keys.start, keys.stop), dimension)
-            return torch.cat([before, behind], dimension)
+        def rest(whole: Tensor) -> Tensor:
+            return torch.cat([whole[:, : keys.start], whole[:, keys.stop :]], 1)
 
-        if self.own_bias is not None and self.own_bias.shape[-1:] not in ((), (1,)):
-            self.own_bias = rest(self.own_bias, -1)
-        self.key, self.value = rest(self.key, 1), rest(self.value, 1)
+        self.biases = tuple(left for each in self.biases for left in each.without(keys.start, keys.stop))
+        self.key, self.value = rest(self.key), rest(self.value)
         gone = keys.stop - keys.start
         self.taken += gone
         self.own, self.prompt = (
@@ -183,12 +177,13 @@ class AttentionCall:
     def bias(self, bias: Tensor, tokens: Sequence[int] | slice | None = None) -> None:
         """Adds to the scaled logits of the call's own keys: `bias` is broadcastable to (rows, queries, keys), or to
         (rows, queries, len(tokens)) when `tokens` names the keys it is for."""
-        keys = self.key.shape[1]
-        if tokens is not None and tokens != slice(0, keys):
-            full = bias.new_zeros((*bias.shape[:-1], keys))
-            full[..., tokens if isinstance(tokens, slice) else list(tokens)] = bias
-            bias = full
-        self.own_bias = bias if self.own_bias is None else self.own_bias + bias
+        tokens = slice(0, self.key.shape[1]) if tokens is None else tokens
+        if not isinstance(tokens, slice):
+            first, tokens = min(tokens), list(tokens)
+            full = bias.new_zeros((*bias.shape[:-1], max(tokens) + 1 - first))
+            full[..., [token - first for token in tokens]] = bias
+            bias, tokens = full, slice(first, max(tokens) + 1)
+        self.biases = (*self.biases, Bias(bias, tokens.start, tokens.stop))
         self.amended = True
 
     def blend(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -220,9 +215,16 @@ class AttentionCall:
         return logits if bias is None else logits + per_head(bias)
 
     def bias_of(self, keys: slice) -> Tensor | None:
-        """What edits have added to the logits of some of the call's own keys."""
-        shared = self.own_bias is None or self.own_bias.shape[-1:] in ((), (1,))
-        return self.own_bias if shared else self.own_bias[..., keys]
+        """What the model and edits add to the logits of some of the call's own keys: broadcastable to (rows, queries,
+        keys) in float32, None for nothing."""
+        start, stop, _ = keys.indices(self.key.shape[1])
+        parts = [part.moved(-start) for each in self.biases if (part := each.part(start, stop)) is not None]
+        return summed(parts, stop - start)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The same of all of them."""
+        return self.bias_of(slice(None))
 
     def probabilities(self) -> Tensor:
         """Attention over the call's own keys: (rows, heads, queries, keys)."""

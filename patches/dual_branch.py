@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .bias import Bias
 from .call import AttentionCall
 from .chunk import Chunk
 from .edit import Edit, Request, Start
@@ -221,7 +222,8 @@ class DualBranchIntegration(Edit):
         known = branch.prompts.get(call.site)
         if call.site.kind == "cross" and known is not None:
             key = key[:, known]
-        beside = replace(call, query=query, key=key, own_bias=bias)
+        biases = () if bias is None else (Bias(bias, 0, key.shape[1]),)
+        beside = replace(call, query=query, key=key, biases=biases)
         length = call.chunk.length
 
         @cache

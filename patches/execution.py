@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .bias import Bias, mask_of
 from .call import AttentionCall, Extension
 
 # (query, key, value, mask) -> output, all (rows, tokens, channels); the mask is additive and None or broadcastable
@@ -34,7 +35,7 @@ class _Job:
 
     @cached_property
     def masked(self) -> bool:
-        return self.call.own_bias is not None or any(e.bias is not None for e in self.seen)
+        return bool(self.call.biases) or any(e.bias is not None for e in self.seen)
 
     def attended(self) -> tuple[list[Tensor], list[Tensor]]:
         """Its keys and its values, in parts (rows, n, channels)."""
@@ -45,16 +46,12 @@ class _Job:
     def mask(self) -> Tensor | None:
         if not self.masked:
             return None
-        biases = [self._bias(self.call.own_bias), *(self._bias(e.bias) for e in self.seen)]
-        lengths = [self.call.key.shape[1], *(e.key.shape[1] for e in self.seen)]
-        # A bias that is the same for every query stays a vector over keys: it broadcasts inside the attention.
-        shape = (max(b.shape[0] for b in biases), max(b.shape[1] for b in biases))
-        return torch.cat([b.expand(*shape, n) for b, n in zip(biases, lengths, strict=True)], -1)
-
-    def _bias(self, bias: Tensor | None) -> Tensor:
-        full = self.query.new_zeros(()) if bias is None else bias.to(self.query)
-        full = full.expand(*(1,) * (3 - full.ndim), *full.shape)
-        return full if self.places is None or full.shape[1] == 1 else full[:, self.places]
+        biases, start = list(self.call.biases), self.call.key.shape[1]
+        for extension in self.seen:
+            stop = start + extension.key.shape[1]
+            biases += [] if extension.bias is None else [Bias(extension.bias, start, stop)]
+            start = stop
+        return mask_of([(each, self.places) for each in biases], start, self.query)
 
 
 def _singles(call: AttentionCall) -> list[AttentionCall]:
@@ -74,7 +71,7 @@ def _singles(call: AttentionCall) -> list[AttentionCall]:
         rows = slice(row, row + 1)
         return AttentionCall(
             call.query[rows], call.key[rows], call.value[rows], call.heads, call.site, call.chunk, call.grid,
-            extensions=extensions, own_bias=part(call.own_bias),
+            extensions=extensions, biases=tuple(replace(b, values=part(b.values)) for b in call.biases),
         )  # fmt: skip
 
     return [single(row) for row in range(count)]
@@ -153,17 +150,53 @@ def _joined(parts: Sequence[Tensor], count: int) -> Tensor:
     return whole.unflatten(1, (count, -1)).flatten(0, 1)
 
 
+@dataclass
+class _Kept:
+    """The keys and values of the attentions of one call that run one after another. Its own are put there once; what an
+    attention sees besides takes the place of what the one before saw."""
+
+    whole: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, call: AttentionCall, keys: int) -> _Kept:
+        """With room for so many keys."""
+        own = call.key.shape[1]
+        whole = tuple(each.new_empty((each.shape[0], keys, each.shape[2])) for each in (call.key, call.value))
+        for room, each in zip(whole, (call.key, call.value), strict=True):
+            room[:, :own] = each
+        return cls(whole)
+
+    def attended(self, job: _Job) -> tuple[Tensor, Tensor]:
+        """A job's keys and values (rows, n, channels)."""
+        start = job.call.key.shape[1]
+        for extension in job.seen:
+            stop = start + extension.key.shape[1]
+            for room, each in zip(self.whole, (extension.key, extension.value), strict=True):
+                room[:, start:stop] = each
+            start = stop
+        return self.whole[0][:, :start], self.whole[1][:, :start]
+
+
 def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
     """The output of each job."""
     results: dict[int, Tensor] = {}
-    for numbers in _together(jobs):
+    groups = _together(jobs)
+    alone = [jobs[numbers[0]] for numbers in groups if len(numbers) == 1]
+    kept: dict[int, _Kept] = {}
+    for numbers in groups:
         group = [jobs[number] for number in numbers]
-        queries = [_filled_up(job.query, group[0].query.shape[1]) for job in group]
-        keys, values = zip(*(job.attended() for job in group), strict=True)
+        job, others = group[0], [each for each in alone if each.call is group[0].call and each.seen]
+        if len(group) == 1 and job.seen and len(others) > 1:
+            if id(job.call) not in kept:
+                kept[id(job.call)] = _Kept.of(job.call, max(each.keys for each in others))
+            results[numbers[0]] = attend(job.query, *kept[id(job.call)].attended(job), job.mask())
+            continue
+        queries = [_filled_up(each.query, job.query.shape[1]) for each in group]
+        keys, values = zip(*(each.attended() for each in group), strict=True)
         parts = (_joined(each, len(group)) for each in (queries, list(chain(*keys)), list(chain(*values))))
-        outputs = attend(*parts, group[0].mask()).unflatten(0, (-1, len(group)))
-        for place, (number, job) in enumerate(zip(numbers, group, strict=True)):
-            results[number] = outputs[:, place, : job.query.shape[1]]
+        outputs = attend(*parts, job.mask()).unflatten(0, (-1, len(group)))
+        for place, (number, each) in enumerate(zip(numbers, group, strict=True)):
+            results[number] = outputs[:, place, : each.query.shape[1]]
     return [results[number] for number in range(len(jobs))]
 
 
@@ -198,19 +231,17 @@ def extended(
     former, and a bias of the latter the same for every query."""
     if not more:
         return attend(query, key, value, mask)
-    rows, counts = len(query), [each.key.shape[1] for each in more]
-    biases = [query.new_zeros(1, 1, 1) if mask is None else mask.to(query)]
-    biases += [query.new_zeros(1, 1, 1) if each.bias is None else each.bias.to(query) for each in more]
+    rows, start = len(query), key.shape[1]
+    biases = [] if mask is None else [Bias(mask, 0, start)]
+    for each in more:
+        stop = start + each.key.shape[1]
+        biases += [] if each.bias is None else [Bias(each.bias, start, stop)]
+        start = stop
     key, value = (
         torch.cat([own, *(getattr(each, name).to(own).expand(rows, -1, -1) for each in more)], 1)
         for own, name in ((key, "key"), (value, "value"))
     )
-    if mask is None and all(each.bias is None for each in more):
-        return attend(query, key, value, None)
-    shape = (max(len(bias) for bias in biases), max(bias.shape[1] for bias in biases))
-    lengths = (key.shape[1] - sum(counts), *counts)
-    parts = [bias.expand(*shape, count) for bias, count in zip(biases, lengths, strict=True)]
-    return attend(query, key, value, torch.cat(parts, -1))
+    return attend(query, key, value, mask_of([(each, None) for each in biases], start, query) if biases else None)
 
 
 def prompt_only(call: AttentionCall) -> AttentionCall:

@@ -152,7 +152,7 @@ class LayoutBias(Edit):
     constant: bool = False
     each_row: bool = True
     _process: list[Process] = field(default_factory=lambda: [DIFFUSION], repr=False)
-    _weights: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+    _weights: dict[Hashable, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
 
     def begin(self) -> LayoutBias:
         return replace(self, _process=[DIFFUSION], _weights={})
@@ -195,8 +195,9 @@ class LayoutBias(Edit):
         length, begins = call.chunk.length, call.prompt.start
         deviation = logit_deviation(call.query, call.key[:, begins : begins + length], call.heads, self.each_row)
         fade = eta(self._process[0].ratio(sigma), self.constant)
-        bias = layout_bias(self._weights_at(call, groups, length), self.guidance, fade, deviation)
-        call.bias(bias.clamp_(-HARDEST, HARDEST), call.prompt)
+        first, weights = self._weights_at(call, groups, length)
+        bias = layout_bias(weights, self.guidance, fade, deviation).clamp_(-HARDEST, HARDEST)
+        call.bias(bias, slice(begins + first, begins + first + weights.shape[1]))
         call.note("layout region", lambda: self._shown_at(call), self.layout.phrases)
 
     def _shown_at(self, call: AttentionCall) -> Tensor:
@@ -205,17 +206,25 @@ class LayoutBias(Edit):
         maps = [at_grid(crop(mask.float(), call.chunk), call.grid).view(call.grid) for mask in shown]
         return torch.stack(maps)[None]
 
-    def _weights_at(self, call: AttentionCall, groups: Mapping[frozenset[str], Sequence[int]], length: int) -> Tensor:
-        """M for a call, (queries, keys of the prompt) float32 on its device; a layer's is the same at every step."""
+    def _weights_at(
+        self, call: AttentionCall, groups: Mapping[frozenset[str], Sequence[int]], length: int
+    ) -> tuple[int, Tensor]:
+        """M for a call, of the prompt's tokens from the first to the last that belong to a phrase: the first's number,
+        and (queries, tokens) float32 on the call's device. A layer's is the same at every step."""
         keys, chunk = call.prompt.stop - call.prompt.start, call.chunk
         tokens = tuple((names, tuple(found)) for names, found in groups.items())
         place = (tokens, length, keys, call.grid, chunk.part, chunk.latent, call.query.device)
         if place not in self._weights:
-            weights = torch.zeros(call.query.shape[1], keys)
-            for names, found in groups.items():
-                columns = [token + turn for turn in range(0, keys, length) for token in found]
-                weights[:, columns] = at_grid(crop(self._values(names), chunk), call.grid)[:, None]
-            self._weights[place] = weights.to(call.query.device)
+            columns = {
+                names: [token + turn for turn in range(0, keys, length) for token in found] for names, found in tokens
+            }
+            numbers = [number for each in columns.values() for number in each]
+            first = min(numbers)
+            weights = torch.zeros(call.query.shape[1], max(numbers) + 1 - first)
+            for names, found in columns.items():
+                values = at_grid(crop(self._values(names), chunk), call.grid)
+                weights[:, [number - first for number in found]] = values[:, None]
+            self._weights[place] = first, weights.to(call.query.device)
         return self._weights[place]
 
     def _values(self, names: frozenset[str]) -> Tensor:

@@ -151,7 +151,7 @@ class Opening:
             places = grid if chunk.known_places else None
             call = AttentionCall(
                 query, key, value, attention.heads, site, chunk, places, tokens.prompt, tokens.own,
-                own_bias=attention.bias(chunk.rows, tokens.picture), project=partial(self.session.project, site),
+                biases=attention.biases(chunk.rows, tokens.picture), project=partial(self.session.project, site),
             )  # fmt: skip
             self.session.amend(call)
             calls.append(call)
@@ -228,10 +228,10 @@ class Opening:
             return attention.flat(output)
         if not calls:
             query, key, value = (attention.tokens(name) for name in ("q", "k", "v"))
-            query, bias = query[:, tokens.picture], attention.bias(slice(None), tokens.picture)
+            query, biases = query[:, tokens.picture], attention.biases(slice(None), tokens.picture)
             calls = [
                 AttentionCall(
-                    query, key, value, attention.heads, site, None, grid, tokens.prompt, tokens.own, own_bias=bias
+                    query, key, value, attention.heads, site, None, grid, tokens.prompt, tokens.own, biases=biases
                 )
             ]
         return torch.cat(execute([prompt_only(call) for call in calls], attention.attend))
