@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .bias import Bias
 
+# The host's name for a function in the place of its attention.
+OVERRIDE = "optimized_attention_override"
 # The order of the host's positional arguments.
 _NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 _SYNONYMS = {"query": "q", "key": "k", "value": "v"}
@@ -95,12 +97,21 @@ class Attention:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The same attention on other tokens: (rows, n, channels) throughout."""
-        values = {n: v for n, v in self.values.items() if n not in (*_NAMES[:5], *_SHAPES)}
-        given = (query, key, value, self.heads)
-        values = values if mask is None else {**values, "mask": mask}
+        given, values = self._given(query, key, value, mask)
         if self.inner is None:
             return self.function(*given, **values)
         return self.inner(self.function, *given, **values)
+
+    def hosts(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same by the host's function, whatever another pack has in its place."""
+        given, values = self._given(query, key, value, mask)
+        return self.function(*given, **values)
+
+    def _given(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        values = {n: v for n, v in self.values.items() if n not in (*_NAMES[:5], *_SHAPES)}
+        return (query, key, value, self.heads), values if mask is None else {**values, "mask": mask}
 
     def flat(self, output: Tensor) -> Tensor:
         """Its output (rows, n, channels)."""

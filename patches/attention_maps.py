@@ -22,10 +22,15 @@ def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tens
     if call.grid is None or not call.reads:
         return None
     length = call.chunk.length
-    shares = call.scores(call.prompt).softmax(-1).mean(1).unflatten(-1, (-1, length)).sum(-2)
-    chosen = torch.zeros(length, len(groups))
+    chosen = torch.zeros(length, len(groups), device=call.query.device)
     chosen[[t for group in groups for t in group], [n for n, group in enumerate(groups) for _ in group]] = 1
-    return (shares @ chosen.to(shares)).mT.unflatten(-1, call.grid)
+
+    def some(queries: slice) -> Tensor:
+        shares = call.probabilities(call.prompt, queries).mean(1)
+        return shares.unflatten(-1, (-1, length)).sum(-2) @ chosen
+
+    parts = call.parts(call.prompt.stop - call.prompt.start)
+    return torch.cat([some(part) for part in parts], 1).mT.unflatten(-1, call.grid)
 
 
 def spread_out(maps: Tensor, chunk: Chunk) -> Tensor:

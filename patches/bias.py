@@ -28,9 +28,7 @@ class Bias:
         if first >= last:
             return None
         shared = self.values.shape[-1:] in ((), (1,))
-        return Bias(
-            self.values if shared else self.values[..., first - self.start : last - self.start], first, last
-        )
+        return Bias(self.values if shared else self.values[..., first - self.start : last - self.start], first, last)
 
     def moved(self, by: int) -> Bias:
         """The same for keys that stand `by` further behind."""

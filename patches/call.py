@@ -5,7 +5,7 @@ An edit computes no attention. It amends the call, and `execution.execute` runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from .sites import Site
 PLACES = "where its queries lie in the picture"
 PROMPT = "the tokens of its prompt"
 BATCH = "the rows of its batch"
+# Logits (rows, heads, queries, keys) that are held at once, for whoever looks at an attention: 64 MB in float32.
+_HELD = 2**24
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,19 @@ class AttentionCall:
         split = tokens.unflatten(-1, (self.heads // times, -1))
         return split.repeat_interleave(times, -2).flatten(-2)
 
-    def scores(self, keys: slice = slice(None)) -> Tensor:
-        """The scaled logits of the call's own keys, or of some of them, with their bias: (rows, heads, queries, keys)
-        in float32."""
-        logits = head_split(self.query, self.heads) @ head_split(self.key[:, keys], self.heads).transpose(-1, -2)
-        logits = logits * (self.query.shape[-1] // self.heads) ** -0.5
+    def parts(self, keys: int) -> Iterator[slice]:
+        """The queries, some at a time: as many as have not too many logits over so many keys to be held at once."""
+        rows, queries = self.query.shape[:2]
+        count = max(_HELD // max(rows * self.heads * keys, 1), 1)
+        return (slice(start, min(start + count, queries)) for start in range(0, queries, count))
+
+    def scores(self, keys: slice = slice(None), queries: slice = slice(None)) -> Tensor:
+        """The scaled logits of the call's own keys with their bias, of some keys and queries: (rows, heads, queries,
+        keys) in float32."""
+        query, key = head_split(self.query[:, queries], self.heads), head_split(self.key[:, keys], self.heads)
+        logits = (query @ key.transpose(-1, -2)) * (self.query.shape[-1] // self.heads) ** -0.5
         bias = self.bias_of(keys)
-        return logits if bias is None else logits + per_head(bias)
+        return logits if bias is None else logits + per_head(_of_queries(bias, queries))
 
     def bias_of(self, keys: slice) -> Tensor | None:
         """What the model and edits add to the logits of some of the call's own keys: broadcastable to (rows, queries,
@@ -226,24 +234,34 @@ class AttentionCall:
         """The same of all of them."""
         return self.bias_of(slice(None))
 
-    def probabilities(self) -> Tensor:
-        """Attention over the call's own keys: (rows, heads, queries, keys)."""
-        return self.scores().softmax(-1)
+    def probabilities(self, keys: slice = slice(None), queries: slice = slice(None)) -> Tensor:
+        """Attention over some of the call's own keys as if these were all: (rows, heads, queries, keys)."""
+        return self.scores(keys, queries).softmax(-1)
 
     def extension_share(self) -> Tensor:
         """Share of the attention mass that lies on the extensions: (rows, heads, queries), 0 to 1."""
-        own = self.scores().logsumexp(-1)
-        shares = [own]
-        queries = head_split(self.query, self.heads) * (self.query.shape[-1] // self.heads) ** -0.5
+        most = max(self.key.shape[1], *(extension.key.shape[1] for extension in self.extensions))
+        return torch.cat([self._extension_share(part) for part in self.parts(most)], -1)
+
+    def _extension_share(self, part: slice) -> Tensor:
+        shares = [self.scores(queries=part).logsumexp(-1)]
+        queries = head_split(self.query[:, part], self.heads) * (self.query.shape[-1] // self.heads) ** -0.5
         for extension in self.extensions:
             logits = queries @ head_split(extension.key, self.heads).transpose(-1, -2)
             if extension.bias is not None:
-                logits = logits + per_head(extension.bias).to(logits.device)
+                logits = logits + _of_queries(per_head(extension.bias), part, 2).to(logits.device)
             if extension.route is not None:
-                unseen = ~extension.route.to(logits.device)[:, None, :, None]
+                unseen = ~extension.route[:, part].to(logits.device)[:, None, :, None]
                 logits = logits.masked_fill(unseen, -torch.inf)
             shares.append(logits.logsumexp(-1))
         return 1 - torch.stack(shares).softmax(0)[0]
+
+
+def _of_queries(bias: Tensor, queries: slice, dimension: int = 1) -> Tensor:
+    """A bias for some queries, of one that is the same for all or has each's."""
+    if bias.shape[dimension] == 1:
+        return bias
+    return bias[(slice(None),) * dimension + (queries,)]
 
 
 def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:

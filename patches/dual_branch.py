@@ -229,8 +229,7 @@ class DualBranchIntegration(Edit):
         @cache
         def weight() -> Tensor:
             # Asked after every edit has amended the call. The host may repeat a prompt; once is all of it.
-            once = slice(call.prompt.start, call.prompt.start + length)
-            return self.weight(call.scores(once).softmax(-1), beside.probabilities(), call)
+            return self.weight(call, slice(call.prompt.start, call.prompt.start + length), beside)
 
         def mix(own: Tensor) -> Tensor:
             if not call.reads:
@@ -259,18 +258,22 @@ class DualBranchIntegration(Edit):
                     branch.prompts[call.site] = prompt
                 branch.biases[call.site] = None if prompt is None else call.bias_of(prompt)
 
-    def weight(self, concept: Tensor, auxiliary: Tensor, call: AttentionCall) -> Tensor:
-        """The concept's weight (rows, heads, places) from both branches' attention (rows, heads, places, tokens)."""
-        masks = []
-        beside = next((branch.chunk for branch in self._branch if branch.chunk is not None), None)
-        for shared, tokens, chunk, mask in (
-            (concept, self.concept, call.chunk, noun_mask),
-            (auxiliary, self.auxiliary, beside, others_mask),
+    def weight(self, call: AttentionCall, once: slice, beside: AttentionCall) -> Tensor:
+        """The concept's weight (rows, heads, places) from the attention of both branches, the concept's call to the
+        keys `once` and the auxiliary's."""
+        other = next((branch.chunk for branch in self._branch if branch.chunk is not None), None)
+        gain, masks = self.gain_at(call.chunk), []
+        for each, keys, tokens, chunk, mask in (
+            (call, once, self.concept, call.chunk, noun_mask),
+            (beside, slice(0, beside.key.shape[1]), self.auxiliary, other, others_mask),
         ):
             spans = (tokens.prompt, tokens.noun)
-            own, noun = (positions_of(each if chunk is None else chunk.placed(each)) for each in spans)
-            shares = token_shares(shared, own, self.sharpness)
-            masks.append(spread(mask(shares, own, noun), self.gain_at(call.chunk), self.sharpness))
+            own, noun = (positions_of(span if chunk is None else chunk.placed(span)) for span in spans)
+            parts = [
+                mask(token_shares(each.probabilities(keys, part), own, self.sharpness), own, noun)
+                for part in each.parts(keys.stop - keys.start)
+            ]
+            masks.append(spread(torch.cat(parts, -1), gain, self.sharpness))
         return concept_weight(*masks, self.injection)
 
     def mix(self, concept: Tensor, auxiliary: Tensor, weight: Tensor) -> Tensor:

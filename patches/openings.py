@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Attention
+from .attention import OVERRIDE, Attention
 from .call import BATCH, PLACES, AttentionCall, Extension
-from .execution import execute, extended, prompt_only
+from .execution import Attend, execute, extended, prompt_only
 from .families import Tokens, Transformer
 from .recording import Recording
 from .session import Forward, Session
 from .sites import Site
 
-OVERRIDE = "optimized_attention_override"
 # In the options of an attention that is of no picture: edits have nothing to do there.
 APART = "subject_patches_apart"
 
@@ -164,7 +163,7 @@ class Opening:
         rows, last = self.forward.rows, 0
         output: Tensor | None = None
         pieces: list[tuple[slice, slice, Tensor]] = []
-        for call, result in zip(amended, execute(amended, attention.attend), strict=True):
+        for call, result in zip(amended, execute(amended, self._attend(attention)), strict=True):
             here = call.chunk.rows
             pieces.append((here, picture, result))
             pieces += self._left(attention, slice(last, here.start), slice(0, count))
@@ -176,6 +175,12 @@ class Opening:
             output = piece.new_empty((rows, count, piece.shape[-1])) if output is None else output
             output[here, queries] = piece
         return attention.returned(output)
+
+    def _attend(self, attention: Attention) -> Attend:
+        """The attention for what edits amended, whose masks another pack's function may not leave away."""
+        if self.inner is None:
+            return attention.attend
+        return self.session.heeding.attend(attention.attend, attention.hosts, attention.heads)
 
     def _left(
         self, attention: Attention, rows: slice, queries: slice, more: Sequence[Extension] = ()
@@ -234,4 +239,4 @@ class Opening:
                     query, key, value, attention.heads, site, None, grid, tokens.prompt, tokens.own, biases=biases
                 )
             ]
-        return torch.cat(execute([prompt_only(call) for call in calls], attention.attend))
+        return torch.cat(execute([prompt_only(call) for call in calls], self._attend(attention)))

@@ -20,6 +20,7 @@ from .companion import acting_on_companions
 from .conditionings import of_the_stream
 from .edit import Edit, Request
 from .families import Family
+from .heeding import Heeding
 from .identity import Same, digest_of, foreign_patches
 from .recording import Recording
 from .sites import Site
@@ -58,6 +59,7 @@ class Session:
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
         self._acted: set[int] = set()
+        self.heeding = Heeding(self._tell_of_masks)
         self._tally = Tally()
         self._left: dict[tuple[str, str], set[Site]] = {}
 
@@ -134,6 +136,12 @@ class Session:
         if message not in self._warned:
             self._warned.add(message)
             logging.warning(message)
+
+    def _tell_of_masks(self) -> None:
+        self.warn_once(
+            "Another pack's attention function leaves masks away, so the host's own computes the attention where nodes "
+            "of Subject Patches add to it (Layout Bias, strengths other than 1)."
+        )
 
     def noise_scaling(self, sigma: float, noise: Tensor, latents: Tensor) -> Tensor:
         """The model's own forward process: `latents` with `noise` at `sigma`."""

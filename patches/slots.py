@@ -15,6 +15,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
+from .attention import OVERRIDE
 from .call import BATCH, AttentionCall, prompt_keys
 from .chunk import Chunk
 from .execution import Attend, execute
@@ -57,6 +58,14 @@ def _host_attention(extra: dict[str, Any]) -> Attend:
         )  # fmt: skip
 
     return attend
+
+
+def _heeding_attention(session: Session, extra: dict[str, Any]) -> Attend:
+    """The same for what edits amended, where an override that leaves masks away would lose it."""
+    if OVERRIDE not in extra:
+        return _host_attention(extra)
+    bare = {name: value for name, value in extra.items() if name != OVERRIDE}
+    return session.heeding.attend(_host_attention(extra), _host_attention(bare), extra["n_heads"])
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any], other: Any) -> Tensor:
@@ -145,7 +154,7 @@ def editor(session: Session, forward: Forward, site: Site, widening: Widening) -
         amended = [call for call in calls if call.amended]
         if not amended:
             return plain(query, key, value, extra, other)
-        attend = _host_attention(extra)
+        attend = _heeding_attention(session, extra)
         if other is None:
             return torch.cat(execute(calls, attend))
         output = other(query, key, value, extra).clone()

@@ -3,7 +3,8 @@
 Vanilla and patched sampling take turns in one process, and what is printed are ratios to vanilla: the first picture of
 a subject (cold: its features are computed), later ones (warm: they come from the cache), the passes of the model that
 each took, and the most memory each held. Weights are random in the shapes of real models, the toy's are its own;
-inputs are random, never zero. The numbers in docs/BENCHMARKS.md are this command's.
+inputs are random, never zero. With `--against NAME` the ratios are to later pictures of that row instead, sampled in
+turn in the same way. The numbers in docs/BENCHMARKS.md are this command's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +57,8 @@ def main() -> int:
         help="count one thread's seconds of the processor, which other work on the machine hardly changes",
     )
     parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--bf16", action="store_true", help="weights of bfloat16, also without a GPU")
+    parser.add_argument("--against", default="", metavar="WORDS", help="ratios to this row instead of vanilla")
     parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
@@ -64,11 +68,11 @@ def main() -> int:
         shape = replace(shape, size=options.size)
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _bench(host, shape, options.steps, options.repeats, options.cfg, options.only, options.processor)
+    _bench(host, shape, options)
     return 0
 
 
-def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only: str, processor: bool) -> None:
+def _bench(host: Host, shape: Shape, options: Namespace) -> None:
     from hosting.pack import import_host, load_pack
 
     import_host(host.tree)
@@ -77,13 +81,13 @@ def _bench(host: Host, shape: Shape, steps: int, repeats: int, cfg: float, only:
 
     # Denormal numbers would slow a CPU down several times, and unevenly.
     torch.set_flush_denormal(True)
-    if processor:
+    if options.processor:
         torch.set_num_threads(1)
     with torch.inference_mode():
-        _measure(shape, steps, repeats, cfg, only, time.thread_time if processor else time.perf_counter)
+        _measure(shape, options, time.thread_time if options.processor else time.perf_counter)
 
 
-def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, clock: Callable[[], float]) -> None:
+def _measure(shape: Shape, options: Namespace, clock: Callable[[], float]) -> None:
     import torch
     from measuring import COSTS
     from measuring.given import chosen, concept_tokens
@@ -91,14 +95,15 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
     from subject_patches.patches.prompt import SPANS_KEY
 
     patches = {name: patch for rows in COSTS for name, patch in rows(shape).items()}
-    names = chosen(only, patches)
-    model = _model(shape)
+    names = chosen(options.only, patches)
+    steps, cfg = options.steps, options.cfg
+    model = _model(shape, options.bf16)
     device = "the CPU"
     if torch.accelerator.is_available():
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
     print(
         f"{shape.name}, latents {shape.size} x {shape.size}, {steps} steps, CFG {cfg:g}, "
-        f"{torch.get_num_threads()} threads, {device}"
+        f"{torch.get_num_threads()} threads, {device}, {model.model_dtype()}"
     )
     print("| mechanism | first picture | later pictures | rows of the model, first / later | peak memory |")
     print("|---|---|---|---|---|")
@@ -107,9 +112,12 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
         [[torch.randn(1, shape.tokens, shape.width, generator=generator), {**shape.pooled(generator), **known}]]
         for known in ({SPANS_KEY: PHRASES, BRANCH_KEY: concept_tokens()}, {})
     ]
-    vanilla = _sampling(model, shape, conditionings, steps, cfg, clock)
-    # Once each before anything counts.
-    vanilla(0)
+    other = chosen(options.against, patches)[0] if options.against else ""
+    base = _sampling(patches[other](model) if other else model, shape, conditionings, steps, cfg, clock)
+    if other:
+        print(f"| {other} | | 1 | | |")
+    # Once before anything counts.
+    base(0)
     for name in names:
         try:
             patches[name](model)
@@ -117,10 +125,10 @@ def _measure(shape: Shape, steps: int, repeats: int, cfg: float, only: str, cloc
             print(f"| {name} | not for this model: {refused} | | | |")
             continue
         ratios: dict[str, list[float]] = {"cold": [], "warm": [], "memory": []}
-        for repeat in range(repeats):
+        for repeat in range(options.repeats):
             # A fresh subject each time: the first picture pays for its features, the second finds them.
             patched = _sampling(patches[name](model), shape, conditionings, steps, cfg, clock)
-            plain, cold, warm, again = vanilla(repeat), patched(repeat), patched(repeat + 100), vanilla(repeat + 200)
+            plain, cold, warm, again = base(repeat), patched(repeat), patched(repeat + 100), base(repeat + 200)
             seconds = (plain.seconds + again.seconds) / 2
             ratios["cold"].append(cold.seconds / seconds)
             ratios["warm"].append(warm.seconds / seconds)
@@ -138,7 +146,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _model(shape: Shape) -> Any:
+def _model(shape: Shape, bf16: bool) -> Any:
     if shape.name == "toy":
         from subject_patches.toy.sampling import Toy
 
@@ -148,9 +156,9 @@ def _model(shape: Shape) -> Any:
     from hosting.random_models import FLUX, FLUX_QUARTER, SD, SDXL, model_of
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    dtype = torch.bfloat16 if bf16 or (shape.flux and torch.cuda.is_available()) else dtype
     if shape.flux:
-        half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return model_of(families.Flux, FLUX if shape.name == "flux" else FLUX_QUARTER, dtype=half)
+        return model_of(families.Flux, FLUX if shape.name == "flux" else FLUX_QUARTER, dtype=dtype)
     if shape.name == "sd15":
         return model_of(families.SD15, {**SD, "context_dim": shape.width}, dtype=dtype)
     return model_of(families.SDXL, SDXL, dtype=dtype)
