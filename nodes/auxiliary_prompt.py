@@ -14,6 +14,7 @@ from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, in_
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
 from .types import CONCEPT
+from .written import check_written, refusal
 
 AUTOMATIC = "automatic"
 
@@ -94,6 +95,13 @@ class AuxiliaryPromptNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, text: str | None = None, concept: str | None = None, noun: str | None = None, phrases: str | None = None
+    ) -> bool | str:
+        refused = refusal(_check_concept, text, concept, noun)
+        return refused if refused is not True else refusal(check_written, text, phrases)
+
+    @classmethod
     def fingerprint_inputs(cls, text: str | None = None, noun: str | None = "", **_inputs: Any) -> Any:
         return embeddings_state(text, noun)
 
@@ -115,6 +123,12 @@ class AuxiliaryPromptNode(io.ComfyNode):
                 (others[phrase],) = find_spans(clip, other, (counterpart(phrase, concept, chosen),)).values()
         encoded = [_encode(clip, text, concept, spans), _encode(clip, other, concept, others, auxiliary=True)]
         return io.NodeOutput(*encoded, other)
+
+
+def _check_concept(text: str, concept: str, noun: str) -> None:
+    """Raises ValueError for a concept that the prompt lacks, and for an auxiliary noun of one's own that cannot stand
+    for it. Of the presets one that can is looked for when the node runs."""
+    auxiliary_text(text, concept, noun.strip() or preset_noun(f"{text} {concept}"))
 
 
 def _encode(clip: Any, text: str, noun: str, spans: Mapping[str, Spans], auxiliary: bool = False) -> Any:

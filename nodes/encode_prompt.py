@@ -10,6 +10,7 @@ from ..patches.prompt import SPANS_KEY, find_spans, in_context, split_phrases
 from .checks import check_loaded
 from .embeddings import embeddings_state
 from .types import SUBJECT, SubjectType
+from .written import check_written, refusal
 
 
 class EncodePromptWithSubjects(io.ComfyNode):
@@ -56,6 +57,10 @@ class EncodePromptWithSubjects(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None, phrases: str | None = None) -> bool | str:
+        return refusal(check_written, text, phrases)
 
     @classmethod
     def fingerprint_inputs(cls, text: str | None = None, **_inputs: Any) -> Any:

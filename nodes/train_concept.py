@@ -26,6 +26,7 @@ from .training_inputs import (
     training_pictures,
 )
 from .types import CONCEPT
+from .written import refusal, typed
 
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
@@ -150,6 +151,10 @@ class TrainConceptNode(io.ComfyNode):
                 loss_output(),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, noun: Any = None) -> bool | str:
+        return refusal(checked_noun, typed(noun))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:

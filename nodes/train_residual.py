@@ -23,6 +23,7 @@ from .training_inputs import (
     training_pictures,
 )
 from .types import CONCEPT, ResidualTokenType
+from .written import refusal, typed
 
 ENCODER, ALONE = "text encoder", "residual alone"
 OWN, AS_V = "what the model predicts", "v"
@@ -128,6 +129,10 @@ class TrainResidualToken(io.ComfyNode):
                 loss_output(),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, noun: Any = None) -> bool | str:
+        return refusal(checked_noun, typed(noun))
 
     @classmethod
     def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:

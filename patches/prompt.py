@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tokens import TokenText, read_tokens
+from .tokens import TokenText, read_tokens, written
 
 # The key of a conditioning's dictionary under which its phrases' spans lie.
 SPANS_KEY = "subject_patches_spans"
@@ -19,7 +19,7 @@ SPANS_KEY = "subject_patches_spans"
 Spans = tuple[tuple[int, int], ...]
 
 # "emblem#2": the second emblem of the prompt.
-_ONE_OF = re.compile(r"(?P<phrase>.*\S)#(?P<number>[1-9]\d*)", re.DOTALL)
+ONE_OF = re.compile(r"(?P<phrase>.*\S)#(?P<number>[1-9]\d*)", re.DOTALL)
 _EMBEDDING = "embedding:"
 # A word that is in no template, to see where a template puts the prompt.
 _PROBE = "zebra"
@@ -195,7 +195,7 @@ def _find(prompt: _Prompt, phrase: str, number: int = 0) -> Spans:
             "and lies in the embeddings folder."
         )
     found = {name: _occurrences(prompt, name, sought[name], phrase) for name in prompt.texts}
-    if not any(found.values()) and (one := _ONE_OF.fullmatch(phrase)):
+    if not any(found.values()) and (one := ONE_OF.fullmatch(phrase)):
         return _find(prompt, one["phrase"], int(one["number"]))
     if number and any(found.values()):
         count = max(map(len, found.values()))
@@ -222,11 +222,15 @@ def _occurrences(prompt: _Prompt, name: str, sought: TokenText, phrase: str) -> 
     spaceless = text.is_solid and len(prompt.text.split()) > 1
     found = text.occurrences(sought.symbols, in_words=spaceless)
     unsure = spaceless or any(symbol.is_unknown for symbol in sought.symbols)
-    if found and unsure and len(found) != prompt.text.casefold().count(phrase.casefold()):
+    places = written(prompt.text, phrase) if found and unsure else []
+    if len(found) != len(places) and unsure:
         raise ValueError(
             f"The text encoder {name} cannot tell the phrase '{phrase}' from other parts of the prompt, whose tokens "
             f"for it are {text.words()}; write another word in its place."
         )
+    if spaceless:
+        # Where words are, only the prompt itself tells.
+        found = [each for each, whole in zip(found, places, strict=True) if whole]
     for start, stop in found:
         token = None if spaceless else text.cut(start, stop)
         if token is not None:

@@ -137,9 +137,23 @@ class TokenText:
         if torch.is_tensor(before.value) or torch.is_tensor(after.value):
             both = torch.is_tensor(before.value) and torch.is_tensor(after.value)
             return both and self.tokens[before.first].group == self.tokens[after.first].group
-        if _JOINERS.match(after.value) or _JOINERS.match(before.value):
-            return True
-        return all(each.value.isalnum() and not _SPACELESS.match(each.value) for each in (before, after))
+        return _are_joined(before.value, after.value)
+
+
+def written(text: str, phrase: str) -> list[bool]:
+    """The places where a phrase's letters stand in a text, left to right and not overlapping: of each whether it is
+    whole words there, and not within a longer one."""
+    text = text.casefold()
+    places = [found.span() for found in re.finditer(re.escape(phrase.casefold()), text)]
+    ends = [(text[max(start - 1, 0) : start + 1], text[stop - 1 : stop + 1]) for start, stop in places]
+    return [not any(len(pair) == 2 and _are_joined(*pair) for pair in both) for both in ends]
+
+
+def _are_joined(before: str, after: str) -> bool:
+    """Whether a letter goes on with the word of the one before it."""
+    if _JOINERS.match(after) or _JOINERS.match(before):
+        return True
+    return all(each.isalnum() and not _SPACELESS.match(each) for each in (before, after))
 
 
 def read_tokens(chunks: Sequence[Sequence[tuple[Any, float, int]]], tokenizer: Any) -> TokenText:

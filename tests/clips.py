@@ -185,6 +185,15 @@ def _tekken() -> bytes:
     return json.dumps(told).encode()
 
 
+@cache
+def clip_of(family: str) -> Any:
+    """A CLIP of a family that can tokenize but has no weights to encode with."""
+    encoders = ENCODERS[family]
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer, clip.tokenizer_options = encoders.tokenizer(tokenizer_data=tokenizer_data(encoders.data)), {}
+    return clip
+
+
 @torch.inference_mode()
 def small_encoder(family: str, seed: int = 0, mixing: bool = True, **options: Any) -> Any:
     """A CLIP of a transformer family, of random weights; without `mixing` no token sees another, so that a position of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,9 @@ from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
 from subject_patches.patches.tokens import read_tokens
-from subject_patches.tests.clips import ENCODERS, mistral_vocabulary, small_encoder, tokenizer_data
+from subject_patches.tests.clips import ENCODERS, clip_of, mistral_vocabulary, small_encoder
 
 TEXT = "An old umbrella, and a small corgi by the blue umbrella."
-
-
-@cache
-def clip_of(family: str) -> comfy.sd.CLIP:
-    """A CLIP of a family that can tokenize but has no weights to encode with."""
-    encoders = ENCODERS[family]
-    clip = comfy.sd.CLIP(no_init=True)
-    clip.tokenizer, clip.tokenizer_options = encoders.tokenizer(tokenizer_data=tokenizer_data(encoders.data)), {}
-    return clip
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +161,17 @@ def test_emoji(t5: comfy.sd.CLIP, qwen: comfy.sd.CLIP) -> None:
 def test_a_phrase_that_is_a_part_of_a_token(qwen: comfy.sd.CLIP) -> None:
     with pytest.raises(ValueError, match="'狗' is only a part of the token '狗狗' of the text encoder qwen25_7b"):
         find_spans(qwen, "一只可爱的狗狗", ["狗"])
+
+
+def test_words_of_a_vocabulary_without_spaces() -> None:
+    """Llama's, with some versions of transformers: the prompt itself says where its words end."""
+    clip = clip_of("HiDream")
+    with pytest.raises(ValueError, match="'dog' is not in the prompt"):
+        find_spans(clip, "two dogs here", ["dog"])
+    alone = find_spans(clip, "some dogma, a dog", ["dog"])["dog"]
+    # T5's tokens, and Llama's behind them: the last words of the prompt, without its "dogma".
+    last = find_spans(clip, "some dogma, a dog", ["a dog"])["a dog"]
+    assert [stop for _, stop in alone] == [stop for _, stop in last]
 
 
 @pytest.mark.parametrize("phrase", ["describe", "im_start", "assistant"])
