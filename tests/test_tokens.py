@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
 from subject_patches.patches.tokens import read_tokens
-from subject_patches.tests.clips import ENCODERS, clip_of, mistral_vocabulary, small_encoder
+from subject_patches.tests.clips import ENCODERS, clip_of, mistral_vocabulary, small_encoder, tokenizer_data
 
 TEXT = "An old umbrella, and a small corgi by the blue umbrella."
 
