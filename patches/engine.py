@@ -231,8 +231,8 @@ def _patched(
 ) -> dict[str, Any]:
     """The options of one forward with what edits and recordings have to do in it."""
     if isinstance(session.family, Transformer):
-        length = session.family.context_length(context, given)
-        return opened(session, forward, recording, network, x, length, options)
+        length, ahead = session.family.context_length(context, given), session.family.tokens_ahead(given)
+        return opened(session, forward, recording, network, x, length, ahead, options)
     patches: dict[Site, Any] = {}
     if forward is not None:
         widenings = {"self": Widening(), "cross": Widening()}

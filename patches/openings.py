@@ -34,13 +34,15 @@ def opened(
     network: Any,
     x: Tensor,
     context: int,
+    ahead: int,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The options of one forward on latents `x`, with a context of so many tokens, with its attentions opened."""
+    """The options of one forward on latents `x`, with a context of so many tokens that so many others come before, with
+    its attentions opened."""
     family: Transformer = session.family
     opening = Opening(
         session, family, family.sites(network), forward, recording, (x.shape[-2], x.shape[-1]),
-        context, family.repeats(network), options.get(OVERRIDE),
+        context, family.repeats(network), options.get(OVERRIDE), ahead,
     )  # fmt: skip
     return opening.options(options)
 
@@ -59,6 +61,7 @@ class Opening:
     context: int
     repeats: int
     inner: Callable[..., Tensor] | None
+    ahead: int = 0
     block: tuple[str, int] | None = None
     calls: int = 0
     begins: int | None = None
@@ -127,8 +130,9 @@ class Opening:
         grid = self.family.grid(self.latent)
         references = sum(options.get("reference_image_num_tokens", ()))
         tokens = self.family.tokens(
-            site.kind, attention.count("q"), attention.count("k"), grid, self.context, references, self.begins
-        )
+            site.kind, attention.count("q"), attention.count("k"), grid, self.context, references, self.begins,
+            self.ahead,
+        )  # fmt: skip
         rows = attention.values["q"].shape[0]
         if tokens is None or (wanted and rows != self.forward.rows):
             if wanted:

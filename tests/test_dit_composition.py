@@ -11,13 +11,14 @@ import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+from hosting.random_models import SMALL_CONTEXT
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.window import Window
 from subject_patches.tests.dit_models import dit_model
 from subject_patches.tests.mechanisms import FLUX_MECHANISMS, MECHANISMS, Mechanism
-from subject_patches.tests.models import difference, known_prompt, latent_noise, recycled, sample, subject_for
+from subject_patches.tests.models import difference, known_prompt, latent_noise, randn, recycled, sample, subject_for
 from subject_patches.tests.test_openings import Look
 from torch import Tensor
 
@@ -126,6 +127,42 @@ def test_reference_latents_of_the_hosts_own(name: str) -> None:
     ours = sample(recycled(model, (subject_for(model),)), **given)
     assert difference(ours, plain) > 1e-3
     assert difference(ours, sample(recycled(model, (subject_for(model),)), steps=1)) > 1e-3
+
+
+def pictures_of_z_image(prompts: int, seed: int = 9) -> dict[str, list[Tensor]]:
+    """Two reference latents as the host's node for Z-Image Omni gives them, with so many prompts around them."""
+    texts = [randn(1, length, SMALL_CONTEXT, seed=seed + length) for length in (5, 40, 3)[:prompts]]
+    latents = [latent_noise(1, size, seed, 16) for size in ((6, 8), (4, 4))]
+    return {"reference_latents": latents, **({"reference_latents_text_embeds": texts} if texts else {})}
+
+
+@pytest.mark.parametrize("prompts", [0, 1, 3])
+def test_the_prompt_is_found_among_those_of_the_hosts_pictures(prompts: int) -> None:
+    """On Z-Image theirs come before it, and one more after it: the keys that change with the prompt are its own."""
+    model = dit_model("Z-Image")
+    for layer in model.model.diffusion_model.context_refiner:
+        # So that no prompt's tokens reach another's.
+        layer.attention.out.weight.data.zero_()
+    keys = []
+    for seed in (1, 2):
+        look = Look(frozenset(attention_sites(model)), Window(), lambda call: None)
+        sample(add_edit(model, look), positive=known_prompt(seed, **pictures_of_z_image(prompts)), steps=1)
+        keys.append(look.seen[0].key)
+    changed = (keys[0] != keys[1]).any(-1)[0].nonzero().flatten().tolist()
+    (found,) = {(call.prompt.start, call.prompt.stop) for call in look.seen}
+    assert changed == list(range(*found))
+    assert found[0] == (64, 64, 96)[(0, 1, 3).index(prompts)]
+
+
+def test_a_branch_beside_the_hosts_pictures() -> None:
+    """Dual-Branch Integration takes the prompt's part of the attention also where theirs stand before it."""
+    model = dit_model("Z-Image")
+    (branched,) = (each for each in MECHANISMS if each.name == "dual branch")
+    given = {"positive": known_prompt(**pictures_of_z_image(3)), "steps": 2}
+    plain = sample(model, **given)
+    (subject,) = (subject_for(model),)
+    assert difference(sample(branched.on(model, (subject,)), **given), plain) > 1e-4
+    assert torch.equal(sample(branched.on(model, (subject,), strength=0.0), **given), plain)
 
 
 def test_a_reference_is_run_without_the_hosts_reference_latents(flux: Any) -> None:

@@ -52,6 +52,7 @@ class HiDream(Transformer):
         context: int,
         references: int,
         begins: int | None,
+        ahead: int = 0,
     ) -> Tokens | None:
         count = math.prod(grid)
         if not queries == keys == count + context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +36,23 @@ class Lumina(Transformer):
         context: int,
         references: int,
         begins: int | None,
+        ahead: int = 0,
     ) -> Tokens | None:
         count = math.prod(grid)
         start = queries - self.filled(count)
         if start < context or queries != keys:
             return None
-        own = slice(start, start + count)
-        # With pictures of the host's own before it, prompts of theirs, too, come before the prompt.
-        prompt = slice(0, context) if start == self.filled(context) else None
-        return Tokens(own, own, prompt)
+        # With pictures of the host's own, more of theirs follows the prompt.
+        end = ahead + self.filled(context)
+        if start < end or (start > end and not ahead):
+            return None
+        return Tokens(slice(start, start + count), slice(start, start + count), slice(ahead, ahead + context))
+
+    def tokens_ahead(self, given: Mapping[str, Any]) -> int:
+        # One for each of the host's pictures, filled up like the prompt, or nothing but filling; one more follows it.
+        pictures = len(given.get("ref_latents", ()))
+        prompts = given.get("ref_contexts", ())[:pictures]
+        return sum(self.filled(each.shape[1]) for each in prompts) + (pictures - len(prompts)) * self.multiple
 
     def repeats(self, network: Any) -> int:
         attention = network.layers[0].attention

@@ -94,10 +94,11 @@ class Transformer(Family):
         context: int,
         references: int,
         begins: int | None,
+        ahead: int = 0,
     ) -> Tokens | None:
         """Where tokens lie in an attention of so many queries and keys, of a picture of `grid`; None where another pack
         changed them. `context` is the length of the context, `references` the number of tokens of the host's reference
-        latents, `begins` where the host says that the picture begins, if it does.
+        latents, `begins` where the host says that the picture begins, if it does; `ahead` is what `tokens_ahead` gives.
 
         A joint attention's tokens are here the context, what others put behind it, the picture, the references."""
         count = math.prod(grid)
@@ -115,6 +116,10 @@ class Transformer(Family):
         """How many tokens the context of one forward has, by the model's arguments: `context`, and by name what else it
         is `given`."""
         return 0 if context is None else context.shape[1]
+
+    def tokens_ahead(self, given: Mapping[str, Any]) -> int:
+        """How many tokens of other prompts, those of the host's reference latents, come before the context's."""
+        return 0
 
     def repeats(self, network: Any) -> int:
         """How often the model repeats each head of its keys and values before an attention; one of each is stored."""
