@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from host import Server
+from hosting.graphs import FAMILIES
 from hosting.paths import ROOT
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
-from real_workflows import FAMILIES, WORKFLOWS
+from real_workflows import WORKFLOWS
 
 SIDE = 64
 

@@ -1,7 +1,8 @@
 """Write the workflows for real checkpoints as the page saves them: `python tools/real_workflows.py [NAME ...]`.
 
-Each is made for SD 1.5 and for SDXL by the same function, so that the two differ in what a checkpoint needs alone: its
-name, the side of its pictures, guidance. Needs Chromium and its driver, as `tools/author.py` does.
+Each is made for SD 1.5 and for SDXL, and some for Z-Image Turbo, by the same function, so that they differ in what a
+model needs alone: its files, the side of its pictures, how it is sampled. Needs Chromium and its driver, as
+`tools/author.py` does.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,79 +17,12 @@ from author import save
 from host import Server, find_host
 from hosting.client import ApiPrompt
 from hosting.command import Parser, enter, run
+from hosting.graphs import DISTILLED, FAMILIES, Graph, Link, graph_for
 from hosting.page import Page
 from hosting.workflows import FOLDER
 
-Link = list[Any]
-NEGATIVE = "blurry, low quality, watermark, text"
 # Of a canvas of 512 x 512; a layout fits a picture of any size.
 LEFT, RIGHT = (32, 128, 208, 320), (272, 128, 208, 320)
-CHECKPOINT_NOTE = """
-
-**Choose your checkpoint** in Load Checkpoint first: this workflow has the size, steps and guidance of {family}, and
-any checkpoint of that family works. **{title}** says how big the picture is; it stands nowhere else."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance."""
-
-    name: str
-    checkpoint: str
-    side: int
-    cfg: float
-
-
-FAMILIES = {
-    "sd15": Family("SD 1.5", "v1-5-pruned-emaonly-fp16.safetensors", 512, 7.0),
-    "sdxl": Family("SDXL", "sd_xl_base_1.0.safetensors", 1024, 6.0),
-}
-
-
-class Graph:
-    """A workflow in API format that is being made; `add` gives the new node's number."""
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.prompt: ApiPrompt = {}
-        self.checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=family.checkpoint)
-        self.model, self.clip, self.vae = ([self.checkpoint, slot] for slot in range(3))
-
-    def add(self, kind: str, title: str = "", /, **inputs: Any) -> str:
-        """A node of the host's or the pack's own; inputs that are not named keep what a new node has."""
-        number = str(len(self.prompt) + 1)
-        self.prompt[number] = {"class_type": kind, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
-        return number
-
-    def side(self) -> Link:
-        """The side of the picture, in the one place where it stands."""
-        return [self.add("PrimitiveInt", "Side of the picture", value=self.family.side), 0]
-
-    def text(self, title: str, text: str) -> Link:
-        return [self.add("CLIPTextEncode", title, clip=self.clip, text=text), 0]
-
-    def picture(self, title: str, name: str) -> Link:
-        return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
-
-    def subject(self, title: str, image: Link, phrase: str = "", **more: Any) -> Link:
-        given = {"image": image, "vae": self.vae, "phrase": phrase, "size": 512, **more}
-        return [self.add("SubjectPatchesSubject", title, **given), 0]
-
-    def sampled(self, title: str, model: Link, positive: Link, negative: Link, latent: Link, **more: Any) -> Link:
-        """A picture by the host's own sampler."""
-        usual = {"seed": 1, "steps": 25, "cfg": self.family.cfg, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
-        links = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
-        sampler = self.add("KSampler", title, **links, **usual, denoise=1.0, **more)
-        return self.decoded([sampler, 0])
-
-    def decoded(self, latent: Link) -> Link:
-        return [self.add("VAEDecode", samples=latent, vae=self.vae), 0]
-
-    def save(self, title: str, images: Link, prefix: str) -> None:
-        self.add("SaveImage", title, images=images, filename_prefix=f"subject_patches/{prefix}")
-
-    def empty(self, side: Link | int, count: int = 1) -> Link:
-        return [self.add("EmptyLatentImage", "Size of the picture", width=side, height=side, batch_size=count), 0]
 
 
 def reference(graph: Graph) -> str:
@@ -97,7 +30,7 @@ def reference(graph: Graph) -> str:
     subject = graph.subject("", graph.picture("Your subject", "emblem"))
     model = graph.add("SubjectPatchesRecycledSelfAttention", model=graph.model, subject=subject, strength=1.0)
     positive = graph.text("Prompt", "a photo of an emblem on a wooden table")
-    negative = graph.text("Negative prompt", NEGATIVE)
+    negative = graph.negative(positive)
     graph.save("The picture", graph.sampled("", [model, 0], positive, negative, graph.empty(graph.family.side)), "ref")
     return (
         "## Your subject in a new picture\nThe picture in **Your subject** is shown in what the prompt says: no "
@@ -114,7 +47,7 @@ def two_subjects(graph: Graph) -> str:
     second = graph.subject("Second subject: the cat", graph.picture("Your cat", "second_emblem"), "cat", others=first)
     text = {"clip": graph.clip, "text": "a photo of a dog and a cat on a lawn", "phrases": "dog\ncat"}
     positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **text), 0]
-    negative = graph.text("Negative prompt", NEGATIVE)
+    negative = graph.negative(positive)
     model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=layout), 0]
     router = [graph.add("SubjectPatchesRouteByMasks", layout=layout), 0]
     routed = {"model": model, "subjects": second, "router": router}
@@ -134,7 +67,7 @@ def layout(graph: Graph) -> str:
     text = "a photo of a red apple and a green bottle on a wooden table"
     prompt = {"clip": graph.clip, "text": text, "phrases": "red apple\ngreen bottle"}
     positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **prompt), 0]
-    negative = graph.text("Negative prompt", NEGATIVE)
+    negative = graph.negative(positive)
     latent = graph.empty(side)
     graph.save("Before: the prompt alone", graph.sampled("", graph.model, positive, negative, latent), "before")
     model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=placed), 0]
@@ -158,7 +91,7 @@ def concept(graph: Graph) -> str:
     words = f"embedding:{NAME} shield"
     given = {"clip": [trained, 1], "text": f"a photo of {words} on a sandy beach", "concept": words}
     prompts = graph.add("SubjectPatchesAuxiliaryPrompt", **given, preset="automatic", noun="")
-    negative = graph.text("Negative prompt", NEGATIVE)
+    negative = graph.negative([prompts, 0])
     latent = graph.empty(side)
     alone = graph.sampled("KSampler, the concept alone", [trained, 0], [prompts, 0], negative, latent)
     graph.save("Before: the concept alone", alone, "concept")
@@ -183,7 +116,7 @@ def use_a_concept(graph: Graph) -> str:
         0,
     ]
     positive = graph.text("Prompt, with the concept's words", f"a photo of embedding:{NAME} shield on a sandy beach")
-    negative = graph.text("Negative prompt", NEGATIVE)
+    negative = graph.negative(positive)
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "concept_again")
     return (
         "## A concept that was trained before\nTrain ICO Concept leaves an embedding, which the prompt names, and a "
@@ -238,6 +171,8 @@ BOXES = (
 WORKFLOWS: dict[str, Callable[[Graph], str]] = {
     each.__name__: each for each in (reference, two_subjects, layout, concept, use_a_concept, retouch)
 }
+# What a distilled model can do, too: to invert a picture or to learn a concept it would have to be guided.
+PLAIN = ("reference", "two_subjects", "layout")
 
 
 def _boxes(graph: Graph, boxes: dict[str, tuple[int, int, int, int]]) -> Link:
@@ -289,13 +224,13 @@ def main() -> int:
     enter(host, Path(__file__), sys.argv[1:])
     with Server(host) as server, Page(server.url) as page:
         for kind, make in WORKFLOWS.items():
-            for suffix, family in FAMILIES.items():
+            for suffix, family in (FAMILIES | (DISTILLED if kind in PLAIN else {})).items():
                 name = f"{kind}_{suffix}"
                 if options.names and name not in options.names:
                     continue
-                graph = Graph(family)
+                graph = graph_for(family)
                 title = "Size of the picture" if kind == "reference" else "Side of the picture"
-                note = make(graph) + CHECKPOINT_NOTE.format(family=family.name, title=title)
+                note = make(graph) + graph.note(title)
                 page.load_api(_complete(graph.prompt, server.object_info()), name)
                 saved = save(page, _with_boxes(page.export()[1]), name, note)
                 target = FOLDER / f"{name}.json"

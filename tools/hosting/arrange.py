@@ -25,6 +25,7 @@ _INPUTS = {
     ),
     *("SubjectPatchesAuxiliaryPrompt", "BasicScheduler", "KSamplerSelect", "RandomNoise", "UNETLoader", "VAELoader"),
     *("CLIPLoader", "DualCLIPLoader", "BatchImagesNode", "ImageScale", "FluxGuidance"),
+    *("ModelSamplingAuraFlow", "ConditioningZeroOut"),
 }
 _GENERATING = {
     *("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "CFGGuider", "DisableNoise", "VAEDecode"),

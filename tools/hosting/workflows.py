@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from .sheet import Group
 
 FOLDER = ROOT / "workflows"
-_FAMILIES = ("_sd15", "_sdxl")
+_CHECKPOINTS = ("_sd15", "_sdxl")
 
 
 def workflow_files() -> list[Path]:
-    """Every shipped workflow that runs with the toy, in the order of their names."""
-    return sorted(path for path in FOLDER.glob("*.json") if not path.stem.endswith(_FAMILIES))
+    """Every shipped workflow but those of `real_workflow_files`, in the order of their names."""
+    return sorted(path for path in FOLDER.glob("*.json") if not path.stem.endswith(_CHECKPOINTS))
 
 
 def real_workflow_files() -> list[Path]:
-    """Every shipped workflow for a real checkpoint, whose name ends with its family, in the order of their names."""
-    return sorted(path for path in FOLDER.glob("*.json") if path.stem.endswith(_FAMILIES))
+    """Every shipped workflow for a checkpoint of Stable Diffusion, in the order of their names, which end with it."""
+    return sorted(path for path in FOLDER.glob("*.json") if path.stem.endswith(_CHECKPOINTS))
 
 
 def find_real_workflow(name: str) -> Path:

@@ -1,0 +1,130 @@
+"""Workflows in API format that are being made for real models: what each begins with, and how it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .client import ApiPrompt
+
+Link = list[Any]
+NEGATIVE = "blurry, low quality, watermark, text"
+CHECKPOINT_NOTE = """
+
+**Choose your checkpoint** in Load Checkpoint first: this workflow has the size, steps and guidance of {family}, and
+any checkpoint of that family works. **{title}** says how big the picture is; it stands nowhere else."""
+DISTILLED_NOTE = """
+
+**Choose your files** in Load Diffusion Model, Load CLIP and Load VAE first. {family} needs three, under
+`models`: `diffusion_models/z_image_turbo_bf16.safetensors`, its text encoder `text_encoders/qwen_3_4b.safetensors`
+(type lumina2) and FLUX.1's VAE, `vae/ae.safetensors`. It is distilled: CFG stays 1, so there is no negative prompt, and
+8 steps are enough. **{title}** says how big the picture is; it stands nowhere else. The defaults of references on
+transformers were chosen on the pack's second small model, those of layouts on none: try more and less of them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance."""
+
+    name: str
+    checkpoint: str
+    side: int
+    cfg: float
+
+
+FAMILIES = {
+    "sd15": Family("SD 1.5", "v1-5-pruned-emaonly-fp16.safetensors", 512, 7.0),
+    "sdxl": Family("SDXL", "sd_xl_base_1.0.safetensors", 1024, 6.0),
+}
+DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
+
+
+class Graph:
+    """A workflow for a checkpoint; `add` gives the new node's number."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.prompt: ApiPrompt = {}
+        self.model, self.clip, self.vae = self.loaded()
+
+    def loaded(self) -> tuple[Link, Link, Link]:
+        """MODEL, CLIP and VAE."""
+        checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=self.family.checkpoint)
+        return [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
+
+    def note(self, size: str) -> str:
+        """What the workflow's note says of the family; `size` is the title of the node with the picture's size."""
+        return CHECKPOINT_NOTE.format(family=self.family.name, title=size)
+
+    def add(self, kind: str, title: str = "", /, **inputs: Any) -> str:
+        """A node of the host's or the pack's own; inputs that are not named keep what a new node has."""
+        number = str(len(self.prompt) + 1)
+        self.prompt[number] = {"class_type": kind, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
+        return number
+
+    def side(self) -> Link:
+        """The side of the picture, in the one place where it stands."""
+        return [self.add("PrimitiveInt", "Side of the picture", value=self.family.side), 0]
+
+    def text(self, title: str, text: str) -> Link:
+        return [self.add("CLIPTextEncode", title, clip=self.clip, text=text), 0]
+
+    def negative(self, positive: Link) -> Link:
+        """The negative conditioning that goes with a positive one."""
+        return self.text("Negative prompt", NEGATIVE)
+
+    def picture(self, title: str, name: str) -> Link:
+        return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
+
+    def subject(self, title: str, image: Link, phrase: str = "", **more: Any) -> Link:
+        given = {"image": image, "vae": self.vae, "phrase": phrase, "size": 512, **more}
+        return [self.add("SubjectPatchesSubject", title, **given), 0]
+
+    def sampled(self, title: str, model: Link, positive: Link, negative: Link, latent: Link, **more: Any) -> Link:
+        """A picture by the host's own sampler."""
+        usual = {"seed": 1, "denoise": 1.0, **self.sampling()}
+        links = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
+        sampler = self.add("KSampler", title, **links, **usual, **more)
+        return self.decoded([sampler, 0])
+
+    def sampling(self) -> dict[str, Any]:
+        """Steps, guidance, sampler and scheduler."""
+        return {"steps": 25, "cfg": self.family.cfg, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+
+    def decoded(self, latent: Link) -> Link:
+        return [self.add("VAEDecode", samples=latent, vae=self.vae), 0]
+
+    def save(self, title: str, images: Link, prefix: str) -> None:
+        self.add("SaveImage", title, images=images, filename_prefix=f"subject_patches/{prefix}")
+
+    def empty(self, side: Link | int, count: int = 1) -> Link:
+        return [self.add("EmptyLatentImage", "Size of the picture", width=side, height=side, batch_size=count), 0]
+
+
+class DistilledGraph(Graph):
+    """A workflow for Z-Image Turbo: three loaders, CFG 1 and no negative prompt."""
+
+    def loaded(self) -> tuple[Link, Link, Link]:
+        model = self.add("UNETLoader", unet_name=self.family.checkpoint, weight_dtype="default")
+        clip = self.add("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2", device="default")
+        vae = self.add("VAELoader", vae_name="ae.safetensors")
+        return [self.add("ModelSamplingAuraFlow", model=[model, 0], shift=3.0), 0], [clip, 0], [vae, 0]
+
+    def note(self, size: str) -> str:
+        return DISTILLED_NOTE.format(family=self.family.name, title=size)
+
+    def negative(self, positive: Link) -> Link:
+        """Nothing asks for it at CFG 1, but the sampler's input wants to be connected."""
+        return [self.add("ConditioningZeroOut", "No negative prompt at CFG 1", conditioning=positive), 0]
+
+    def sampling(self) -> dict[str, Any]:
+        """Those of the host's own template."""
+        return {"steps": 8, "cfg": self.family.cfg, "sampler_name": "res_multistep", "scheduler": "simple"}
+
+    def empty(self, side: Link | int, count: int = 1) -> Link:
+        return [self.add("EmptySD3LatentImage", "Size of the picture", width=side, height=side, batch_size=count), 0]
+
+
+def graph_for(family: Family) -> Graph:
+    """An empty workflow for a family."""
+    return (DistilledGraph if family in DISTILLED.values() else Graph)(family)
