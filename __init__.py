@@ -10,7 +10,7 @@ class SubjectPatches(ComfyExtension):
 
     async def on_load(self) -> None:
         """Makes the host know the toys, the example pictures, and its folders for the pack's files."""
-        from .nodes import anystory_subject, image_prompt, residual
+        from .nodes import anystory_subject, image_prompt, residual, semantic_injection
         from .nodes.shipped_files import register_shipped_files
         from .toy import dit_family, family
 
@@ -20,6 +20,7 @@ class SubjectPatches(ComfyExtension):
         residual.register_folder()
         image_prompt.register_folder()
         anystory_subject.register_folder()
+        semantic_injection.register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
@@ -37,6 +38,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
         from .nodes.router import RouteByAttentionNode, RouteByMasksNode
         from .nodes.self_recurrence import SelfRecurrenceNode
+        from .nodes.semantic_injection import LoadSemanticInjectionNode, SemanticInjectionNode
         from .nodes.step_blended_guider import StepBlendedGuiderNode
         from .nodes.subject import SubjectNode
         from .nodes.train_concept import TrainConceptNode
@@ -47,6 +49,8 @@ class SubjectPatches(ComfyExtension):
             SubjectNode,
             EncodePromptWithSubjects,
             RecycledSelfAttentionNode,
+            LoadSemanticInjectionNode,
+            SemanticInjectionNode,
             RecordAttentionNode,
             AttentionInspectorNode,
             LayoutNode,

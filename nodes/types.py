@@ -24,6 +24,8 @@ SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
 AttentionRecordType = io.Custom("SUBJECT_PATCHES_ATTENTION_RECORD")
 # One encoders.ip_adapter.ImagePromptAdapter.
 AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")
+# One encoders.semantic_injection.SemanticMaps.
+SemanticsType = io.Custom("SUBJECT_PATCHES_SEMANTICS")
 # One encoders.anystory.AnyStory.
 AnyStoryType = io.Custom("SUBJECT_PATCHES_ANYSTORY")
 # A tuple of patches.anystory_subject.AnyStorySubject.

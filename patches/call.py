@@ -188,9 +188,10 @@ class AttentionCall:
         self.biases = (*self.biases, Bias(bias, tokens.start, tokens.stop))
         self.amended = True
 
-    def blend(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Passes the call's output (rows, queries, channels), before the output projection, through `function`."""
-        self.blends.append(Blend(function))
+    def blend(self, function: Callable[[Tensor], Tensor], first: bool = False) -> None:
+        """Passes the call's output (rows, queries, channels), before the output projection, through `function`; the
+        `first` is given that of the attention alone, whatever other edits add to it."""
+        self.blends.insert(0 if first else len(self.blends), Blend(function))
         self.amended = True
 
     def blend_prompt(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -37,6 +37,7 @@ from .models import (
     swapped,
     trajectory_for,
 )
+from .semantics import told as told_meaning
 
 Window = tuple[float, float]
 
@@ -134,6 +135,11 @@ def _adapted(model: Any, subjects: tuple[Subject, ...], strength: float, window:
     return routed(model, given, mask_router(1), eta=strength, start_percent=start, end_percent=end)
 
 
+def _told_meaning(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
+    start, end = window
+    return told_meaning(model, subjects, strength=strength, start_percent=start, end_percent=end, **values)
+
+
 def _retouched(
     model: Any,
     subjects: tuple[Subject, ...],
@@ -187,6 +193,11 @@ MECHANISMS = (
     Mechanism("a reference routed by the layer before", partial(_routed, router=map_router(maps="preceding layer"))),
     Mechanism("a routed image prompt", _prompted),
     Mechanism("an adapter's image prompt", _adapted),
+    Mechanism(
+        "semantic injection",
+        partial(_told_meaning, background=torch.rand(1, 40, 24, 3, generator=generator(62))),
+        lends=False,
+    ),
     Mechanism("a swapped reference", _retouched),
     # Of two steps the layout lends the first, and the reference the second.
     Mechanism(

@@ -23,6 +23,7 @@ from subject_patches.nodes.residual import ApplyResidualTokens
 from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
 from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
 from subject_patches.nodes.router import RouteByMasksNode
+from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 from subject_patches.nodes.step_blended_guider import StepBlendedGuiderNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.train_concept import TrainConceptNode
@@ -44,6 +45,7 @@ from subject_patches.tests.models import (
     subject,
     trajectory,
 )
+from subject_patches.tests.semantics import told
 
 NAN, INF = math.nan, math.inf
 MODEL = small_model()
@@ -126,6 +128,7 @@ LINKS: dict[tuple[type, str], Callable[[Any], Any]] = {
         MODEL, (subject(),), background_prompt=value
     ),
     (SubjectShareNode, "image_prompt"): lambda value: SubjectShareNode.execute((subject(),), image_prompt=value),
+    (SemanticInjectionNode, "background"): lambda value: told(MODEL, (subject(),), background=value),
     (DualBranchIntegrationNode, "concept"): lambda value: integrated(value),
     (DualBranchIntegrationNode, "auxiliary"): lambda value: integrated(None, value),
     (ApplyResidualTokens, "conditioning"): lambda value: ApplyResidualTokens.execute(
@@ -177,8 +180,11 @@ BAD: dict[str, dict[str, Any]] = {
         "NaN": [[filled(prompt(1)[0][0], NAN), {}]],
     },
 }
-# Without an auxiliary prompt there is nothing to integrate, and the model stays as it is.
-IDLE = {(DualBranchIntegrationNode, "auxiliary", "empty")}
+# Without an auxiliary prompt there is nothing to integrate, and without a background there is none to tell of.
+IDLE = {
+    (DualBranchIntegrationNode, "auxiliary", "empty"),
+    (SemanticInjectionNode, "background", "nothing"),
+}
 SENTENCE = r"^[^;]*[;.] [^;]+\.$"
 
 

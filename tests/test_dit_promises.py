@@ -29,6 +29,7 @@ NOT_HERE = {
     "a routed image prompt": "image prompt",
     "an adapter's image prompt": "image prompt",
     "two routed references": "cross_attention",
+    "semantic injection": "scales of a U-Net",
 }
 Family = tuple[Any, Tensor]
 

@@ -236,9 +236,10 @@ def test_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_development_packages_are_the_extra_of_the_project() -> None:
-    """The `dev` extra and what the set-up installs are the same."""
+    """The `dev` and `train` extras and what the set-up installs are the same."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert sorted(project["optional-dependencies"]["dev"]) == sorted(private.DEVELOPMENT + private.CLIENT)
+    assert sorted(project["optional-dependencies"]["train"]) == sorted(private.TRAINING)
 
 
 def test_client_left_the_host_alone(host: location.Host) -> None:

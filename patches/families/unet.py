@@ -79,6 +79,22 @@ def layer_at(network: Any, site: Site) -> Any:
     return blocks.attn1 if site.kind == "self" else blocks.attn2
 
 
+def scales(network: Any) -> dict[tuple[str, int], int]:
+    """By how many halvings each block of a U-Net is coarser than the latents, by the host's name and number of it."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+
+    found, scale = {}, 0
+    for number, block in enumerate(network.input_blocks):
+        scale += any(isinstance(layer, Downsample) for layer in block)
+        found["input", number] = scale
+    found["middle", 0] = scale
+    for number, block in enumerate(network.output_blocks):
+        found["output", number] = scale
+        # Where a block makes its output finer, it does so last.
+        scale -= any(isinstance(layer, Upsample) for layer in block)
+    return found
+
+
 UNETS = (
     UNet("SD 1.x", "SD15"),
     UNet("SD 2.x", "SD20"),

@@ -25,6 +25,8 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 CLIENT = ("comfy-cli==1.23.0",)
 # The same as the `dev` extra of pyproject.toml, less the client.
 DEVELOPMENT = ("jsonschema>=4.20", "pytest>=8.2,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", "selenium>=4.25,<5")
+# The same as the `train` extra: what trainings of real families on several devices need, and nothing else.
+TRAINING = ("accelerate>=1.10,<2", "webdataset>=1.0,<2")
 
 _TAG = f"py{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -69,6 +71,10 @@ def ensure_host(*, offline: bool = False, development: bool = False) -> tuple[Pa
     if development:
         steps.append(
             Step("development", " ".join(DEVELOPMENT), "what the tests need (50 MB)", lambda: _development(folder), 0.3)
+        )
+        # A step of its own, so that a tree of this repository from before it has nothing to do again.
+        steps.append(
+            Step("training", " ".join(TRAINING), "what tests of trainings need (2 MB)", lambda: _training(folder), 0.1)
         )
     run_steps(folder, steps, offline)
     return environment_python(environment), tree
@@ -147,10 +153,18 @@ def _requirements(folder: Path) -> None:
 
 
 def _development(folder: Path) -> None:
+    _install(folder, DEVELOPMENT, "what the tests need")
+
+
+def _training(folder: Path) -> None:
+    _install(folder, TRAINING, "what tests of trainings need")
+
+
+def _install(folder: Path, packages: tuple[str, ...], what: str) -> None:
     environment = folder / "environment"
     constraints = folder / "installed.txt"
     constraints.write_text(installed_versions(environment), encoding="utf-8")
-    run_pip(environment, ["install", *DEVELOPMENT, "--constraint", str(constraints)], "what the tests need")
+    run_pip(environment, ["install", *packages, "--constraint", str(constraints)], what)
 
 
 def _compile(folder: Path) -> None:
