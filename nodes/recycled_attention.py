@@ -10,11 +10,10 @@ from ..patches.engine import add_edit
 from ..patches.families import chosen_sites
 from ..patches.recycled_attention import RecycledSelfAttention
 from ..patches.sites import USUAL
-from ..patches.streams import Pass
 from ..patches.subject import Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in
-from .references import is_nearly_clean, noise_level_input, positions_for, positions_input, reference_streams
+from .references import level_inputs, looked_at, noise_level_input, positions_for, positions_input, reference_streams
 from .types import (
     SUBJECT,
     SubjectType,
@@ -108,6 +107,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                 named_sites_input(),
                 noise_level_input(),
                 positions_input(),
+                *level_inputs(),
             ],
             outputs=[model_output()],
         )
@@ -129,6 +129,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         named_sites: str = "",
         noise_level: str = USUAL,
         positions: str = USUAL,
+        fixed_level: float = 0.75,
+        refresh_steps: int = 1,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("keep_probability", keep_probability, 0.0, 1.0)
@@ -139,7 +141,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning)
         placed = positions_for(model, positions)
-        how = Pass(is_nearly_clean(model, noise_level))
+        how = looked_at(model, noise_level, fixed_level, refresh_steps)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
         idle = strength == 0 or keep_probability == 0 or window.empty or not references
         if idle or (region_mask is not None and not bool(region_mask.any())):

@@ -11,33 +11,68 @@ from ..patches.positions import BESIDE, DAMPED, SAME, Positions
 from ..patches.sites import USUAL
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
-from .checks import check_choice
+from .checks import check_choice, check_number
 
-CURRENT, NEARLY_CLEAN = "current", "nearly clean"
+CURRENT, FIXED, NEARLY_CLEAN = "current", "fixed", "nearly clean"
 AS_THE_PICTURE = Pass()
+REFRESH_MAX = 1000
 
 
 def noise_level_input() -> io.Combo.Input:
     """At which noise level the model runs on a reference."""
     return io.Combo.Input(
         "noise_level",
-        options=[USUAL, CURRENT, NEARLY_CLEAN],
+        options=[USUAL, CURRENT, FIXED, NEARLY_CLEAN],
         default=USUAL,
         optional=True,
         advanced=True,
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
-        "'nearly clean': the schedule's last, one pass in all. 'usual' is 'current' for SD 1.x and 2.x, and 'nearly "
-        "clean' for SDXL and transformers, whose features of every step would overflow the subject's cache.",
+        "'nearly clean': the schedule's last, one pass in all. 'fixed': that of fixed_level, one pass in all. 'usual' "
+        "is 'current' for SD 1.x and 2.x, and 'nearly clean' for SDXL and transformers, whose features of every step "
+        "would overflow the subject's cache.",
     )
 
 
-def is_nearly_clean(model: Any, noise_level: str) -> bool:
-    """Whether a choice of the noise level means that of the schedule's end, for a MODEL. Raises ValueError for another
-    choice."""
-    check_choice("noise_level", noise_level, (USUAL, CURRENT, NEARLY_CLEAN))
+def level_inputs() -> list[io.Input]:
+    """What goes with the noise level: which one, and how often the model looks."""
+    return [
+        io.Float.Input(
+            "fixed_level",
+            default=0.75,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="With noise_level 'fixed': where in the model's schedule the reference is looked at. 0 is nothing "
+            "but noise, 1 is nearly clean.",
+        ),
+        io.Int.Input(
+            "refresh_steps",
+            default=1,
+            min=1,
+            max=REFRESH_MAX,
+            optional=True,
+            advanced=True,
+            tooltip="With noise_level 'current': how many steps a look at the reference serves. 1 looks at every step; "
+            "2 halves what the first picture costs, and what the subject's cache holds.",
+        ),
+    ]
+
+
+def looked_at(
+    model: Any, noise_level: str, fixed_level: float, refresh_steps: int, without_cross_attention: bool = False
+) -> Pass:
+    """How a MODEL runs on references. Raises ValueError for another choice of the noise level, and for numbers that
+    are out of their bounds."""
+    check_choice("noise_level", noise_level, (USUAL, CURRENT, FIXED, NEARLY_CLEAN))
+    check_number("fixed_level", fixed_level, 0.0, 1.0)
+    check_number("refresh_steps", refresh_steps, 1, REFRESH_MAX)
     if noise_level == USUAL:
-        return family_of(model).looks_nearly_clean()
-    return noise_level == NEARLY_CLEAN
+        noise_level = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
+    if noise_level == CURRENT:
+        return Pass(None, refresh_steps, without_cross_attention)
+    return Pass(1.0 if noise_level == NEARLY_CLEAN else fixed_level, 1, without_cross_attention)
 
 
 def positions_input() -> io.Combo.Input:

@@ -14,13 +14,12 @@ from ..patches.families import Transformer, attention_sites, chosen_sites, famil
 from ..patches.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.router import MOST_SUBJECTS, Router
 from ..patches.sites import USUAL
-from ..patches.streams import Pass
 from ..patches.subject import Share, Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .recycled_attention import STRENGTH_MAX
-from .references import is_nearly_clean, noise_level_input, positions_for, positions_input, reference_streams
+from .references import level_inputs, looked_at, noise_level_input, positions_for, positions_input, reference_streams
 from .types import (
     SEVERAL,
     RouterType,
@@ -200,6 +199,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 ),
                 named_sites_input(),
                 positions_input(),
+                *level_inputs(),
             ],
             outputs=[model_output()],
         )
@@ -222,6 +222,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         eta: float = 1.0,
         named_sites: str = "",
         positions: str = USUAL,
+        fixed_level: float = 0.75,
+        refresh_steps: int = 1,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
         check_number("eta", eta, 0.0, ETA_MAX)
@@ -244,7 +246,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         if background is None and empty is None and not any(prompts):
             prompted = frozenset()
         routing = router.routing([subject.phrase for subject in subjects], order, chosen["self"] | prompted, window)
-        how = Pass(is_nearly_clean(model, noise_level), cross_attention == SKIPPED)
+        how = looked_at(model, noise_level, fixed_level, refresh_steps, cross_attention == SKIPPED)
         placed = positions_for(model, positions)
         shares: list[Edit] = []
         for number, subject in enumerate(subjects):

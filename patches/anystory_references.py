@@ -41,7 +41,7 @@ class CleanReference:
     strength: float
     cache: FeatureCache | None
     conditioning: Any = None
-    how: Pass = field(default_factory=lambda: Pass(nearly_clean=True, without_cross_attention=True))
+    how: Pass = field(default_factory=lambda: Pass(1.0, without_cross_attention=True))
     pixels: ClassVar[None] = None
 
     @property

@@ -44,6 +44,11 @@ class FeatureCache:
         """Bytes held."""
         return self._size
 
+    def clear(self) -> None:
+        """Lets everything go."""
+        self._entries.clear()
+        self._size = 0
+
     def get(self, key: Hashable, sites: Iterable[Site], run: object, device: torch.device) -> dict[Site, Features]:
         """Those of the sites that it has under a key, on `device`; the key counts as used by `run` from now on."""
         entry = self._entries.get(key)

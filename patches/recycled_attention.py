@@ -114,10 +114,9 @@ class RecycledSelfAttention(Edit):
 
     def requests(self, sigma: float) -> Iterable[Request]:
         kept = self._kept(sigma)
-        # A pass that serves all steps is worth having whole: other steps keep other layers.
-        return [
-            (each, self.sites if each.how.nearly_clean else kept, ("key", "value")) for each in self.references if kept
-        ]
+        # A pass that serves several steps is worth having whole: other steps keep other layers.
+        sites = [self.sites if each.how.serves_several else kept for each in self.references]
+        return [(each, own, ("key", "value")) for each, own in zip(self.references, sites, strict=True) if kept]
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.conditioned or (self.unconditioned_too and chunk.generated)

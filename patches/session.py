@@ -148,8 +148,13 @@ class Session:
         return self.guider.inner_model.model_sampling.noise_scaling(torch.tensor(sigma), noise, latents)
 
     def level(self, stream: Stream) -> float:
-        """The noise level at which the model runs on a stream: the sampler's, or that of the schedule's end."""
-        return float(self.guider.inner_model.model_sampling.sigma_min) if stream.how.nearly_clean else self.sigma
+        """The noise level at which the model runs on a stream: the sampler's, that of an earlier step of it, or a
+        fixed one."""
+        how = stream.how
+        if how.level is None:
+            return self.levels.looked_at(self.sigma, how.every)
+        sampling = self.guider.inner_model.model_sampling
+        return max(float(sampling.percent_to_sigma(how.level)), float(sampling.sigma_min))
 
     def heads(self, site: Site) -> int:
         """How many heads a layer has, where another pack's block does not tell."""

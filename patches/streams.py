@@ -29,12 +29,29 @@ UNCONDITIONAL = "unconditional"
 
 @dataclass(frozen=True)
 class Pass:
-    """How the model runs on a stream: at the schedule's last noise level instead of the generation's, which is one pass
-    for all steps while the cache holds it; and with its cross-attention left out, so that no prompt acts (AnyStory's
-    ReferenceNet does both)."""
+    """How the model runs on a stream.
 
-    nearly_clean: bool = False
+    `level` is a share of the model's schedule (1 is its last noise level, nearly clean) at which the stream is looked
+    at for every step, instead of at the generation's own (None). With `every` above 1 it is looked at anew at each so
+    many steps only. Either way one pass serves several steps, while the cache holds it. `without_cross_attention`
+    leaves that out, so that no prompt acts (AnyStory's ReferenceNet runs so, at level 1).
+
+    Raises ValueError for a level beyond 0 to 1, and for an `every` below 1."""
+
+    level: float | None = None
+    every: int = 1
     without_cross_attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.level is not None and not 0 <= self.level <= 1:
+            raise ValueError(f"The level of a reference is {self.level}; give a share of the schedule, from 0 to 1.")
+        if self.every < 1:
+            raise ValueError(f"A reference cannot be looked at anew every {self.every} steps; give 1 or more.")
+
+    @property
+    def serves_several(self) -> bool:
+        """Whether one pass serves more than one step."""
+        return self.level is not None or self.every > 1
 
 
 class Stream(Protocol):

@@ -72,6 +72,14 @@ class Levels:
             self._schedules[origin] = Schedule.of_run(max(self.sigmas), self.adds_noise, self.percent_to_sigma, origin)
         return self._schedules[origin]
 
+    def looked_at(self, sigma: float, every: int) -> float:
+        """The level at which something is looked at that is looked at anew every so many steps. Between two levels of
+        the run a sampler is in the step of the higher one."""
+        if every == 1:
+            return sigma
+        begun = [step for step, level in enumerate(self.sigmas[:-1]) if level >= sigma * (1 - _NEAR)]
+        return self.sigmas[max(begun, default=0) // every * every]
+
     def lie_in(self, window: Window, sigma: float) -> bool:
         """Whether a noise level of the run lies in a window of it."""
         return window.contains(sigma, self.schedule(window.origin).sigma)

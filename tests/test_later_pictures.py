@@ -81,7 +81,7 @@ def test_what_is_usual_by_family(sdxl: Any) -> None:
     def how(model: Any) -> bool:
         options = recycled(model).model_options["transformer_options"]
         (edit,) = options[KEY]
-        return edit.references[0].how.nearly_clean
+        return edit.references[0].how.level == 1
 
     assert how(sdxl)
     assert not how(small_model())

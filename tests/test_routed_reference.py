@@ -182,15 +182,36 @@ def test_nearly_clean_without_cross_attention(model: Any) -> None:
     assert len(seen_sigmas) == 2
 
 
-@pytest.mark.parametrize(("level", "passes"), [("current", 4), ("nearly clean", 1)])
-def test_how_often_the_model_looks_at_a_reference(level: str, passes: int, model: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"noise_level": "current"}, 4),
+        ({"noise_level": "current", "refresh_steps": 3}, 2),
+        ({"noise_level": "nearly clean"}, 1),
+        ({"noise_level": "fixed", "fixed_level": 0.6}, 1),
+    ],
+)
+def test_how_often_the_model_looks_at_a_reference(settings: dict[str, Any], passes: int, model: Any) -> None:
     rows: list[int] = []
-    patched = counted(routed(model, (subject(),), noise_level=level), rows)
+    patched = counted(routed(model, (subject(),), **settings), rows)
     sample(patched, steps=4)
     assert sum(rows) == 2 * 4 + passes
     rows.clear()
     sample(patched, steps=4, seed=6)
     assert sum(rows) == 2 * 4
+
+
+def test_at_which_level_a_reference_is_looked_at(model: Any) -> None:
+    """At the given share of the model's schedule, or at that of the last step at which the model looked."""
+    who, fixed = subject(), float(model.get_model_object("model_sampling").percent_to_sigma(0.6))
+    for settings in ({"noise_level": "fixed", "fixed_level": 0.6}, {"refresh_steps": 2}):
+        look = looked_at(routed(model, (who,), seed=9, **settings), steps=3)
+        first, second, third = dict.fromkeys(seen.sigma for seen in look.of("positive"))
+        levels = {first: first, second: first, third: third} if "refresh_steps" in settings else {}
+        for seen in look.of("positive"):
+            if seen.call.site in decoder(model):
+                kept = keys_and_values(model, who, 0, levels.get(seen.sigma, fixed), 9)[seen.call.site]
+                torch.testing.assert_close(seen.call.extensions[0].key, kept[0], rtol=0, atol=1e-4)
 
 
 def test_without_cross_attention_another_prompt_is_the_same_pass(model: Any) -> None:
@@ -334,7 +355,7 @@ def test_bad_numbers_of_subjects(model: Any) -> None:
     [
         ({"strength": -0.1}, r"The strength is -0\.1; give a number from 0 to 10\."),
         ({"eta": math.inf}, "The eta is inf; give a number from 0 to 10"),
-        ({"noise_level": "low"}, "noise_level is 'low'; choose one of usual, current, nearly clean"),
+        ({"noise_level": "low"}, "noise_level is 'low'; choose one of usual, current, fixed, nearly clean"),
         ({"cross_attention": "none"}, "cross_attention is 'none'; choose one of kept, skipped"),
         ({"start_percent": 0.7, "end_percent": 0.3}, "The window starts at 0.7, after its end at 0.3"),
         ({"background_prompt": []}, "The background prompt is an empty conditioning; connect one with tokens"),

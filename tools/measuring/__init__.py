@@ -8,6 +8,7 @@ from . import (
     layout,
     recycled_attention,
     referenced_branch,
+    references,
     residual_tokens,
     retouch,
     routed_reference,
@@ -23,6 +24,8 @@ STUDIES = {
     "dual branch": dual_branch.study,
     **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
     "together": together.study,
+    "noise level, recycled": references.recycled,
+    "noise level, routed": references.routed,
 }
 # Of the second toy, a transformer.
 DIT_STUDIES = {

@@ -40,13 +40,18 @@ class Given:
     def picture(self, positive: Any, seed: int, model: Any = None, sampler: Any = None) -> Tensor:
         """One picture (1, 128, 128, 3) of 0 to 1 of a CONDITIONING, at CFG 4; `model` is a patched one, `sampler` a
         SAMPLER to use instead of Euler."""
+        return self.pictures(positive, [seed], model, sampler)
+
+    def pictures(self, positive: Any, seeds: Sequence[int], model: Any = None, sampler: Any = None) -> Tensor:
+        """The same for several seeds, as one batch: (n, 128, 128, 3)."""
         import comfy.sample
         import comfy.samplers
         import torch
         from subject_patches.toy.sampling import NOISE_SHAPE
 
         used = model or self.toy.model
-        noise = torch.randn(1, *NOISE_SHAPE, generator=torch.Generator().manual_seed(seed))
+        drawn = [torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(drawn)
         sampled = comfy.sample.sample_custom(
             used,
             noise,
@@ -57,7 +62,7 @@ class Given:
             self.toy.encode([""]),
             torch.zeros_like(noise),
             disable_pbar=True,
-            seed=seed,
+            seed=seeds[0],
         )
         return self.toy.vae.decode(sampled)[..., :3].clamp(0, 1)
 

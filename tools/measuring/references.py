@@ -1,0 +1,183 @@
+"""At which noise level the model looks at references, how often, how strongly and in which layers: what each choice
+brings, and how many passes over the reference it costs.
+
+Each case, an emblem or a scene, is sampled with several seeds as one batch; errors are those over cases."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .concepts import first_box
+from .given import Given, centred, paired, share
+from .recycled_attention import Pair
+from .routed_reference import ALONE, Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNPATCHED, CURRENT = "unpatched", "current: the picture's own level"
+SEEDS = 4
+# After so many cases the table so far is told.
+EVERY = 5
+CLEAN: dict[str, Any] = {"noise_level": "nearly clean"}
+# What both nodes have.
+LEVELS: dict[str, dict[str, Any]] = {
+    CURRENT: {"noise_level": "current"},
+    "nearly clean": CLEAN,
+    "fixed at 90%": {"noise_level": "fixed", "fixed_level": 0.9},
+    "current, every 2 steps": {"noise_level": "current", "refresh_steps": 2},
+    "current, every 4 steps": {"noise_level": "current", "refresh_steps": 4},
+    "current, strength 2": {"noise_level": "current", "strength": 2.0},
+    "nearly clean, strength 2": {**CLEAN, "strength": 2.0},
+}
+RECYCLED = {
+    **LEVELS,
+    "nearly clean, encoder and decoder": {**CLEAN, "sites": "encoder and decoder"},
+}
+ROUTED = {
+    **LEVELS,
+    "nearly clean, without cross-attention (the paper)": {**CLEAN, "cross_attention": "skipped"},
+}
+
+
+@dataclass
+class Row:
+    """What a choice gave, case by case: the mean identity, how often an emblem was found, looked more like another of
+    the picture, and stood on the right ground, and how often the model looked at a reference."""
+
+    identity: list[float] = field(default_factory=list)
+    emblem: list[float] = field(default_factory=list)
+    blended: list[float] = field(default_factory=list)
+    ground: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
+
+
+def recycled(given: Given) -> None:
+    """Prints the table of Recycled Self-Attention, over `given.count` emblems carried into a prompt's scene."""
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+
+    def case(number: int) -> Callable[[str, Row], None]:
+        pair = Pair(given, number)
+
+        def add(name: str, row: Row) -> None:
+            model = given.toy.model
+            if name != UNPATCHED:
+                model = RecycledSelfAttentionNode.execute(model, pair.subject, **RECYCLED[name]).args[0]
+            images = _sampled(given, row, model, pair.prompt, number)
+            readings = given.judge.findings(images)
+            emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
+            boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
+            row.identity.append(float(_alike(given, images, boxes, pair.identity[None]).mean()))
+            row.emblem.append(_mean(map(bool, emblems)))
+            row.ground.append(_mean(each.background == pair.scene.scene.background.kind for each in readings))
+            pair.subject[0].cache.clear()
+
+        return add
+
+    _measured(f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *RECYCLED), given, case)
+
+
+def routed(given: Given) -> None:
+    """Prints the table of Routed Reference Attention, over `given.count` scenes of two emblems, each in its box of a
+    layout and routed by masks."""
+    from subject_patches.nodes.layout import LayoutBiasNode
+    from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+    from subject_patches.patches.mask_router import MaskRouter
+
+    from .layout import DEFAULTS
+
+    def case(number: int) -> Callable[[str, Row], None]:
+        scene = Case(given, 2, number)
+        laid_out = LayoutBiasNode.execute(given.toy.model, scene.layout, **DEFAULTS).args[0]
+
+        def add(name: str, row: Row) -> None:
+            model, router = laid_out, MaskRouter(scene.masks)
+            if name != ALONE:
+                model = RoutedReferenceAttentionNode.execute(model, scene.subjects, router, **ROUTED[name]).args[0]
+            images = _sampled(given, row, model, scene.positive, number)
+            readings = given.judge.findings(images)
+            own, blended, seen = [], [], []
+            for one, box in enumerate(scene.boxes):
+                alike = _alike(given, images, [box] * SEEDS, scene.identities)
+                own.append(float(alike[:, one].mean()))
+                blended.append(float((alike[:, 1 - one] > alike[:, one]).float().mean()))
+                emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
+                seen.append(_mean(any(centred(each.box, box) for each in some) for some in emblems))
+            for values, found in ((row.identity, own), (row.blended, blended), (row.emblem, seen)):
+                values.append(_mean(found))
+            row.ground.append(_mean(each.background == scene.ground for each in readings))
+            for subject in scene.subjects:
+                subject.cache.clear()
+
+        return add
+
+    _measured(f"{given.count} scenes of two emblems in a layout, {SEEDS} seeds each", (ALONE, *ROUTED), given, case)
+
+
+def _measured(what: str, names: Sequence[str], given: Given, case: Callable[[int], Callable[[str, Row], None]]) -> None:
+    rows = {name: Row() for name in names}
+    for number in range(given.count):
+        add = case(number)
+        for name, row in rows.items():
+            add(name, row)
+        print(f"{number + 1} of {what}", file=sys.stderr, flush=True)
+        if number % EVERY == EVERY - 1:
+            _table(rows, sys.stderr)
+    print(f"{what}:\n")
+    _table(rows)
+
+
+def _sampled(given: Given, row: Row, model: Any, prompt: Any, number: int) -> Tensor:
+    """A case's pictures (SEEDS, 128, 128, 3) of a caption or a CONDITIONING; the model's passes over references are
+    noted."""
+    with counted(given.toy.model) as seen:
+        positive = given.toy.encode([prompt]) if isinstance(prompt, str) else prompt
+        images = given.pictures(positive, [SEEDS * number + seed for seed in range(SEEDS)], model)
+    # Two rows a step are the pictures' own, by guidance.
+    row.passes.append(sum(seen) - 2 * given.steps * SEEDS)
+    return images
+
+
+def _alike(given: Given, images: Tensor, boxes: Sequence[Sequence[float]], identities: Tensor) -> Tensor:
+    """(pictures, identities): the cosines of what is in each picture's box with each identity (n, 96)."""
+    import torch
+
+    return given.judge.identity(images, torch.tensor(boxes, dtype=torch.float32)) @ identities.T
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The rows of every call of a MODEL's network, those over references too, while it lasts."""
+    seen: list[int] = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _mean(values: Any) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / max(len(found), 1)
+
+
+def _table(rows: dict[str, Row], file: TextIO | None = None) -> None:
+    print(
+        "| | identity | rise, paired | against current | emblem found | more like another | background right "
+        "| passes over references |\n|---|---|---|---|---|---|---|---|",
+        file=file,
+    )
+    first = next(iter(rows.values())).identity
+    for name, row in rows.items():
+        against = "" if row.identity is first else paired(rows[CURRENT].identity, row.identity)
+        print(
+            f"| {name} | {_mean(row.identity):.3f} | {paired(first, row.identity)} | {against} | {share(row.emblem)} "
+            f"| {share(row.blended) if row.blended else ''} | {share(row.ground)} | {_mean(row.passes):.0f} |",
+            file=file,
+            flush=True,
+        )
+    print(file=file)
