@@ -24,6 +24,7 @@ class SubjectPatches(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
+        from .nodes.align import AlignReferenceNode
         from .nodes.anystory import AnyStoryNode
         from .nodes.anystory_subject import AnyStorySubjectNode, LoadAnyStoryNode
         from .nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
@@ -71,6 +72,7 @@ class SubjectPatches(ComfyExtension):
             AnyStoryNode,
             StepBlendedGuiderNode,
             InvertToTrajectoryNode,
+            AlignReferenceNode,
             SaveTrajectoryNode,
             LoadTrajectoryNode,
             MultiSourceSwapNode,

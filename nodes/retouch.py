@@ -30,6 +30,7 @@ from .types import (
 
 BOTH, COND_ONLY = "both", "cond only"
 OR, AND = "OR", "AND"
+REPLACE, EXTEND = "replace", "extend"
 
 
 class MultiSourceSwapNode(io.ComfyNode):
@@ -56,7 +57,8 @@ class MultiSourceSwapNode(io.ComfyNode):
                 TrajectoryType.Input(
                     "reference",
                     optional=True,
-                    tooltip="From Invert to Trajectory: the picture with the subject's details, of any size.",
+                    tooltip="From Invert to Trajectory: the picture with the subject's details, of any size. With a "
+                    "mask there, only the subject lends. Align Reference to Layout puts it where the layout's stands.",
                 ),
                 io.Conditioning.Input(
                     "layout_conditioning",
@@ -118,6 +120,15 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "swap that the paper follows. 'cond only' leaves it alone, which costs half as much.",
                 ),
                 named_sites_input(),
+                io.Combo.Input(
+                    "reference_keys",
+                    options=[REPLACE, EXTEND],
+                    default=REPLACE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="'replace' is the paper's: self-attention sees the reference's keys and values instead of "
+                    "the picture's own. 'extend' puts them beside its own, so that the ground stays the picture's.",
+                ),
             ],
             outputs=[model_output()],
         )
@@ -139,11 +150,13 @@ class MultiSourceSwapNode(io.ComfyNode):
         end_percent: float = 1.0,
         apply_to: str = BOTH,
         named_sites: str = "",
+        reference_keys: str = REPLACE,
     ) -> io.NodeOutput:
         for name, value in (("lambda2", lambda2), ("mask_blend_start", mask_blend_start)):
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
         check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
+        check_choice("reference_keys", reference_keys, (REPLACE, EXTEND))
         window = Window(start_percent, end_percent)
         chosen = chosen_sites(model, "self", sites, named_sites, LATE)
         _check_trajectories(model, layout, reference)
@@ -163,12 +176,13 @@ class MultiSourceSwapNode(io.ComfyNode):
             chosen,
             window,
             None if layout is None else path_of(layout.stream, layout_conditioning, both),
-            None if reference is None else path_of(reference.stream, reference_conditioning, both),
+            None if reference is None else path_of(reference.stream, reference_conditioning, both, reference.mask),
             switch=lambda2,
             blend_from=mask_blend_start,
             mask=mask,
             crossing=crossing,
             watched=chosen_sites(model, "cross", "decoder"),
+            extends=reference_keys == EXTEND,
         )
         return io.NodeOutput(add_edit(model, edit))
 

@@ -7,10 +7,22 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..patches.aligned import SHADES, without_background
 from ..patches.cache import FeatureCache
 from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
-from .checks import MEGABYTES_MAX, check_loaded, check_number, masks_in, pictures_in, single, tell, upside_down
+from .align import KEEP, background_input
+from .checks import (
+    MEGABYTES_MAX,
+    check_choice,
+    check_loaded,
+    check_number,
+    masks_in,
+    pictures_in,
+    single,
+    tell,
+    upside_down,
+)
 from .types import SUBJECT, SubjectType
 
 # The least and the greatest longer side in pixels.
@@ -88,6 +100,10 @@ class SubjectNode(io.ComfyNode):
                     tooltip="How much of the subject's features to keep for the next picture, which then costs little "
                     "more than without the subject. 0 keeps none.",
                 ),
+                background_input(
+                    "What the VAE sees around the subject's mask: 'keep' what is there, or a plain 'white' or 'gray', "
+                    "as AnyStory cuts subjects out. Either way only what is inside the mask lends its features."
+                ),
             ],
             outputs=[SubjectType.Output(display_name="subject", tooltip="The subject, after those in 'others'.")],
         )
@@ -108,12 +124,14 @@ class SubjectNode(io.ComfyNode):
         mask: Sequence[Any] = (),
         others: tuple[Subject, ...] = (),
         cache_megabytes: int = 2048,
+        background: str = KEEP,
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and sequences of IMAGE and MASK batches."""
         check_loaded(vae=vae)
         check_number("size", size, 8, SIZES[1])
         check_number("margin", margin, 0.0, 1.0)
         check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
+        check_choice("background", background, (KEEP, *SHADES))
         pictures = [each[None] for batch in image for each in pictures_in("image", batch)]
         masks = [each for batch in mask for each in masks_in("mask", batch)]
         if masks and len(masks) not in (1, len(pictures)):
@@ -124,12 +142,12 @@ class SubjectNode(io.ComfyNode):
         for number, picture in enumerate(pictures):
             own_mask = masks[min(number, len(masks) - 1)] if masks else None
             what = "picture" if len(pictures) == 1 else f"picture {number + 1}"
-            references.append(_reference(picture, own_mask, vae, size, margin, what))
+            references.append(_reference(picture, own_mask, vae, size, margin, what, background))
         cache = FeatureCache(cache_megabytes * MEGABYTE)
         return io.NodeOutput((*(others or ()), Subject(tuple(references), phrase.strip(), cache)))
 
 
-def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str) -> Reference:
+def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str, background: str) -> Reference:
     image, masks = composite(image, None if mask is None else mask[None])
     if masks is not None:
         if masks.shape[1:] != image.shape[1:3]:
@@ -138,6 +156,8 @@ def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: 
             tell(doubt)
         x0, y0, x1, y1 = mask_bounds(masks[0], margin)
         image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
+        if background != KEEP:
+            image = without_background(image, masks, SHADES[background])
     pixels = tuple(image.shape[1:3])
     image, masks = fit(image, masks, size, vae.spacial_compression_encode())
     latents = encoded(vae, image, f"the subject's {what}")

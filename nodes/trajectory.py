@@ -19,8 +19,8 @@ from ..patches.cache import FeatureCache
 from ..patches.families import family_of
 from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, read_trajectory, replayed, to_file
 from ..patches.process import Process
-from ..patches.subject import MEGABYTE
-from .checks import MEGABYTES_MAX, check_number, latents_in, prompt_in
+from ..patches.subject import MEGABYTE, mask_bounds
+from .checks import MEGABYTES_MAX, check_number, latents_in, masks_in, prompt_in, tell, upside_down
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
@@ -83,6 +83,13 @@ class InvertToTrajectoryNode(io.ComfyNode):
                     "step. The kept latents do not drift.",
                 ),
                 cache_input(),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the subject is. As a reference of Multi-Source Attention Swap only what is "
+                    "inside lends its keys and values; to a layout it means nothing. One for all pictures, or one for "
+                    "each.",
+                ),
             ],
             outputs=[
                 TrajectoryType.Output(display_name="trajectory", tooltip="All the latents, with their sigmas."),
@@ -111,6 +118,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         fixed_point_rounds: int = 0,
         measure_replay: bool = False,
         cache_megabytes: int = CACHE_MEGABYTES,
+        mask: Any = None,
     ) -> io.NodeOutput:
         family = family_of(model).name
         if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
@@ -119,6 +127,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         levels = falling(sigmas, float(model_sampling.sigma_min))
         clean = latents_in("latent", latent, latent_format.latent_channels, latent_format.latent_dimensions > 2)
+        mask = None if mask is None else _subjects_masks(mask, len(clean))
         if prompt_in("conditioning", conditioning) is None:
             if clip is None:
                 raise ValueError(
@@ -143,11 +152,26 @@ class InvertToTrajectoryNode(io.ComfyNode):
                 "The inversion led to latents that are no numbers; take fewer fixed_point_rounds, or a model or VAE in "
                 "fp32."
             )
-        inversion = Inversion(levels.cpu(), sampler.states, family, FeatureCache(cache_megabytes * MEGABYTE))
+        inversion = Inversion(levels.cpu(), sampler.states, family, FeatureCache(cache_megabytes * MEGABYTE), mask)
         last = model.model.process_latent_out(inversion.states[0])
         last = last.to(comfy.model_management.intermediate_device())
         report = drift_report(inversion, sampler.replay)
         return io.NodeOutput(inversion, {"samples": last}, report, StartNoise(inversion, model_sampling))
+
+
+def _subjects_masks(mask: Any, pictures: int) -> torch.Tensor:
+    """Masks of the subject in so many pictures, (1 or pictures, height, width) on the CPU. Raises ValueError for
+    another number of them and for an empty one."""
+    masks = masks_in("mask", mask).cpu()
+    if len(masks) not in (1, pictures):
+        raise ValueError(
+            f"There are {len(masks)} masks for {pictures} pictures in the latent; give one mask, or one for each."
+        )
+    for number, each in enumerate(masks, 1):
+        mask_bounds(each, 0.0)
+        if doubt := upside_down(f"mask {number} of {len(masks)}", each):
+            tell(doubt)
+    return masks
 
 
 def falling(sigmas: Any, least: float = 0.0) -> Any:

@@ -87,12 +87,14 @@ def replayed(predict: Predict, start: Tensor, sigmas: Tensor, told: Told) -> Ten
 class Inversion:
     """A picture's kept path: `sigmas` (n) falling to 0, `states` (n, rows, channels, h, w) of float32 in the model's
     latent space (with a frame before the height where the model has frames), the family of the model, and the features
-    it has lent so far. The value on a TRAJECTORY link."""
+    it has lent so far. Of a reference only what lies inside `mask` (1 or rows, height, width; 0 to 1, any size) lends.
+    The value on a TRAJECTORY link."""
 
     sigmas: Tensor
     states: Tensor
     family: str
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(CACHE_MEGABYTES * MEGABYTE))
+    mask: Tensor | None = None
 
     @property
     def stream(self) -> Trajectory:
@@ -123,6 +125,8 @@ def drift_report(inversion: Inversion, replay: Tensor | None) -> str:
 def to_file(inversion: Inversion) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a trajectory's safetensors file."""
     tensors = {"sigmas": inversion.sigmas.contiguous(), "states": inversion.states.contiguous()}
+    if inversion.mask is not None:
+        tensors["mask"] = inversion.mask.contiguous()
     return tensors, {"format": FORMAT, "family": inversion.family}
 
 
@@ -134,7 +138,14 @@ def from_file(tensors: dict[str, Tensor], metadata: dict[str, Any] | None, name:
     check_path(sigmas, states, f"The trajectory file {name}")
     if not metadata.get("family"):
         raise ValueError(f"The trajectory file {name} does not say its model's family; invert the picture again.")
-    return Inversion(sigmas, states, metadata["family"], FeatureCache(megabytes * MEGABYTE))
+    mask = tensors.get("mask")
+    if mask is not None and (mask.ndim != 3 or len(mask) not in (1, states.shape[1])):
+        raise ValueError(
+            f"The trajectory file {name} has masks of shape {tuple(mask.shape)} for {states.shape[1]} pictures; invert "
+            "the picture again."
+        )
+    mask = None if mask is None else mask.float()
+    return Inversion(sigmas, states, metadata["family"], FeatureCache(megabytes * MEGABYTE), mask)
 
 
 def read_trajectory(path: str, name: str, megabytes: int) -> Inversion:

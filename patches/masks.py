@@ -18,3 +18,16 @@ def tokens_inside(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     inside = cover >= 0.5
     most = torch.zeros_like(inside).scatter_(1, cover.argmax(1, keepdim=True), True)
     return torch.where(inside.any(1, keepdim=True), inside, most)
+
+
+def lending(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """What of the cells of a grid lends when only those inside masks (pictures, height, width) do: the numbers of the
+    cells that are inside of some mask, and what to add to their logits, (pictures, 1, numbers): minus infinity where a
+    cell is not inside its own picture's; None where all masks agree. No other cell is needed: attention over these is
+    exactly that over all with the outside masked."""
+    inside = tokens_inside(mask, grid)
+    some = inside.any(0).nonzero().squeeze(1)
+    own = inside[:, some]
+    if bool(own.all()):
+        return some, None
+    return some, torch.zeros(own.shape).masked_fill_(~own, -torch.inf)[:, None]

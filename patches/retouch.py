@@ -17,6 +17,7 @@ from .blend_mask import AdaptiveMask, Gathering, MaskInRun
 from .call import AttentionCall
 from .chunk import Chunk
 from .edit import Edit, Request, Start
+from .masks import lending
 from .region import region_at, tokens_at
 from .rows import check_rows, in_turn, matching_rows, rows_in_turn
 from .sites import Site
@@ -60,11 +61,13 @@ def blended(target: Tensor, layout: Tensor, mask: Tensor) -> Tensor:
 class Path:
     """A finished picture's path, run with the conditioned chunks' prompt and, where those swap too, with the
     generation's negative one for the unconditioned chunks. Of several pictures, `rows` says for each row of the run's
-    batch which one lends to it; without it they take turns."""
+    batch which one lends to it; without it they take turns. Of a reference only what lies inside `mask` (1 or pictures,
+    height, width) lends."""
 
     conditioned: Trajectory
     unconditioned: Trajectory | None
     rows: tuple[int, ...] = ()
+    mask: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -86,10 +89,11 @@ class Path:
         return self.conditioned if chunk.conditioned else self.unconditioned
 
 
-def path_of(trajectory: Trajectory, conditioning: Any, both: bool) -> Path:
-    """A path with a conditioning of its own, None for the generation's; `both` lends to unconditioned chunks too."""
+def path_of(trajectory: Trajectory, conditioning: Any, both: bool, mask: Tensor | None = None) -> Path:
+    """A path with a conditioning of its own, None for the generation's; `both` lends to unconditioned chunks too. Of a
+    reference only what lies inside `mask` lends; see `Path`."""
     unconditioned = replace(trajectory, conditioning=UNCONDITIONAL) if both else None
-    return Path(replace(trajectory, conditioning=conditioning), unconditioned)
+    return Path(replace(trajectory, conditioning=conditioning), unconditioned, mask=mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,28 +133,47 @@ class LayoutSwap(_Lent):
         lent = recorded(self.path.beside(call.chunk))
         query = None if lent is None else self.placed(lent["query"], call)
         if query is not None:
-            layout = Attended(*(self.of_rows(part, call) for part in (query, lent["key"], lent["value"])))
+            parts = (query, _tokens(lent["key"]), _tokens(lent["value"]))
+            layout = Attended(*(self.of_rows(part, call) for part in parts))
             call.replace(*swapped_early(Attended(call.query, call.key, call.value), layout))
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceSwap(_Lent):
-    """Key and value from the reference. Where an earlier node swapped them already, the target attends to both."""
+    """Key and value from the reference, of which only the tokens inside its mask lend. Where an earlier node swapped
+    them already, the target attends to both; with `extends` it attends to its own, too, which no paper does."""
 
     node: ClassVar[str] = "Multi-Source Attention Swap (the reference, from lambda2 on)"
+
+    extends: bool = False
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
         # A layout's query keeps the layout's keys: at the noise level where the phases meet, or another node's.
         if lent is None or "query" in call.replaced:
             return
+        key, value, bias = lent["key"], lent["value"], None
+        if self.path.mask is not None:
+            if key.ndim != 4:
+                call.leave(self.node)
+                return
+            inside, bias = lending(self.path.mask, tuple(key.shape[1:3]))
+            key, value = (_tokens(part).index_select(1, inside.to(part.device)) for part in (key, value))
+            bias = None if bias is None else in_turn(self.of_rows(bias.to(key), call), len(call.query))
         own = Attended(call.query, call.key, call.value)
-        keys, values = (self.of_rows(lent[part], call) for part in ("key", "value"))
-        given = swapped_late(own, Attended(call.query, keys, values))
-        if "key" in call.replaced:
-            call.extend(given.key, given.value)
-        else:
-            call.replace(key=given.key, value=given.value)
+        lent_key, lent_value = (self.of_rows(_tokens(part), call) for part in (key, value))
+        given = swapped_late(own, Attended(call.query, lent_key, lent_value))
+        if self.extends or "key" in call.replaced:
+            call.extend(given.key, given.value, bias)
+            return
+        call.replace(key=given.key, value=given.value)
+        if bias is not None:
+            call.bias(bias, call.own)
+
+
+def _tokens(features: Tensor) -> Tensor:
+    """Features with or without places as (rows, tokens, channels)."""
+    return features.flatten(1, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +210,8 @@ class MultiSourceSwap(Edit):
     query, key and value with them in the first phase.
 
     `layout` lends until `switch` (lambda2) and `reference` afterwards, both shares of the schedule; from `blend_from`
-    on the output is blended by `mask`. Each of layout, reference and mask may be None: the paper's ablations. `watched`
+    on the output is blended by `mask`. With `extends` the reference's keys and values stand beside the target's own
+    instead of in their place. Each of layout, reference and mask may be None: the paper's ablations. `watched`
     are the cross-attention layers whose maps an adaptive mask is made of."""
 
     layout: Path | None
@@ -197,6 +221,7 @@ class MultiSourceSwap(Edit):
     mask: Tensor | AdaptiveMask | None = None
     crossing: frozenset[Site] = frozenset()
     watched: frozenset[Site] = frozenset()
+    extends: bool = False
     _paths: dict[str, Path] = field(default_factory=dict, repr=False)
 
     def begin(self) -> MultiSourceSwap:
@@ -253,7 +278,7 @@ class MultiSourceSwap(Edit):
         if layout is not None:
             yield LayoutSwap(self.sites | self.crossing, early, layout, ("query", "key", "value"))
         if reference is not None:
-            yield ReferenceSwap(self.sites, late, reference, ("key", "value"))
+            yield ReferenceSwap(self.sites, late, reference, ("key", "value"), self.extends)
         if layout is None or self.mask is None:
             return
         mask = self.mask

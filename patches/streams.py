@@ -132,8 +132,8 @@ class Trajectory:
     """Kept latents of a finished path (Layout-and-Retouch): sigmas (n) falling, states (n, rows, channels, h, w).
 
     At a kept sigma the kept state is given exactly; between two, a straight line in sigma, which is the path of the
-    Euler step that made them. Outside the kept range it raises ValueError. Queries and outputs keep their places: their
-    features are (rows, height, width, channels)."""
+    Euler step that made them. Outside the kept range it raises ValueError. What is the picture's own keeps its places:
+    its features are (rows, height, width, channels). A cross-attention's keys and values are the prompt's."""
 
     sigmas: Tensor
     states: Tensor
@@ -167,7 +167,7 @@ class Trajectory:
         """A kept path needs no prediction."""
 
     def keep(self, site: Site, grid: tuple[int, int], features: Features) -> Features:
-        placed = {"query", "output"}
+        placed = {"query", "output"} if site.kind == "cross" else {"query", "key", "value", "output"}
         # Where another pack changed the number of tokens, they have no places.
         return {
             part: tensor.unflatten(1, grid) if part in placed and tensor.shape[1] == math.prod(grid) else tensor

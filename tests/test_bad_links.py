@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import subject_patches
 import torch
+from subject_patches.nodes.align import AlignReferenceNode
 from subject_patches.nodes.anystory_subject import AnyStorySubjectNode
 from subject_patches.nodes.attention_inspector import AttentionInspectorNode
 from subject_patches.nodes.checks import masks_in, pictures_in, upside_down
@@ -117,6 +118,10 @@ LINKS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (MultiSourceSwapNode, "blend_mask"): lambda value: swapped(blend_mask=value),
     (AdaptiveBlendMaskNode, "mask"): lambda value: AdaptiveBlendMaskNode.execute(value),
     (InvertToTrajectoryNode, "latent"): inverted,
+    (InvertToTrajectoryNode, "mask"): lambda value: inverted(mask=value),
+    (AlignReferenceNode, "image"): lambda value: AlignReferenceNode.execute(value, MASKS),
+    (AlignReferenceNode, "mask"): lambda value: AlignReferenceNode.execute(PICTURES, value),
+    (AlignReferenceNode, "layout_mask"): lambda value: AlignReferenceNode.execute(PICTURES, MASKS, value),
     (InvertToTrajectoryNode, "conditioning"): lambda value: inverted(conditioning=value),
     (RecycledSelfAttentionNode, "reference_conditioning"): lambda value: recycled(MODEL, reference_conditioning=value),
     (MultiSourceSwapNode, "layout_conditioning"): lambda value: swapped(layout_conditioning=value),

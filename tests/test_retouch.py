@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.sample
@@ -12,7 +12,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from subject_patches.patches.call import AttentionCall
+from subject_patches.patches.call import AttentionCall, Extension
 from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.execution import execute
@@ -30,6 +30,7 @@ from subject_patches.patches.rows import in_turn
 from subject_patches.patches.sites import Site, select_sites
 from subject_patches.patches.streams import Trajectory
 from subject_patches.patches.window import Window
+from subject_patches.tests import dense
 from subject_patches.tests.golden_cases import Golden, cases_of
 from subject_patches.tests.look import Look
 from subject_patches.tests.models import difference, generator, prompt, randn, sample, small_model
@@ -70,9 +71,9 @@ def swapped(golden: Case, half: int, where: Tensor | None = None) -> Tensor:
     chunk = Chunk(slice(0, golden.half), "positive", True, {}, (1, query.shape[1]))
     call = AttentionCall(query, key, value, golden.case["heads"], SITE, chunk, None)
     source = Trajectory(torch.tensor([1.0]), torch.zeros(1, 1, 4, 8, 8))
-    path = path_of(source, None, both=False)
-    where = torch.ones(key.shape[1], dtype=torch.bool) if where is None else where
-    lent = {"key": key[:1, where], "value": value[:1, where]}
+    side = int(key.shape[1] ** 0.5)
+    path = path_of(source, None, both=False, mask=None if where is None else where.float().view(1, side, side))
+    lent = {"key": key[:1].unflatten(1, (side, side)), "value": value[:1].unflatten(1, (side, side))}
     edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"))
     edit.amend(call, 1.0, lambda stream: lent if stream is path.conditioned else None)
     return execute([call], attend(golden.case["heads"]))[0]
@@ -130,6 +131,38 @@ def test_blending() -> None:
     assert torch.equal(result[:, 0], layout[:, 0])
     assert torch.equal(result[:, 2], target[:, 2])
     torch.testing.assert_close(result[:, 1], layout[:, 1] + 0.25 * (target[:, 1] - layout[:, 1]))
+
+
+@pytest.mark.parametrize("extends", [False, True])
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_only_tokens_inside_a_mask_lend(pictures: int, extends: bool) -> None:
+    """As a dense attention over all of the reference's keys, with minus infinity outside of its own picture's mask."""
+    query, key, value = randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(2, 5, 12, seed=2)
+    lent = {"key": randn(pictures, 4, 6, 12, seed=3), "value": randn(pictures, 4, 6, 12, seed=4)}
+    masks = torch.zeros(pictures, 8, 12)
+    masks[0, 2:6, :7] = 1
+    masks[-1, 4:, 5:] = 1
+    path = path_of(Trajectory(torch.tensor([1.0]), torch.zeros(1, pictures, 4, 4, 6)), None, both=False, mask=masks)
+    chunk = Chunk(slice(0, 2), "positive", True, {}, (1, 5))
+    call = AttentionCall(query, key, value, 3, SITE, chunk, None)
+    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"), extends)
+    edit.amend(call, 1.0, lambda stream: lent if stream is path.conditioned else None)
+    (output,) = execute([call], attend(3))
+    # Cell by cell of 2 x 2: at least half inside.
+    inside = torch.nn.functional.avg_pool2d(masks[:, None], 2)[:, 0].flatten(1) >= 0.5
+    bias = torch.zeros(inside.shape).masked_fill(~inside, -torch.inf)[:, None].expand(2 if pictures == 2 else 1, 1, -1)
+    other = Extension(lent["key"].flatten(1, 2), lent["value"].flatten(1, 2), bias)
+    if extends:
+        right = dense.attention(query, key, value, 3, None, [other])
+    else:
+        right = dense.attention(
+            query, other.key.expand(2, -1, -1), other.value.expand(2, -1, -1), 3, bias.expand(2, 5, -1)
+        )
+    torch.testing.assert_close(output.double(), right, rtol=0, atol=TOLERANCE)
+    whole = AttentionCall(query, key, value, 3, SITE, chunk, None)
+    unmasked = ReferenceSwap(frozenset({SITE}), Window(), replace(path, mask=None), ("key", "value"), extends)
+    unmasked.amend(whole, 1.0, lambda stream: lent if stream is path.conditioned else None)
+    assert difference(execute([whole], attend(3))[0], output) > 0.01
 
 
 def test_rows_take_their_own_path() -> None:

@@ -228,6 +228,29 @@ def test_the_model_runs_on_the_kept_latents(model: Any) -> None:
         assert torch.equal(call["x"], scaled(sigma[None], state))
 
 
+@pytest.mark.parametrize("reference_keys", ["replace", "extend"])
+def test_a_masked_reference_lends_its_subject(reference_keys: str, model: Any) -> None:
+    """In a run: fewer keys at every layer, for both chunks; a mask of all is none; a layout's mask means nothing."""
+    layout, reference = fresh(1, 2)
+    mask = box(8, 8, 2, 2, 6, 6).float()[None]
+    look = Look(frozenset(site for site in attention_sites(model) if site.kind == "self"), Window())
+    given = {"lambda2": 0.0, "sites": "decoder", "reference_keys": reference_keys}
+    patched = swapped(model, None, replace(reference, mask=mask), **given)
+    some = sample(add_edit(patched, look))
+    for seen in look.seen:
+        if seen.call.site.stage != "encoder":
+            own, places = seen.call.query.shape[1], max(seen.call.query.shape[1] // 4, 1)
+            extended = [each.key.shape[1] for each in seen.call.extensions]
+            assert (seen.call.key.shape[1], extended) == (
+                (places, []) if reference_keys == "replace" else (own, [places])
+            )
+    whole = sample(swapped(model, None, reference, **given))
+    assert difference(some, whole) > 0.003
+    assert torch.equal(sample(swapped(model, None, replace(reference, mask=torch.ones(1, 5, 7)), **given)), whole)
+    with_mask, without = (sample(swapped(model, replace(layout, mask=m), lambda2=1.0)) for m in (mask, None))
+    assert torch.equal(with_mask, without)
+
+
 # Bad input
 
 
@@ -258,6 +281,8 @@ def test_other_bad_input_of_the_swap(model: Any) -> None:
         swapped(model, None, fresh(1)[0], blend_mask=MASK)
     with pytest.raises(ValueError, match="apply_to is 'all'; choose one of both, cond only"):
         swapped(model, *fresh(1, 2), apply_to="all")
+    with pytest.raises(ValueError, match="reference_keys is 'both'; choose one of replace, extend"):
+        swapped(model, *fresh(1, 2), reference_keys="both")
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
     with pytest.raises(ValueError, match="layout trajectory begins at sigma 20, which a flow model does not have; inv"):
         swapped(flow, *fresh(1, 2))

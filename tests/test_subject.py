@@ -149,3 +149,16 @@ def test_a_list_of_pictures_is_one_subject() -> None:
     for found, right in zip(subject.references, [*alone[0], *alone[1]], strict=True):
         assert torch.equal(found.image, right.image)
         assert torch.equal(found.mask, right.mask)
+
+
+def test_the_background_is_removed_before_the_encoding() -> None:
+    """Outside the mask the VAE sees one shade; what lends its features is the same either way."""
+    image, mask = pictures(1, 40, 72), painted(40, 72, 10, 26, 20, 52)
+    (kept,), (cut,) = (references(image, mask=mask, margin=0.25, size=48, background=how) for how in ("keep", "gray"))
+    inside = cut.pixel_mask[0] == 1
+    assert torch.equal(cut.image[0][inside], kept.image[0][inside])
+    assert torch.allclose(cut.image[0][cut.pixel_mask[0] == 0], torch.tensor(0.5), atol=1e-4)
+    assert not torch.equal(cut.image, kept.image)
+    assert torch.equal(cut.mask, kept.mask)
+    with pytest.raises(ValueError, match="background is 'red'; choose one of keep, white, gray"):
+        references(image, mask=mask, background="red")

@@ -26,16 +26,18 @@ def model() -> Any:
 @pytest.mark.parametrize("prefix", ["trajectories/pets/a picture", "pets/a picture"])
 def test_saved_and_loaded(prefix: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    inversion, _, _ = invert(model, randn(2, 4, 7, 10))
+    mask = torch.rand(2, 14, 20)
+    inversion, _, _ = invert(model, randn(2, 4, 7, 10), mask=mask)
     # Wherever it is saved, it is offered.
     SaveTrajectoryNode.execute(inversion, prefix)
     (path,) = tmp_path.rglob("*.safetensors")
-    assert path.stat().st_size < inversion.states.numel() * 4 + 2000
+    assert path.stat().st_size < (inversion.states.numel() + mask.numel()) * 4 + 2000
     name = f"trajectories/pets/{path.name} [output]"
     assert name in LoadTrajectoryNode.define_schema().inputs[0].options
     loaded = LoadTrajectoryNode.execute(name).args[0]
     assert torch.equal(loaded.states, inversion.states)
     assert torch.equal(loaded.sigmas, inversion.sigmas)
+    assert torch.equal(loaded.mask, mask)
     assert loaded.family == "SD 1.x"
     first = LoadTrajectoryNode.fingerprint_inputs(name, 1)
     path.touch()
@@ -65,6 +67,9 @@ def test_a_file_whose_parts_do_not_fit(model: Any) -> None:
     tensors, metadata = to_file(invert(model, randn(1, 4, 8, 8))[0])
     with pytest.raises(ValueError, match=r"file x has 4 sigmas for states of shape \(5, 1, 4, 8, 8\); invert the"):
         from_file({**tensors, "sigmas": tensors["sigmas"][1:]}, metadata, "x", 1)
+    with pytest.raises(ValueError, match=r"file x has masks of shape \(3, 8, 8\) for 1 pictures; invert the"):
+        from_file({**tensors, "mask": torch.ones(3, 8, 8)}, metadata, "x", 1)
+    assert from_file(tensors, metadata, "x", 1).mask is None
     with pytest.raises(ValueError, match=r"file x has sigmas that do not fall"):
         from_file({**tensors, "sigmas": tensors["sigmas"].flip(0)}, metadata, "x", 1)
 
