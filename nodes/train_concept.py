@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,15 +12,18 @@ from comfy_api.latest import io
 from ..patches.families import family_of
 from ..patches.graph import Place, here, text_of
 from .checks import check_choice, check_loaded, check_number, single, tell
+from .concept_inputs import AUTO, CHOICES, Further, captions_of, further_inputs, told
 from .training_inputs import (
     batch_input,
     check_learns,
     check_training,
     checked_noun,
+    digest,
     loss_output,
     rate_input,
     settled,
     side_input,
+    squares,
     steps_input,
     training_inputs,
     training_pictures,
@@ -31,21 +34,6 @@ from .written import refusal, typed
 VERSIONS = 8
 PRESETS = ("plain", "for dual-branch", "fixed template")
 RANK_MAX = 4096
-# What the files call the settings, by their inputs.
-TOLD = {
-    "noun": "noun",
-    "preset": "preset",
-    "seed": "seed",
-    "batch_size": "batch size",
-    "learning_rate": "learning rate",
-    "word_learning_rate": "word learning rate",
-    "smallest_crop": "smallest crop",
-    "image_noise": "image noise",
-    "steps": "steps",
-    "rank": "rank",
-}
-# Those that the model settles where they are 0.
-SETTLED = frozenset({"steps", "batch_size", "learning_rate", "word_learning_rate"})
 
 
 class TrainConceptNode(io.ComfyNode):
@@ -98,14 +86,21 @@ class TrainConceptNode(io.ComfyNode):
                     "follows prompts less: 1, 1 and 3. 'fixed template': 'a photo of a', none of its own, 2.",
                 ),
                 steps_input(
-                    "Steps of training. More know the concept better and follow prompts less; 500 is the paper's."
+                    "Steps of training. More know the concept better and follow prompts less; 900 are the authors'."
                 ),
                 side_input(),
-                rate_input("learning_rate", 1e-6, "Learning rate of the projections: 0.00001 for Stable Diffusion."),
                 rate_input(
-                    "word_learning_rate", 1e-5, "Learning rate of the learnt words: 0.0005 for Stable Diffusion."
+                    "learning_rate",
+                    1e-6,
+                    "Learning rate of the projections: for Stable Diffusion 0.00001 for each picture of a step.",
                 ),
-                batch_input("Pictures in each step."),
+                rate_input(
+                    "word_learning_rate",
+                    1e-5,
+                    "Learning rate of the learnt words: for Stable Diffusion ten times that of the projections for the "
+                    "pictures' own, and as much as that for the concept's.",
+                ),
+                batch_input("Pictures in each step: 2 for Stable Diffusion."),
                 io.Float.Input(
                     "smallest_crop",
                     default=0.75,
@@ -139,6 +134,7 @@ class TrainConceptNode(io.ComfyNode):
                     tooltip="Of the LoRA file: how many directions of each projection's change are kept, the best ones "
                     "for prompts. 0 keeps as many as miss no more than a tenth of what it does to prompts; 4096 all.",
                 ),
+                *further_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The given model with the trained projections."),
@@ -163,12 +159,10 @@ class TrainConceptNode(io.ComfyNode):
         from ..training.concept_files import ConceptFiles
 
         given = {name: values[0] for name, values in inputs.items() if values and values[0] is not None}
-        # What is 0 is settled by the model, which is not known yet.
-        told = {name: value for name, value in given.items() if value or name not in SETTLED}
         try:
             files = ConceptFiles(str(given.get("name", "")).strip())
             about = files.about()
-            if about is not None and all(about.get(name) == value for name, value in _told(**told).items()):
+            if about is not None and all(about.get(name) == value for name, value in told(given).items()):
                 return files.state()
         except (ValueError, OSError):
             # For `execute` to say.
@@ -176,8 +170,11 @@ class TrainConceptNode(io.ComfyNode):
         return float("nan")
 
     @classmethod
-    def execute(cls, images: list[Any], **given: list[Any]) -> io.NodeOutput:
-        return cls.trained(images, **{name: single(name, values) for name, values in given.items()})
+    def execute(
+        cls, images: list[Any], regularisation_images: list[Any] | None = None, **given: list[Any]
+    ) -> io.NodeOutput:
+        values = {name: single(name, values) for name, values in given.items()}
+        return cls.trained(images, **values, regularisation_images=regularisation_images or ())
 
     @classmethod
     def trained(
@@ -201,19 +198,30 @@ class TrainConceptNode(io.ComfyNode):
         gradient_checkpointing: bool = True,
         resume_name: str = "",
         rank: int = 0,
+        regularisation_images: Sequence[Any] = (),
+        regularisation_captions: str = "",
+        words_before: int = -1,
+        words_after: int = -1,
+        concept_words: int = -1,
+        concept_learning_rate: float = 0.0,
+        picture_words_begin: str = AUTO,
+        concept_words_begin: str = AUTO,
+        mirrored: str = AUTO,
+        start_token: str = AUTO,
     ) -> io.NodeOutput:
-        """`execute`, of the values themselves and a sequence of IMAGE batches."""
+        """`execute`, of the values themselves and sequences of IMAGE batches."""
         import comfy.sd
         import torch
 
-        from ..training.concept import SCHEMES, varied
         from ..training.concept_files import KIND, ConceptFiles, size_of
         from ..training.concept_run import Settings, train_concept
+        from ..training.concept_words import SCHEMES
         from ..training.copies import fingerprint
-        from ..training.images import latents_of
+        from ..training.images import varied, version_latents
         from ..training.loop import compute_dtype
+        from ..training.regularisation import Regularisation
         from ..training.state import StateFile
-        from ..training.usual import Usual, usual_concept
+        from ..training.usual import Usual, usual_concept, usual_words
 
         check_loaded(clip, vae)
         check_learns(model, clip)
@@ -224,26 +232,38 @@ class TrainConceptNode(io.ComfyNode):
         check_number("smallest crop", smallest_crop, 0.1, 1.0)
         check_number("image noise", image_noise, 0.0, 1.0)
         check_number("rank", rank, 0, RANK_MAX)
+        words = Further(
+            words_before, words_after, concept_words, concept_learning_rate,
+            picture_words_begin, concept_words_begin, mirrored, start_token,
+        ).settled(SCHEMES[preset], usual_words(model))  # fmt: skip
         noun, files, place = checked_noun(noun), ConceptFiles(name.strip()), here()
         if place is not None:
             _check_name(files.name, place)
-        usual = usual_concept(model)
-        taken = settled(Usual(steps, batch_size, size, learning_rate, word_learning_rate), usual, "Train ICO Concept")
+        usual = usual_concept(model, batch_size, learning_rate)
+        # A rate that is given for the words alone is that of all of them.
+        concept_rate = words.concept_learning_rate or word_learning_rate
+        given = Usual(steps, batch_size, size, learning_rate, word_learning_rate, concept_rate)
+        taken = settled(given, usual, "Train ICO Concept")
+        words = replace(words, concept_learning_rate=taken.concept)
         pictures = training_pictures(images, taken.side)
-        digest = hashlib.sha256(torch.cat(pictures).cpu().numpy().tobytes()).hexdigest()[:16]
+        others = squares("regularisation_images", regularisation_images, taken.side)
+        captions = captions_of(regularisation_captions, noun, len(others)) if others else []
         about = {
             "family": family_of(model).name,
-            **_told(noun=noun, preset=preset, seed=seed, smallest_crop=smallest_crop, image_noise=image_noise),
-            **_told(batch_size=taken.batch, learning_rate=taken.rate, word_learning_rate=taken.words),
-            "pictures": digest,
+            **told({"noun": noun, "preset": preset, "seed": seed}),
+            **told({"batch_size": taken.batch, "learning_rate": taken.rate, "word_learning_rate": taken.words}),
+            **told({"smallest_crop": smallest_crop, "image_noise": image_noise, **vars(words)}),
+            "pictures": digest(pictures),
             "precision": str(compute_dtype(precision, model.load_device)),
         }
+        if others:
+            about |= {"regularisation": digest(others), "captions of that": "; ".join(captions)}
         weights = fingerprint(model, clip.patcher)
         state = None
         if resumed := resume_name.strip():
             state = StateFile(resumed, {"training": KIND, **about, "model and CLIP": weights})
         seen = fingerprint(vae.patcher) if hasattr(vae, "patcher") else ""
-        about |= {**_told(steps=taken.steps, rank=rank), "model, CLIP and VAE": f"{weights} {seen}".strip()}
+        about |= {**told({"steps": taken.steps, "rank": rank}), "model, CLIP and VAE": f"{weights} {seen}".strip()}
         concept = files.load(about)
         if concept is None:
             if place is not None and files.made_in() == place.run:
@@ -253,20 +273,16 @@ class TrainConceptNode(io.ComfyNode):
                 )
             source = torch.Generator().manual_seed(seed)
             versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
-            latents = torch.stack([latents_of(vae, each) for each in versions])
+            twice = words.mirrored == CHOICES["mirrored"][0]
+            latents = version_latents(vae, versions, twice)
+            regularisation = None
+            if others:
+                regularisation = Regularisation(version_latents(vae, [[each] for each in others], twice), captions)
             settings = Settings(
-                noun,
-                SCHEMES[preset],
-                taken.steps,
-                taken.batch,
-                taken.rate,
-                taken.words,
-                seed,
-                precision,
-                gradient_checkpointing,
-                rank,
-            )
-            concept = train_concept(model, clip, latents, settings, state)
+                noun, words.scheme(SCHEMES[preset]), taken.steps, taken.batch, taken.rate, taken.words, taken.concept,
+                seed, precision, gradient_checkpointing, rank, words.start_token == CHOICES["start_token"][0],
+            )  # fmt: skip
+            concept = train_concept(model, clip, latents, settings, state, regularisation)
             replaced = files.about()
             files.save(concept, about, place.run if place is not None else "")
             if replaced is not None:
@@ -278,15 +294,6 @@ class TrainConceptNode(io.ComfyNode):
             )  # fmt: skip
         patched, _ = comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)
         return io.NodeOutput(patched, clip, f"embedding:{files.name} {noun}", concept.losses)
-
-
-def _told(**settings: Any) -> dict[str, str]:
-    """What the files say of some settings, by the inputs' names: a training of the same has the same."""
-    return {
-        TOLD[name]: value.strip() if isinstance(value, str) else str(value)
-        for name, value in settings.items()
-        if name in TOLD
-    }
 
 
 def _check_name(name: str, place: Place) -> None:

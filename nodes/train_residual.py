@@ -14,6 +14,7 @@ from .training_inputs import (
     check_learns,
     check_training,
     checked_noun,
+    digest,
     loss_output,
     rate_input,
     settled,
@@ -198,7 +199,7 @@ class TrainResidualToken(io.ComfyNode):
             "noun": noun,
             "tunes": tunes,
             "loss": loss,
-            "pictures": _digest(squares),
+            "pictures": digest(squares),
             "captions": "; ".join(shown),
             "sentences": f"{len(templates)}, {hashlib.sha256(chr(10).join(templates).encode()).hexdigest()[:16]}",
             "learning rate": str(taken.rate),
@@ -244,10 +245,3 @@ def _check_widths(model: Any, clip: Any) -> None:
             f"The model takes prompts {takes} wide, but this CLIP encodes them {gives} wide; give both from one "
             "checkpoint."
         )
-
-
-def _digest(pictures: list[Any]) -> str:
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

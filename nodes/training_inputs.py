@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -45,8 +46,9 @@ def batch_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("batch_size", **bounds, tooltip=f"{tooltip} {AUTO}", optional=True, advanced=True)
 
 
-def rate_input(name: str, step: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=step, tooltip=f"{tooltip} {AUTO}")
+def rate_input(name: str, step: float, tooltip: str, optional: bool = False) -> io.Float.Input:
+    more = {"optional": True, "advanced": True} if optional else {}
+    return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=step, tooltip=f"{tooltip} {AUTO}", **more)
 
 
 def check_training(steps: int, batch_size: int, precision: str, size: int) -> None:
@@ -62,7 +64,9 @@ def settled(given: Usual, usual: Usual, node: str) -> Usual:
     """What a node was given, with what is usual where that is 0; the log says what was taken."""
     taken = {field.name: getattr(given, field.name) or getattr(usual, field.name) for field in fields(Usual)}
     settings = Usual(**taken)
-    words = f" and, for the words, {settings.words:g}" if settings.words else ""
+    words = ""
+    if settings.words:
+        words = f", for the concept's words {settings.concept:g} and for the pictures' own {settings.words:g}"
     logging.info(
         f"{node}: {settings.steps} steps of {settings.batch} pictures at {settings.side} x {settings.side}, learning "
         f"rate {settings.rate:g}{words}."
@@ -73,12 +77,26 @@ def settled(given: Usual, usual: Usual, node: str) -> Usual:
 def training_pictures(images: Sequence[Any], side: int) -> list[Any]:
     """The training pictures (1, side, side, 3) in all of an input's IMAGE batches, each its middle square. Raises
     ValueError when there are none, or one is broken."""
-    from ..training.images import pictures_of, square
-
-    pictures = pictures_of([pictures_in("images", batch) for batch in images])
+    pictures = squares("images", images, side)
     if not pictures:
         raise ValueError("There are no training pictures; give 3 to 5 of the subject.")
-    return [square(picture, side) for picture in pictures]
+    return pictures
+
+
+def squares(name: str, images: Sequence[Any], side: int) -> list[Any]:
+    """The middle squares (1, side, side, 3) of the pictures in all of the IMAGE batches of the input `name`. Raises
+    ValueError when one is broken."""
+    from ..training.images import pictures_of, square
+
+    return [square(picture, side) for picture in pictures_of([pictures_in(name, batch) for batch in images])]
+
+
+def digest(pictures: Sequence[Any]) -> str:
+    """Tells training pictures apart."""
+    found = hashlib.sha256()
+    for picture in pictures:
+        found.update(picture.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def check_learns(model: Any, clip: Any) -> None:

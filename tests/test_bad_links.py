@@ -93,8 +93,15 @@ def guided(**values: Any) -> Any:
 
 TOLD = {"noun": "dog", "steps": 1}
 TRAININGS: dict[type, Callable[[list[Any]], Any]] = {
-    TrainConceptNode: lambda images: TrainConceptNode.trained(
-        images, MODEL, small_clip("SD 1.x", 0, hidden_size=CONTEXT), object(), name="bad", preset="plain", **TOLD
+    TrainConceptNode: lambda images, **more: TrainConceptNode.trained(
+        images,
+        MODEL,
+        small_clip("SD 1.x", 0, hidden_size=CONTEXT),
+        object(),
+        name="bad",
+        preset="plain",
+        **TOLD,
+        **more,
     ),
     TrainResidualToken: lambda images: TrainResidualToken.trained(
         images, MODEL, small_clip("SD 1.x", 0, hidden_size=CONTEXT), object(), **TOLD
@@ -110,6 +117,9 @@ LINKS: dict[tuple[type, str], Callable[[Any], Any]] = {
         None, PICTURES[:1], object(), None, None, value
     ),
     (TrainConceptNode, "images"): lambda value: TRAININGS[TrainConceptNode]([PICTURES, value]),
+    (TrainConceptNode, "regularisation_images"): lambda value: TRAININGS[TrainConceptNode](
+        [PICTURES], regularisation_images=[value]
+    ),
     (TrainResidualToken, "images"): lambda value: TRAININGS[TrainResidualToken]([PICTURES, value]),
     (SubjectNode, "mask"): lambda value: subject_of(mask=value),
     (LayoutNode, "mask"): lambda value: LayoutNode.execute(64, 64, "a\nb", mask=value),

@@ -178,7 +178,8 @@ def test_a_concept(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / name)])
     pictures = torch.rand(2, 128, 128, 3, generator=generator(2)).to(DEVICE)
     given = {"noun": "emblem", "name": "there", "preset": "plain", "steps": 2, "size": 128}
-    given |= {"precision": "fp32", "resume_name": "there"}
+    given |= {"precision": "fp32", "resume_name": "there", "regularisation_images": [pictures]}
+    given |= {"mirrored": "half the time", "start_token": "held"}
     model, _, _, losses = TrainConceptNode.trained([pictures], toy.model, toy.clip, toy.vae, **given).args
     assert len(losses["loss"]) == 2
     assert toy.sample(["an emblem"], [1], model, steps=1).isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from subject_patches.nodes.train_concept import PRESETS, VERSIONS, TrainConceptN
 from subject_patches.tests.clips import FAMILIES, small_clip
 from subject_patches.tests.models import CONTEXT, difference, sample, small_model
 from subject_patches.tests.test_bad_input import OTHERS
-from subject_patches.training.concept import SCHEMES, ConceptPrompts, as_lora, key_value_weights, varied
+from subject_patches.training.concept import ConceptPrompts, as_lora, hold_start, key_value_weights
 from subject_patches.training.concept_files import Concept, ConceptFiles
-from subject_patches.training.concept_run import Settings, train_concept
+from subject_patches.training.concept_run import Settings, Shots, train_concept
+from subject_patches.training.concept_words import RARE, SCHEMES, Scheme, template
 from subject_patches.training.copies import loaded, with_gradients
+from subject_patches.training.denoising import Denoiser
+from subject_patches.training.images import varied, with_mirrored
+from subject_patches.training.loop import Training
+from subject_patches.training.regularisation import Regularisation, regularised
 from subject_patches.training.state import StateFile
 from subject_patches.training.text import TextEncoder
 from torch import Tensor
@@ -62,9 +68,16 @@ def latents(count: int = 3, versions: int = 2) -> Tensor:
     return torch.randn(count, versions, 4, 8, 8, generator=generator(2)) * 3
 
 
-def trained(steps: int = 3, state: StateFile | None = None, preset: str = "plain", **values: Any) -> Concept:
-    settings = Settings("dog", SCHEMES[preset], steps, learning_rate=1e-3, word_learning_rate=1e-2, **values)
-    return train_concept(small_model(), matching_clip(), latents(), settings, state)
+def trained(
+    steps: int = 3,
+    state: StateFile | None = None,
+    preset: str = "plain",
+    others: Regularisation | None = None,
+    **values: Any,
+) -> Concept:
+    rates = {"learning_rate": 1e-3, "word_learning_rate": 1e-2, "concept_learning_rate": 1e-2}
+    settings = Settings("dog", SCHEMES[preset], steps, **rates, **values)
+    return train_concept(small_model(), matching_clip(), latents(), settings, state, others)
 
 
 # Eq. 2
@@ -73,7 +86,7 @@ def trained(steps: int = 3, state: StateFile | None = None, preset: str = "plain
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_equation_2(family: str, preset: str) -> None:
-    scheme = SCHEMES[preset]
+    scheme = replace(SCHEMES[preset], template=False)
     with with_gradients():
         encoder = TextEncoder(small_clip(family))
         with loaded(encoder.patcher):
@@ -137,14 +150,137 @@ def test_what_learns_and_what_does_not() -> None:
     assert len(weights) == 2 * 7
 
 
-def test_the_concept_begins_as_its_noun() -> None:
+def begun(scheme: Scheme, family: str = "SD 1.x") -> tuple[ConceptPrompts, dict[str, Tensor]]:
+    """The prompts of two pictures, and the vocabulary of each encoder."""
     with with_gradients():
-        encoder = TextEncoder(matching_clip())
+        encoder = TextEncoder(small_clip(family))
         with loaded(encoder.patcher):
-            prompts = ConceptPrompts(encoder, "dog", SCHEMES["plain"], 1, torch.Generator().manual_seed(0))
-            vocabulary = encoder.model.clip_l.transformer.get_input_embeddings().weight
-            ((token, _),) = prompts.noun["l"]
-            assert torch.equal(prompts.vectors["concept.l"][1], vocabulary[token].float())
+            prompts = ConceptPrompts(encoder, "dog", scheme, 2, torch.Generator().manual_seed(0))
+            inner = {name: getattr(encoder.model, f"clip_{name}").transformer for name in prompts.frame}
+            return prompts, {name: each.get_input_embeddings().weight.float() for name, each in inner.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_begin_as_in_the_authors_code(family: str) -> None:
+    """The pictures' as "A photo of a" and ". .", the concept's as the vocabulary's numbers that the code has."""
+    prompts, vocabularies = begun(SCHEMES["plain"], family)
+    numbers = small_clip(family).tokenize("A photo of a . .")
+    for name, vocabulary in vocabularies.items():
+        words = vocabulary[[token for token, _ in numbers[name][0][1:7]]]
+        assert torch.equal(prompts.vectors[f"picture 0.{name}"], words)
+        assert torch.equal(prompts.vectors[f"picture 1.{name}"], words)
+        assert torch.equal(prompts.vectors[f"concept.{name}"], vocabulary[[47629, 42170]])
+    prompts, vocabularies = begun(SCHEMES["for dual-branch"])
+    assert torch.equal(prompts.vectors["concept.l"], vocabularies["l"][[43514, 47629, 42170]])
+    assert template(1, 1) == "a ."
+    assert template(2, 0) == "photo of"
+    assert template(3, 2) == "photo of a . ."
+    assert template(6, 1) == ". . a photo of a ."
+    assert len(RARE) == len(set(RARE)) == 3
+
+
+def test_words_begin_at_random_and_as_the_noun() -> None:
+    scheme = Scheme(6, 3, 4, template=False, rare=False)
+    prompts, vocabularies = begun(scheme)
+    ((token, _),) = prompts.noun["l"]
+    assert torch.equal(prompts.vectors["concept.l"], vocabularies["l"][token].repeat(4, 1))
+    first, second = (prompts.vectors[f"picture {number}.l"] for number in (0, 1))
+    assert len(first) == 9
+    assert not torch.equal(first, second)
+
+
+def test_the_start_token_is_held() -> None:
+    """Its keys and values are what the weights make of them, but give the weights no gradient; all others do."""
+    with with_gradients():
+        found = []
+        for held in (False, True):
+            network = small_model().model.diffusion_model
+            if held:
+                hold_start(network)
+            weights = key_value_weights(network)
+            layers = {name: network.get_submodule(name.removesuffix(".weight")) for name in weights}
+            context = torch.randn(2, 5, CONTEXT, generator=generator(4))
+            outputs = {name: layer(context) for name, layer in layers.items()}
+            sum(each.square().sum() for each in outputs.values()).backward()
+            found.append(({n: each.detach() for n, each in outputs.items()}, {n: w.grad for n, w in weights.items()}))
+        free, held = found
+        assert len(free[0]) == 14
+        for name, output in free[0].items():
+            assert torch.equal(output, held[0][name])
+            start = 2 * torch.einsum("bo,bi->oi", output[:, 0], context[:, 0])
+            torch.testing.assert_close(free[1][name] - start, held[1][name])
+
+
+def test_what_learns_at_which_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    run = Training.run
+    monkeypatch.setattr(Training, "run", lambda self, *args: seen.append(self.optimizer) or run(self, *args))
+    settings = Settings("dog", SCHEMES["for dual-branch"], 1, 2, 1e-3, 1e-2, 2e-3)
+    train_concept(small_model(), matching_clip(), latents(2, 1), settings)
+    (optimizer,) = seen
+    assert isinstance(optimizer, torch.optim.AdamW)
+    groups = [
+        (group["lr"], group["weight_decay"], [tuple(p.shape) for p in group["params"]])
+        for group in optimizer.param_groups
+    ]
+    assert [(rate, decay, len(shapes)) for rate, decay, shapes in groups] == [
+        (1e-3, 0.01, 14),
+        (2e-3, 0.01, 1),
+        (1e-2, 0.01, 2),
+    ]
+    assert groups[1][2] == [(3, CONTEXT)]
+    assert groups[2][2] == [(2, CONTEXT)] * 2
+
+
+# Regularisation
+
+
+def others(count: int = 2) -> Regularisation:
+    drawn = torch.randn(count, 2, 4, 8, 8, generator=generator(6))
+    return Regularisation(drawn, [f"a dog on {number}" for number in range(count)])
+
+
+def test_half_of_a_step_is_for_regularisation() -> None:
+    source = torch.Generator().manual_seed(0)
+    assert {regularised(4, source) for _ in range(20)} == {2}
+    assert {regularised(1, source) for _ in range(20)} == {0, 1}
+    assert {regularised(3, source) for _ in range(20)} == {1, 2}
+
+
+def test_regularisation_pictures_have_their_own_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step of four two are the concept's, with prompts that learn, and two others, with captions that do not."""
+    seen = []
+    monkeypatch.setattr(Denoiser, "loss", lambda self, *args: seen.append(args[:3]) or args[1].sum())
+    with with_gradients():
+        clip = matching_clip()
+        encoder, denoiser = TextEncoder(clip), Denoiser(small_model(), torch.float32, False)
+        with loaded(encoder.patcher, denoiser.patcher):
+            prompts = ConceptPrompts(encoder, "dog", SCHEMES["plain"], 3, torch.Generator().manual_seed(0))
+            Shots(denoiser, encoder, prompts, latents(), others()).loss(4, torch.Generator().manual_seed(1)).backward()
+            captions = torch.cat([encoder.encode(encoder.tokenize(each))[0] for each in others().captions])
+    ((shown, contexts, pooled),) = seen
+    assert shown.shape == (4, 4, 8, 8)
+    assert contexts.shape == (4, 77, CONTEXT)
+    assert pooled.shape[0] == 4
+    for row in (0, 1):
+        assert any(torch.equal(shown[row], each) for each in latents().flatten(0, 1))
+    for row in (2, 3):
+        (number,) = [n for n, each in enumerate(others().latents) if any(torch.equal(shown[row], v) for v in each)]
+        assert torch.equal(contexts[row], captions[number])
+    assert prompts.vectors["concept.l"].grad is not None
+
+
+def test_regularisation_changes_what_is_learnt() -> None:
+    plain, beside, again = trained(2), trained(2, others=others()), trained(2, others=others())
+    assert beside.losses == again.losses
+    assert beside.losses != plain.losses
+
+
+def test_the_mirror() -> None:
+    picture = pictures(1)
+    first, second = with_mirrored([picture])
+    assert torch.equal(first, picture)
+    assert torch.equal(second, picture[:, :, torch.arange(63, -1, -1)])
 
 
 # A training
@@ -197,13 +333,17 @@ def made(folders: Path, model: Any, clip: Any, **values: Any) -> tuple[Any, ...]
         {"image_noise": 0.0},
         {"precision": "bf16"},
         {"seed": 3},
+        {"mirrored": "never"},
+        {"start_token": "trained"},
+        {"words_before": 3},
+        {"regularisation_images": [torch.zeros(1, 64, 64, 3)]},
     ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_a_training_is_not_resumed_with_other_settings(changed: dict[str, Any], folders: Path) -> None:
     model, clip = small_model(), matching_clip()
     made(folders, model, clip, resume_name="shield")
-    named = next(iter(changed)).replace("_", " ")
+    named = {"regularisation_images": "regularisation"}.get(next(iter(changed)), next(iter(changed)).replace("_", " "))
     with pytest.raises(ValueError, match=f"'shield' was begun with another {named} "):
         made(folders, model, clip, resume_name="shield", **changed)
 
@@ -287,6 +427,18 @@ def test_versions_of_a_picture() -> None:
         ({"batch_size": 65}, "The batch size is 65; give a number from 0 to 64"),
         ({"precision": "int4"}, "The precision is 'int4'; choose one of auto, bf16"),
         ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
+        ({"words_before": 33}, "The number of words before is 33; give a number from 0 to 32"),
+        ({"concept_words": 0}, "The number of words of the concept is 0; give a number from 1 to 32"),
+        ({"concept_learning_rate": -1.0}, "The learning rate of the concept's words is -1.0"),
+        ({"mirrored": "twice"}, "The mirrored is 'twice'; choose one of auto, half the time, never"),
+        (
+            {"regularisation_images": [torch.zeros(3, 64, 64, 3)], "regularisation_captions": "a dog\na {}"},
+            "There are 2 regularisation captions for 3 regularisation pictures; write one line for all",
+        ),
+        (
+            {"regularisation_images": [torch.zeros(1, 64, 64, 3)], "regularisation_captions": "so " * 90 + "{}"},
+            "The regularisation caption 'so .* dog' is longer than 75 tokens; shorten it",
+        ),
     ],
 )
 def test_what_it_refuses(folders: Path, values: dict[str, Any], message: str) -> None:

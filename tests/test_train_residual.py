@@ -29,7 +29,7 @@ from subject_patches.tests.clips import FAMILIES, SMALL, small_clip
 from subject_patches.tests.models import CONTEXT, sample, small_model
 from subject_patches.toy.family import UNET, ToyDiffusion
 from subject_patches.training.residual import Tuned, filled, shipped_templates
-from subject_patches.training.usual import Usual, usual_concept, usual_residual, usual_side
+from subject_patches.training.usual import Usual, UsualWords, usual_concept, usual_residual, usual_side, usual_words
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -244,7 +244,10 @@ def test_what_is_taken_by_itself_suits_the_model(caplog: pytest.LogCaptureFixtur
     for model, side in ((small_model(), 512), (small_xl(), 1024), (model_of(SD20, second), 512)):
         assert usual_side(model) == side
         assert usual_residual(model, alone=False) == Usual(3000, 1, side, 1e-6)
-        assert usual_concept(model) == Usual(500, 2, side, 1e-5, 5e-4)
+        assert usual_concept(model) == Usual(900, 2, side, 2e-5, 10 * 2e-5, 2e-5)
+        assert usual_concept(model, batch=6) == Usual(900, 6, side, 6e-5, 10 * 6e-5, 6e-5)
+        assert usual_concept(model, rate=1e-6) == Usual(900, 2, side, 1e-6, 10 * 1e-6, 1e-6)
+        assert usual_words(model) == UsualWords(True, True, True, True)
     sign = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
     assert usual_side(model_of(SD20, second, hints=sign)) == 768
     assert usual_residual(toy, alone=True) == Usual(40, 8, 128, 0.1)

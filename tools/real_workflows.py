@@ -84,14 +84,19 @@ def concept(graph: Graph) -> str:
     side = graph.side()
     shown = {f"images.image{n}": graph.picture("A picture of your concept", f"shield_{n + 1}") for n in range(4)}
     images = [graph.add("BatchImagesNode", **shown), 0]
+    noun = graph.text("Others of the noun", "a photo of a shield")
+    negative = graph.negative(noun)
+    several = {"width": side, "height": side, "batch_size": OTHERS}
+    latents = [graph.add("EmptyLatentImage", f"{OTHERS} others of the noun", **several), 0]
+    others = graph.sampled("KSampler, others of the noun", graph.model, noun, negative, latents)
     links = {"model": graph.model, "clip": graph.clip, "vae": graph.vae, "images": images}
+    links["regularisation_images"] = others
     settings = {"noun": "shield", "name": NAME, "preset": "for dual-branch"}
     automatic = {"steps": 0, "size": 0, "learning_rate": 0.0, "word_learning_rate": 0.0}
     trained = graph.add("SubjectPatchesTrainConcept", **links, **settings, **automatic)
     words = f"embedding:{NAME} shield"
     given = {"clip": [trained, 1], "text": f"a photo of {words} on a sandy beach", "concept": words}
     prompts = graph.add("SubjectPatchesAuxiliaryPrompt", **given, preset="automatic", noun="")
-    negative = graph.negative([prompts, 0])
     latent = graph.empty(side)
     alone = graph.sampled("KSampler, the concept alone", [trained, 0], [prompts, 0], negative, latent)
     graph.save("Before: the concept alone", alone, "concept")
@@ -100,10 +105,12 @@ def concept(graph: Graph) -> str:
     both = graph.sampled("KSampler, with its prompt", model, [prompts, 0], negative, latent)
     graph.save("After: with its prompt", both, "dual_branch")
     return (
-        "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (500 steps; on a GPU "
+        "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (900 steps; on a GPU "
         "minutes, on a processor many hours), and the second branch brings the rest of the prompt "
-        "back.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) in their place), the "
-        "`noun` and the `name`, then both in the prompt. Steps and rates are 0, which takes the authors' for this "
+        f"back. Half of the training sees {OTHERS} other shields, which the checkpoint draws by itself, so that the "
+        "noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) in "
+        "their place), the `noun` and the `name`, then both in the prompt, and the noun in *Others of the noun*. Steps "
+        "and rates are 0, which takes the authors' for this "
         f"checkpoint; the log says what was taken. `use_a_concept` loads both again: they are called {NAME}."
     )
 
@@ -164,6 +171,8 @@ def retouch(graph: Graph) -> str:
 
 
 NAME = "my_concept"
+# How many pictures for regularisation the checkpoint makes of the noun.
+OTHERS = 12
 BOXES = (
     "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (Settings, Lite Graph, Modern Node Design); "
     "without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."

@@ -7,6 +7,8 @@ images            pictures to latents
 loop              the steps: progress, cancel, precision, loss map, resume
 state             the file that a training goes on from
 concept           an ICO concept's prompts, and what of the U-Net it tunes
+concept_words     how many words those have, and as what they begin
+regularisation    pictures of other things of the noun, which an ICO concept must not change
 concept_run       its training
 concept_files     the files that a concept is kept in, and which training they are of
 low_rank          a change of weights as two thin matrices

@@ -8,13 +8,13 @@ the cross-attentions. Only [T], the noun and the projections are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..patches.prompt import find_spans
+from .concept_words import Scheme, first_concept, first_own
 from .low_rank import covariance, factors
 from .text import TextEncoder, Tokens
 
@@ -23,30 +23,11 @@ PLACES = 77
 ERROR = 0.1
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How many vectors a prompt has: `before` and `after` of each picture's own (M and L), `concept` of the concept's
-    (S). `words` stand before the concept in place of what is learnt, as in a template written by hand."""
-
-    before: int
-    after: int
-    concept: int
-    words: str = ""
-
-
-# The paper's section 4.2, and the template that it compares with.
-SCHEMES = {
-    "plain": Scheme(4, 2, 2),
-    "for dual-branch": Scheme(1, 1, 3),
-    "fixed template": Scheme(0, 0, 2, "a photo of a"),
-}
-
-
 class ConceptPrompts:
     """The prompts of `count` pictures for a text encoder, and the vectors in them that learn, by name.
 
-    Vectors are (n, width of the encoder) in float32, for each encoder of the CLIP. A picture's begin at random, as
-    spread as the vocabulary; the concept's begin as the noun. Call it in `loaded`."""
+    Vectors are (n, width of the encoder) in float32, for each encoder of the CLIP; `scheme` says how many there are and
+    as what they begin. Call it in `loaded`."""
 
     def __init__(self, encoder: TextEncoder, noun: str, scheme: Scheme, count: int, generator: torch.Generator) -> None:
         self.scheme, self.text, self.count = scheme, noun, count
@@ -55,13 +36,10 @@ class ConceptPrompts:
         self.frame = {name: chunks[0] for name, chunks in encoder.tokenize("").items()}
         self.vectors: dict[str, Tensor] = {}
         for name in self.frame:
-            vocabulary = _vocabulary(encoder, name)
-            own = vocabulary[[token for token, _ in self.noun[name]]].mean(0)
-            self.vectors[f"concept.{name}"] = own.repeat(scheme.concept, 1)
+            tokens = [token for token, _ in self.noun[name]]
+            self.vectors[f"concept.{name}"] = first_concept(encoder, name, scheme, tokens)
             for number in range(count if scheme.before + scheme.after else 0):
-                drawn = torch.randn(scheme.before + scheme.after, vocabulary.shape[1], generator=generator)
-                random = vocabulary.mean(0) + vocabulary.std(0) * drawn.to(vocabulary)
-                self.vectors[f"picture {number}.{name}"] = random
+                self.vectors[f"picture {number}.{name}"] = first_own(encoder, name, scheme, generator)
         for name, vectors in self.vectors.items():
             self.vectors[name] = vectors.clone().requires_grad_()
         length = len(next(iter(self.noun.values()))) + scheme.before + scheme.after + scheme.concept
@@ -124,12 +102,6 @@ def _words(encoder: TextEncoder, text: str) -> Mapping[str, list[tuple[Any, floa
     return {name: list(chunks[0][start:stop]) for name, chunks in encoder.tokenize(text).items()}
 
 
-def _vocabulary(encoder: TextEncoder, name: str) -> Tensor:
-    """An encoder's word vectors (words, width) in float32."""
-    inner = getattr(encoder.model, f"clip_{name}")
-    return inner.transformer.get_input_embeddings().weight.detach().float()
-
-
 def key_value_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The key and value projections of a U-Net's cross-attentions, by their names in it, as float32 parameters that
     want gradients."""
@@ -139,6 +111,18 @@ def key_value_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]
             parameter.data = parameter.data.float()
             found[name] = parameter.requires_grad_(True)
     return found
+
+
+def hold_start(network: torch.nn.Module) -> None:
+    """Keeps the start token's keys and values in a U-Net's cross-attentions out of the gradient, as the authors' code
+    does: that token is every prompt's, the empty one's among them. For a private copy: the hooks go with it."""
+    for name, layer in network.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            layer.register_forward_hook(_start_held)
+
+
+def _start_held(_layer: torch.nn.Module, _inputs: tuple[Tensor, ...], projected: Tensor) -> Tensor:
+    return torch.cat([projected[:, :1].detach(), projected[:, 1:]], 1)
 
 
 def as_lora(
@@ -160,21 +144,3 @@ def as_lora(
         else:
             found[f"{key}.lora_up.weight"], found[f"{key}.lora_down.weight"] = (each.half().cpu() for each in thin)
     return found
-
-
-def varied(
-    picture: Tensor, count: int, smallest_crop: float, image_noise: float, generator: torch.Generator
-) -> list[Tensor]:
-    """`count` versions of a square picture (1, h, w, 3) of 0 to 1, of its size: a random square part, `smallest_crop`
-    to 1 of its side, with Gaussian noise of that standard deviation. The first is the picture itself."""
-    side = picture.shape[1]
-    made = [picture]
-    for _ in range(count - 1):
-        share, down, across = torch.rand(3, generator=generator).tolist()
-        part = max(round(side * (smallest_crop + (1 - smallest_crop) * share)), 1)
-        top, left = round(down * (side - part)), round(across * (side - part))
-        planes = picture[:, top : top + part, left : left + part].movedim(-1, 1)
-        resized = torch.nn.functional.interpolate(planes, (side, side), mode="bicubic", antialias=True).movedim(1, -1)
-        noise = torch.randn(resized.shape, generator=generator).to(resized)
-        made.append((resized + image_noise * noise).clamp(0, 1))
-    return made

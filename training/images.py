@@ -23,6 +23,35 @@ def square(picture: Tensor, size: int) -> Tensor:
     return planes.movedim(1, -1).clamp(0, 1)
 
 
+def varied(
+    picture: Tensor, count: int, smallest_crop: float, image_noise: float, generator: torch.Generator
+) -> list[Tensor]:
+    """`count` versions of a square picture (1, h, w, 3) of 0 to 1, of its size: a random square part, `smallest_crop`
+    to 1 of its side, with Gaussian noise of that standard deviation. The first is the picture itself."""
+    side = picture.shape[1]
+    made = [picture]
+    for _ in range(count - 1):
+        share, down, across = torch.rand(3, generator=generator).tolist()
+        part = max(round(side * (smallest_crop + (1 - smallest_crop) * share)), 1)
+        top, left = round(down * (side - part)), round(across * (side - part))
+        planes = picture[:, top : top + part, left : left + part].movedim(-1, 1)
+        resized = torch.nn.functional.interpolate(planes, (side, side), mode="bicubic", antialias=True).movedim(1, -1)
+        noise = torch.randn(resized.shape, generator=generator).to(resized)
+        made.append((resized + image_noise * noise).clamp(0, 1))
+    return made
+
+
+def with_mirrored(versions: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures (1, h, w, 3), and then each of them with left and right exchanged: drawn evenly, half are mirrored."""
+    return [*versions, *(each.flip(2) for each in versions)]
+
+
+def version_latents(vae: Any, versions: Sequence[Sequence[Tensor]], mirrored: bool) -> Tensor:
+    """The latents (pictures, versions, channels, h / 8, w / 8) of versions of each picture, as many of each; with
+    `mirrored` the mirrored ones stand behind them."""
+    return torch.stack([latents_of(vae, with_mirrored(each) if mirrored else each) for each in versions])
+
+
 def latents_of(vae: Any, pictures: Sequence[Tensor]) -> Tensor:
     """The latents (n, channels, h / 8, w / 8) of pictures of one size, as the VAE gives them, for autograd to use."""
     with torch.no_grad():

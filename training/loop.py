@@ -43,8 +43,8 @@ class Group:
 
 
 class Training:
-    """Trains float32 parameters with Adam. With a state file it goes on where a training of that name stopped, and the
-    result is that of one that never stopped.
+    """Trains float32 parameters with AdamW, which without `decay` is Adam. With a state file it goes on where a
+    training of that name stopped, and the result is that of one that never stopped.
 
     `device` and `dtype` are those of the computation, `seed` starts the generator, which is on the CPU and the only
     source of chance."""
@@ -57,11 +57,13 @@ class Training:
         dtype: torch.dtype,
         seed: int,
         state: StateFile | None = None,
+        decay: float = 0.0,
     ) -> None:
         self.parameters = {name: each for group in groups for name, each in group.parameters.items()}
         options = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
         # A step reaches few of a text encoder's millions of weights, and on a CPU Adam would take most of its time.
-        self.optimizer = torch.optim.Adam(options, fused=device.type in ("cpu", "cuda"))
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(options, weight_decay=decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.device, self.dtype, self.state = device, dtype, state
         self.generator = torch.Generator().manual_seed(seed)

@@ -10,21 +10,43 @@ from ..toy.family import ToyDiffusion
 
 @dataclass(frozen=True)
 class Usual:
-    """Steps, pictures a step, the side of a picture in pixels, and learning rates; `words` is that of an ICO concept's
-    words."""
+    """Steps, pictures a step, the side of a picture in pixels, and learning rates; `words` is that of an ICO prompt's
+    words of the picture's own, `concept` that of the concept's."""
 
     steps: int
     batch: int
     side: int
     rate: float
     words: float = 0.0
+    concept: float = 0.0
 
 
-def usual_concept(model: Any) -> Usual:
-    """An ICO concept's. The rate of the projections is the authors' for one picture a step; the paper has 500 steps."""
+@dataclass(frozen=True)
+class UsualWords:
+    """As what an ICO prompt's words begin, the pictures' own as a template's and the concept's as rare ones; whether
+    pictures are mirrored half the time, and whether the start token is held."""
+
+    template: bool
+    rare: bool
+    mirrored: bool
+    held: bool
+
+
+def usual_concept(model: Any, batch: int = 0, rate: float = 0.0) -> Usual:
+    """An ICO concept's, where `batch` pictures a step and the projections' `rate` may be given. By the authors' code:
+    900 steps of two pictures (on each of their three GPUs); the projections and the concept's words learn at 1e-5 for
+    each picture of a step, the pictures' own words at ten times that."""
     if _is_toy(model):
-        return Usual(50, 2, usual_side(model), 5e-3, 3e-2)
-    return Usual(500, 2, usual_side(model), 1e-5, 5e-4)
+        return Usual(50, 2, usual_side(model), 5e-3, 3e-2, 3e-2)
+    batch = batch or 2
+    rate = rate or batch / 100_000
+    return Usual(900, batch, usual_side(model), rate, 10 * rate, rate)
+
+
+def usual_words(model: Any) -> UsualWords:
+    """An ICO training's: the authors' code's, and the toy's own, whose vocabulary has neither rare words nor templates
+    and whose emblems are other ones in the mirror."""
+    return UsualWords(*[not _is_toy(model)] * 4)
 
 
 def usual_residual(model: Any, alone: bool) -> Usual:

@@ -5,6 +5,7 @@ from functools import partial
 from . import (
     dual_branch,
     given_back,
+    ico,
     layout,
     recycled_attention,
     referenced_branch,
@@ -23,6 +24,7 @@ STUDIES = {
     "retouch": retouch.study,
     "dual branch": dual_branch.study,
     **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
+    "ico": ico.study,
     "together": together.study,
     "noise level, recycled": references.recycled,
     "noise level, routed": references.routed,

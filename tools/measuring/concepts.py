@@ -51,10 +51,9 @@ class Pictured:
         return cls(emblem, views, torch.nn.functional.normalize(judge.identity(views, boxes).mean(0), dim=0))
 
     def latents(self, vae: Any, seed: int) -> Tensor:
-        """What Train ICO Concept learns from, by its defaults: latents of versions of each view."""
+        """What Train ICO Concept learns from, by its defaults for the toy: latents of versions of each view."""
         import torch
-        from subject_patches.training.concept import varied
-        from subject_patches.training.images import latents_of
+        from subject_patches.training.images import latents_of, varied
 
         source = torch.Generator().manual_seed(seed)
         return torch.stack([latents_of(vae, varied(each[None], 8, 0.75, 0.02, source)) for each in self.views])
@@ -124,15 +123,32 @@ def workplace(clip: Any) -> Iterator[Path]:
             folder_paths.set_output_directory(output)
 
 
-def learnt(given: Given, number: int, folder: Path, **settings: Any) -> Concept:
-    """Trains emblem `number` with Train ICO Concept's plain preset. `settings` are those of the training."""
+def training_settings(
+    toy: Any, preset: str, steps: int, rates: tuple[float, float], seed: int = 0, **settings: Any
+) -> Any:
+    """The settings of a training as the node has them for the toy; `rates` are those of the projections and of all
+    words, `settings` others than the usual."""
+    from dataclasses import replace
+
+    from subject_patches.training.concept_run import Settings
+    from subject_patches.training.concept_words import SCHEMES
+    from subject_patches.training.usual import usual_words
+
+    usual = usual_words(toy.model)
+    scheme = replace(SCHEMES[preset], template=usual.template, rare=usual.rare)
+    given = {"scheme": scheme, "held": usual.held, "learning_rate": rates[0], "word_learning_rate": rates[1]}
+    given |= {"concept_learning_rate": rates[1], "gradient_checkpointing": False}
+    return Settings(noun=NOUN, steps=steps, seed=seed, **{**given, **settings})
+
+
+def learnt(given: Given, number: int, folder: Path, steps: int, rates: tuple[float, float]) -> Concept:
+    """Trains emblem `number` with Train ICO Concept's plain preset."""
     import numpy as np
-    from subject_patches.training.concept import SCHEMES
-    from subject_patches.training.concept_run import Settings, train_concept
+    from subject_patches.training.concept_run import train_concept
 
     pictured = Pictured.sampled(given.judge, np.random.default_rng((2**44, number)))
-    toy, asked = given.toy, Settings(NOUN, SCHEMES["plain"], seed=number, gradient_checkpointing=False, **settings)
-    concept = train_concept(toy.model, toy.clip, pictured.latents(toy.vae, number), asked)
+    toy, settings = given.toy, training_settings(given.toy, "plain", steps, rates, number)
+    concept = train_concept(toy.model, toy.clip, pictured.latents(toy.vae, number), settings)
     model = in_use(toy.model, concept, folder / f"study_{number}.safetensors")
     return Concept(pictured.emblem, pictured.views, pictured.identity, model, f"embedding:study_{number} {NOUN}")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, VIEWS, Pictured, in_use, workplace
+from .concepts import NOUN, VIEWS, Pictured, in_use, training_settings, workplace
 from .given import Given, Shape, concept_tokens
 from .tradeoff import Score, table
 
@@ -26,7 +26,7 @@ PRESETS = ("fixed template", "plain", "for dual-branch")
 # Steps after which a training is sampled.
 LENGTHS = (100, 200, 300, 400)
 # The words learn fast, the projections slowly: these are the auxiliary prompt's too, which must still be followed.
-RATES = {"learning_rate": 1e-3, "word_learning_rate": 5e-2}
+RATES = (1e-3, 5e-2)
 WORDS = f"embedding:study {NOUN}"
 # What stands for the concept in the auxiliary prompt, and what is beside it in every prompt, of one of these colours.
 AUXILIARY, BESIDE, COLOURS_BESIDE = "gray circle", "ring", ("red", "yellow", "blue")
@@ -72,8 +72,8 @@ def study(given: Given) -> None:
                 rows.setdefault(name, []).extend(scores)
                 print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
     print(
-        f"{EMBLEMS} emblems of {VIEWS} views, steps of batch 2, learning rates {RATES['learning_rate']:g} and, of the "
-        f"words, {RATES['word_learning_rate']:g}. {given.count} pictures a row.\n\n"
+        f"{EMBLEMS} emblems of {VIEWS} views, steps of batch 2, learning rates {RATES[0]:g} and, of the "
+        f"words, {RATES[1]:g}. {given.count} pictures a row.\n\n"
         "The trade-off along the training, paired with the fixed template at equal steps:\n"
     )
     trained = {_row(preset, steps): (_row(PRESETS[0], steps), preset) for preset in PRESETS for steps in LENGTHS}
@@ -129,13 +129,12 @@ class Case:
     def trained(self, preset: str, steps: int) -> Any:
         """The toy's MODEL with a concept of so many steps, which is in the prompts from then on. A training goes on
         from its shorter one."""
-        from subject_patches.training.concept import SCHEMES
-        from subject_patches.training.concept_run import Settings, train_concept
+        from subject_patches.training.concept_run import train_concept
         from subject_patches.training.state import StateFile
 
         name = f"{preset} {self.number}"
         toy, state = self.given.toy, StateFile(name, {"training": name})
-        settings = Settings(NOUN, SCHEMES[preset], steps, **RATES, gradient_checkpointing=False)
+        settings = training_settings(toy, preset, steps, RATES)
         concept = train_concept(toy.model, toy.clip, self.latents, settings, state)
         return in_use(toy.model, concept, self.folder / "study.safetensors")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EMBLEMS, PROMPTS = 8, 20
 CFG = 4.0
-TRAINING = {"steps": 200, "learning_rate": 2e-3, "word_learning_rate": 5e-2}
+TRAINING = {"steps": 200, "rates": (2e-3, 5e-2)}
 VANILLA = "the vanilla model"
 ROWS = (
     "I personalised alone",
