@@ -91,7 +91,7 @@ def study(given: Given) -> None:
             for name in (UNTRAINED, *ROWS):
                 means = case.row(name)
                 found.setdefault(name, []).append(means)
-                print(json.dumps({"emblem": number, "row": name, **asdict(means)}), file=sys.stderr, flush=True)
+                print(json.dumps({"number": number, "row": name, **asdict(means)}), file=sys.stderr, flush=True)
     print(
         f"{emblems} emblems of {len(VIEWS)} views, {PROMPTS} prompts each; {STEPS} steps of batch 2, learning rates "
         f"{RATES[0]:g} and, of all words, {RATES[1]:g}; the authors': {RATES[0]:g} for the concept's words too and "
