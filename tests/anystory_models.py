@@ -11,16 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.model_detection
-import comfy.model_management
 import comfy.samplers
 import comfy.supported_models
 import convert
 import torch
-from comfy.model_patcher import CoreModelPatcher
-from hosting.random_models import generator, model_of
+from hosting.random_models import model_of
+from measuring.anystory import form_for, random_weights
 from safetensors import safe_open
-from subject_patches.encoders.anystory import AnyStory, modules_of, read_anystory
-from subject_patches.encoders.anystory_file import Form
+from subject_patches.encoders.anystory import AnyStory, read_anystory
 from subject_patches.nodes.anystory import AnyStoryNode
 from subject_patches.patches.anystory_loras import Loras
 from subject_patches.patches.anystory_references import clean_reference
@@ -170,35 +168,16 @@ def loaded_anystory() -> AnyStory:
         return read_anystory(path)
 
 
-@cache
-def random_anystory(form: Form) -> AnyStory:
-    """Random weights of a form, which keep activations at about unit size."""
-    shapes = {f"{part}.{name}": shape for part, named in form.shapes().items() for name, shape in named.items()}
-    root = modules_of(shapes)
-    source = generator(7)
-    weights = {name: torch.randn(shape, generator=source) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    root.load_state_dict(weights, assign=True)
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return AnyStory("random", form, CoreModelPatcher(root.requires_grad_(False), device, offload))
-
-
-def form_for(model: Any) -> Form:
-    """The form of weights for a FLUX, with small ranks."""
-    network = model.model.diffusion_model
-    blocks = len(network.double_blocks), len(network.single_blocks)
-    return Form(*blocks, network.hidden_size, network.params.context_in_dim, network.in_channels, 12, 4, 4, 4, 4)
-
-
 def anystory(model: Any, subjects: Sequence[Subject], **values: Any) -> Any:
     """The AnyStory node on a FLUX, for subjects of the other nodes; `values` are its inputs."""
-    form, shown = form_for(model), []
+    form, shown = form_for(model, rank=4), []
     for each in subjects:
         (latents,) = (reference.latents for reference in each.references)
         seed = round(1000 * float(latents.mean())) + 10**6
         tokens, router = (randn(1, n, form.context, seed=seed + n) for n in (9, 4))
         places = -(-latents.shape[-2] // _PATCH) * -(-latents.shape[-1] // _PATCH)
         shown.append(AnyStorySubject(tokens, router, latents, torch.ones(1, places), each.cache))
-    return AnyStoryNode.execute(model, random_anystory(form), tuple(shown), **values).args[0]
+    return AnyStoryNode.execute(model, random_weights(form), tuple(shown), **values).args[0]
 
 
 def told(model: Any, settings: AnyStorySettings) -> Any:

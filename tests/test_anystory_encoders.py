@@ -9,7 +9,11 @@ import convert
 import numpy as np
 import pytest
 import torch
+from anystory_pictures import SUBJECT, subject_groups
 from comfy.ldm.flux.redux import ReduxImageEncoder
+from host import ROOT
+from hosting.sheet import draw_sheet
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.encoders.anystory import AnyStory, embedded, read_anystory, subject_tokens
 from subject_patches.encoders.anystory_file import FORMAT
@@ -153,3 +157,12 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, damage: str) -> None:
         path.write_text("no weights")
     with pytest.raises(ValueError, match=r"wrong\.safetensors cannot be loaded .* tools/convert\.py\.$"):
         read_anystory(path)
+
+
+def test_the_help_page_shows_what_the_node_makes() -> None:
+    """The picture is the one that the command draws now."""
+    with Image.open(ROOT / "web" / "docs" / "anystory_subject.jpg") as saved:
+        shown = np.asarray(saved.convert("RGB")).astype(float)
+    drawn = np.asarray(draw_sheet([(SUBJECT, subject_groups())])).astype(float)
+    assert drawn.shape == shown.shape
+    assert np.abs(drawn - shown).mean() < 2

@@ -3,6 +3,7 @@
 from functools import partial
 
 from . import (
+    anystory,
     dual_branch,
     given_back,
     ico,
@@ -42,4 +43,7 @@ DIT_STUDIES = {
     "dual branch beside a reference": referenced_branch.study,
     "inversion": given_back.study,
 }
-COSTS = (recycled_attention.costs, layout.costs, routed_reference.costs, retouch.costs, dual_branch.costs)
+COSTS = (
+    *(recycled_attention.costs, layout.costs, routed_reference.costs, anystory.costs),
+    *(retouch.costs, dual_branch.costs),
+)

@@ -1,0 +1,119 @@
+"""Draw the pictures of AnyStory's help pages: `python tools/anystory_pictures.py`.
+
+What AnyStory Subject makes of a picture before any weights are asked, and what Attention Inspector shows of a router.
+The released weights are not needed: the preprocessing has none, and the router runs with random ones on the pack's
+second small model, so that its maps show the form alone. They go to web/docs/.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from host import ROOT, find_host
+from hosting.command import Parser, enter, run
+from hosting.pack import import_host, load_pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = ROOT / "web" / "docs"
+EMBLEMS = ("emblem", "second_emblem")
+# What FLUX.1 Redux's SigLIP sees, in patches of 14, and what AnyStory was trained with, in tokens of 16.
+SEEN, PATCHES, SIDE, TOKENS = 384, 27, 512, 32
+CAPTION = "an emblem and an emblem on grass"
+STEPS, LAYERS = 8, "double.0-1, single.5"
+SUBJECT = "What AnyStory Subject makes of a picture"
+CUT = "The picture and its mask, and both cut out: a square 4 % wider than the subject, white around it"
+FOR_VISION = f"For the vision model, {SEEN} x {SEEN}, and which of its {PATCHES} x {PATCHES} places the subject touches"
+FOR_FLUX = f"For the FLUX, {SIDE} x {SIDE}, and which of its {TOKENS} x {TOKENS} tokens the subject touches"
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    Parser(prog="anystory_pictures.py", description="Draw the pictures of AnyStory's help pages.").parse_args()
+    host = find_host()
+    enter(host, Path(__file__), sys.argv[1:])
+    import_host(host.tree)
+    load_pack(ROOT)
+    import torch
+    from hosting.sheet import draw_sheet
+
+    with torch.inference_mode():
+        sheets = {
+            "anystory_subject": (SUBJECT, subject_groups()),
+            "anystory_routes": ("Routes, by a router with random weights", route_groups()),
+        }
+    for name, block in sheets.items():
+        target = HELP / f"{name}.jpg"
+        draw_sheet([block]).save(target, quality=88)
+        print(target)
+    return 0
+
+
+def subject_groups() -> list[Any]:
+    """A picture and its mask, and what the vision model and the FLUX get of them."""
+    from hosting.sheet import Group
+    from subject_patches.encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, vision_pixels
+
+    picture, mask = (to_bytes(each) for each in _emblem(EMBLEMS[0]))
+    square, inside = cut_out(picture, mask)
+    groups = [Group(CUT, tuple(_png(each) for each in (picture, mask, square, inside)))]
+    for caption, made, cells in (
+        (FOR_VISION, vision_pixels(square, inside, SEEN), PATCHES),
+        (FOR_FLUX, latent_pixels(square, inside, SIDE), TOKENS),
+    ):
+        pixels, shares = made
+        touched = places(shares, (cells, cells)).view(cells, cells)
+        tiles = ((pixels[0].movedim(0, -1) + 1) / 2, touched.repeat_interleave(8, 0).repeat_interleave(8, 1))
+        groups.append(Group(caption, tuple(_png(to_bytes(each)) for each in tiles)))
+    return groups
+
+
+def route_groups() -> list[Any]:
+    """A router's maps on the second small model, as Attention Inspector draws them."""
+    from hosting.sheet import Group
+    from measuring.anystory import form_for, random_subjects, random_weights
+    from subject_patches.encoders.preprocessing import to_bytes
+    from subject_patches.nodes.anystory import AnyStoryNode
+    from subject_patches.nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
+    from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
+
+    toy = Toy.load(DIT_CHECKPOINT)
+    pictures = [_emblem(name)[0] for name in EMBLEMS]
+    anystory = random_weights(form_for(toy.model))
+    subjects = random_subjects(anystory, [toy.vae.encode(each[None]) for each in pictures])
+    model = AnyStoryNode.execute(toy.model, anystory, subjects).args[0]
+    model, record = RecordAttentionNode.execute(model).args
+    made = toy.sample([CAPTION], [2], model, steps=STEPS)
+    shown = {"show": "routing map", "layers": LAYERS, "arrange": "layers by steps"}
+    grid = AttentionInspectorNode.execute(record, made, **shown, first_step=1, last_step=STEPS).args[0]
+    return [
+        Group("The two references", tuple(_png(to_bytes(each)) for each in pictures)),
+        Group("Which places some blocks give to each of them, step by step (light)", (_png(to_bytes(grid[0])),)),
+    ]
+
+
+def _emblem(name: str) -> tuple[Tensor, Tensor]:
+    """A shipped picture (height, width, 3) and its mask (height, width), of 0 to 1."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with Image.open(ROOT / "workflows" / "input" / f"subject_patches_{name}.png") as opened:
+        whole = torch.from_numpy(np.array(opened.convert("RGBA"))).float() / 255
+    return whole[..., :3], whole[..., 3]
+
+
+def _png(values: Any) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    run(main)
