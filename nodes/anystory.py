@@ -17,7 +17,8 @@ from ..patches.router import MOST_SUBJECTS
 from ..patches.window import Window
 from .anystory_subject import check_latents
 from .checks import check_choice, check_number
-from .types import SEVERAL, AnyStorySubjectType, AnyStoryType, model_output
+from .inputs import model_input, model_output
+from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 AUTO, ON, OFF = "auto", "on", "off"
 SCALE_MAX, SHIFT_MAX, STRENGTH_MAX = 10.0, 100.0, 10.0
@@ -39,8 +40,8 @@ class AnyStoryNode(io.ComfyNode):
             "routed to its own places.",
             search_aliases=["multi subject", "flux ip adapter", "flux reference", "character", "routed", "identity"],
             inputs=[
-                io.Model.Input("model", tooltip="FLUX.1 dev. The given model stays as it is."),
-                AnyStoryType.Input("anystory", tooltip="From Load AnyStory: the file that encoded the subjects."),
+                model_input("FLUX.1 dev"),
+                AnyStoryType.Input("anystory", tooltip="From Load AnyStory, the same for the model and its subjects."),
                 AnyStorySubjectType.Input(
                     "subjects", tooltip="One to eight subjects: chain AnyStory Subject nodes by their 'others'."
                 ),

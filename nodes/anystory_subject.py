@@ -15,6 +15,7 @@ from ..patches.cache import FeatureCache
 from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, composite, encoded
 from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
+from .inputs import CACHE_MEGABYTES, cache_input, vae_input
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 FOLDER = "subject_encoders"
@@ -89,12 +90,12 @@ class AnyStorySubjectNode(io.ComfyNode):
             description="Encodes one subject for AnyStory on FLUX.1, cut out of its picture.",
             search_aliases=["AnyStory", "flux reference", "flux subject", "character", "redux"],
             inputs=[
-                AnyStoryType.Input("anystory", tooltip="From Load AnyStory."),
+                AnyStoryType.Input("anystory", tooltip="From Load AnyStory, the same for the model and its subjects."),
                 io.Image.Input(
                     "image",
                     tooltip="One picture of the subject. Without a mask, a transparent picture's opacity is the mask.",
                 ),
-                io.Vae.Input("vae", tooltip="FLUX.1's VAE."),
+                vae_input(),
                 io.ClipVision.Input(
                     "clip_vision", tooltip="The SigLIP vision model of FLUX.1 Redux, from Load CLIP Vision."
                 ),
@@ -125,16 +126,7 @@ class AnyStorySubjectNode(io.ComfyNode):
                     tooltip="The side of the square, in pixels, in which the FLUX sees the reference. AnyStory was "
                     "trained with 512.",
                 ),
-                io.Int.Input(
-                    "cache_megabytes",
-                    default=2048,
-                    min=0,
-                    max=MEGABYTES_MAX,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How much of what the FLUX makes of the reference to keep for the next picture with the "
-                    "same prompt; about 700 for a whole picture of 512. 0 keeps none.",
-                ),
+                cache_input(),
             ],
             outputs=[
                 AnyStorySubjectType.Output(display_name="subjects", tooltip="The subject, after those in 'others'.")
@@ -153,7 +145,7 @@ class AnyStorySubjectNode(io.ComfyNode):
         others: tuple[AnyStorySubject, ...] = (),
         crop: str = SQUARE,
         size: int = 512,
-        cache_megabytes: int = 2048,
+        cache_megabytes: int = CACHE_MEGABYTES,
     ) -> io.NodeOutput:
         check_loaded(vae=vae)
         check_choice("crop", crop, (SQUARE, NONE))

@@ -25,6 +25,7 @@ from ..patches.prompt import split_phrases
 from ..patches.sites import sites_named
 from ..patches.window import Window
 from .checks import check_choice, check_number, pictures_in
+from .inputs import model_input
 from .types import INSPECT, AttentionRecordType
 
 ALL = "all"
@@ -53,7 +54,7 @@ class RecordAttentionNode(io.ComfyNode):
             "Slows sampling; leave it out when nothing is to be inspected. Changes nothing in the picture.",
             search_aliases=["attention maps", "daam", "heatmap", "debug", "inspect"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that goes to the sampler; other nodes before or after."),
+                model_input(),
                 io.String.Input(
                     "phrases",
                     multiline=True,

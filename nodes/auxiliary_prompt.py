@@ -13,6 +13,7 @@ from ..patches.dual_branch import BRANCH_KEY, BranchTokens
 from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, in_context, prompt_spans, split_phrases
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
+from .inputs import phrases_input, prompt_clip_input, text_input
 from .types import CONCEPT
 from .written import check_written, refusal
 
@@ -39,17 +40,8 @@ class AuxiliaryPromptNode(io.ComfyNode):
                 "clip text encode",
             ],
             inputs=[
-                io.Clip.Input(
-                    "clip",
-                    tooltip="The CLIP that encodes both prompts, of any family that Encode Prompt with Subjects takes.",
-                ),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="The prompt, with the concept's words in it. Weights and embedding:name work as in CLIP "
-                    "Text Encode.",
-                ),
+                prompt_clip_input(),
+                text_input(),
                 io.String.Input(
                     "concept",
                     default="",
@@ -70,16 +62,7 @@ class AuxiliaryPromptNode(io.ComfyNode):
                     tooltip="An auxiliary noun of your own, instead of a preset. It must differ from the concept's; "
                     "one that is usual in the prompt's scene works best.",
                 ),
-                io.String.Input(
-                    "phrases",
-                    multiline=True,
-                    default="",
-                    placeholder="one phrase a line",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Further phrases of the prompt to find, for Layout Bias and other nodes, as in Encode "
-                    "Prompt with Subjects. The concept's is always among them.",
-                ),
+                phrases_input(optional=True, advanced=True),
             ],
             outputs=[
                 io.Conditioning.Output(

@@ -13,7 +13,8 @@ from ..patches.families import chosen_sites, family_of
 from ..patches.graph import lost
 from ..patches.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
-from .types import CONCEPT, FAMILIES, SHARES, model_output, named_sites_input, seed_input, sites_input
+from .inputs import model_input, model_output, named_sites_input, seed_input, sites_input
+from .types import CONCEPT
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
 INJECTION_MAX = 1000000.0
@@ -37,7 +38,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
             "steps a second branch, with a common noun for the concept, gives everything else (DCI). No training.",
             search_aliases=["DCI", "dual branch", "concept", "overfitting", "editability", "prompt following"],
             inputs=[
-                io.Model.Input("model", tooltip=f"{FAMILIES}, tuned on the concept. The given model stays as it is."),
+                model_input(),
                 io.Conditioning.Input(
                     "concept", tooltip="From Dual-Branch Prompts; the sampler's positive conditioning is the same."
                 ),
@@ -65,9 +66,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="For how much of the schedule, from its start, the branches run side by side (T_a). The "
-                    "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more. "
-                    + SHARES,
+                    tooltip="For which share of the schedule, from its start, the branches run side by side (T_a). The "
+                    "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more.",
                 ),
                 io.Combo.Input(
                     "gain_mode",
@@ -75,10 +75,9 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     default=USUAL,
                     optional=True,
                     advanced=True,
-                    tooltip="'fixed' is the authors': layers with few places switch between the branches hard, those "
-                    "with many mix about half and half, so the mix depends on the picture's size. 'by resolution' "
-                    "mixes at every size as the authors' does at 512 x 512. 'usual' is the authors' for SD 1.x, "
-                    "which it is made for, and by resolution for every other family.",
+                    tooltip="'fixed' is the authors', with which the mix depends on the picture's size. 'by "
+                    "resolution' mixes at every size as 'fixed' does at 512 x 512. 'usual' is 'fixed' for SD 1.x, "
+                    "which it is made for, and 'by resolution' for every other family.",
                 ),
                 io.Combo.Input(
                     "noise",
@@ -89,7 +88,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     tooltip="What the auxiliary branch starts from: a noise of its own, as in the authors' code, or "
                     "the concept's, which lays both pictures out alike.",
                 ),
-                seed_input("Fixes the auxiliary branch's own noise, together with the sampler's."),
+                seed_input(),
                 io.Combo.Input(
                     "guidance",
                     options=[SHARED, OWN],
@@ -120,7 +119,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     tooltip="How much the attention to words is sharpened, first over the words and then over the "
                     "places. The authors' is 10.",
                 ),
-                sites_input("Which cross-attention layers mix the branches. 'usual' is all, the paper's."),
+                sites_input("cross-attention layers mix the branches", "all, the paper's"),
                 named_sites_input(),
             ],
             outputs=[model_output()],

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..patches.prompt import SPANS_KEY, find_spans, in_context, split_phrases
 from .checks import check_loaded
 from .embeddings import embeddings_state
+from .inputs import phrases_input, prompt_clip_input, text_input
 from .types import SUBJECT, SubjectType
 from .written import check_written, refusal
 
@@ -28,23 +29,9 @@ class EncodePromptWithSubjects(io.ComfyNode):
             ),
             search_aliases=["subject prompt", "token spans", "clip text encode", "phrase", "prompt", "regional"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of any family this pack knows."),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="The prompt. Weights like (dog:1.2) and embedding:name work as in CLIP Text Encode.",
-                ),
-                io.String.Input(
-                    "phrases",
-                    multiline=True,
-                    default="",
-                    placeholder="one phrase a line",
-                    tooltip=(
-                        "The phrases to find, one a line or separated by semicolons, written as they stand in the "
-                        "prompt. Letter case and weights do not matter. dog#2 is the second dog alone. May be empty."
-                    ),
-                ),
+                prompt_clip_input(),
+                text_input(),
+                phrases_input(),
                 SubjectType.Input(
                     "subjects",
                     optional=True,

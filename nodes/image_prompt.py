@@ -16,6 +16,7 @@ from ..patches.families.unet import UNet, layer_at
 from ..patches.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
 from ..patches.subject import Reference, Subject
 from .checks import check_choice, prompt_in
+from .inputs import subject_input
 from .types import SEVERAL, AdapterType, SubjectType
 
 FOLDER = "ipadapter"
@@ -94,7 +95,7 @@ class EncodeImagePromptNode(io.ComfyNode):
             "Reference Attention to show in the subject's places (AnyStory's Eq. 5 with IP-Adapter's weights).",
             search_aliases=["IP-Adapter", "ipadapter", "image prompt", "AnyStory", "regional ip adapter"],
             inputs=[
-                SubjectType.Input("subject", tooltip="The subject; of several, each is encoded by itself."),
+                subject_input(),
                 AdapterType.Input("adapter", tooltip="From Load Image Prompt Adapter."),
                 io.ClipVision.Input(
                     "clip_vision",

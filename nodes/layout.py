@@ -14,7 +14,8 @@ from ..patches.prompt import split_phrases
 from ..patches.sites import USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in
-from .types import LAYOUT, LayoutType, model_input, model_output, named_sites_input, sites_input, window_inputs
+from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
+from .types import LAYOUT, LayoutType
 
 # The canvas, in pixels.
 SIDES = (8, 16384)
@@ -193,8 +194,8 @@ class LayoutBiasNode(io.ComfyNode):
                     tooltip="Where a phrase is weakened: everywhere outside its regions, as in the authors' code, or "
                     "only in the regions of other phrases, as in the paper. Where two regions overlap, neither is.",
                 ),
-                sites_input("Which cross-attention layers are biased. 'usual' is all, as the authors do."),
-                *window_inputs("the layout begins to act"),
+                sites_input("cross-attention layers are biased", "all, as the authors do"),
+                *window_inputs(),
                 io.Float.Input(
                     "negative_weight",
                     default=-5.0,

@@ -13,19 +13,24 @@ from ..patches.sites import USUAL
 from ..patches.subject import Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in
-from .references import level_inputs, looked_at, noise_level_input, positions_for, positions_input, reference_streams
-from .types import (
-    SUBJECT,
-    SubjectType,
+from .inputs import (
+    STRENGTH_MAX,
+    level_inputs,
     model_input,
     model_output,
     named_sites_input,
+    noise_level_input,
+    positions_input,
+    reference_conditioning_input,
     seed_input,
     sites_input,
+    strength_input,
+    subject_input,
     window_inputs,
 )
+from .references import looked_at, positions_for, reference_streams
+from .types import SUBJECT
 
-STRENGTH_MAX = 10.0
 COND_ONLY, BOTH = "cond only", "both"
 
 
@@ -53,16 +58,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             ],
             inputs=[
                 model_input(),
-                SubjectType.Input("subject", tooltip="One or more subjects; the picture attends to all of them."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=STRENGTH_MAX,
-                    step=0.05,
-                    tooltip="How much weight the reference has in attention. 1 is the paper's, 0 is the unpatched "
-                    "model, above 1 pushes harder.",
-                ),
+                subject_input(),
+                strength_input(),
                 io.Float.Input(
                     "keep_probability",
                     default=1.0,
@@ -75,26 +72,19 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
                 ),
                 sites_input(
-                    "Which self-attention layers see the reference. 'usual' is the decoder, which the paper finds "
-                    "best; of a transformer all layers, best on the pack's small one.",
+                    "self-attention layers see the reference",
+                    "the decoder, which the paper finds best; of a transformer all layers, best on the pack's small "
+                    "one",
                 ),
-                *window_inputs("the reference begins to act"),
-                seed_input(
-                    "Fixes the reference's noise and the choice of keep_probability. Leave it alone while you "
-                    "try sampler seeds: the reference's features are then computed once."
-                ),
+                *window_inputs(),
+                seed_input(),
                 io.Mask.Input(
                     "region_mask",
                     optional=True,
                     tooltip="Where in the new picture the subject may show, white is where. Any size; grey weakens. "
                     "Without one, everywhere.",
                 ),
-                io.Conditioning.Input(
-                    "reference_conditioning",
-                    optional=True,
-                    tooltip="A prompt that describes the reference picture. Without one, the generation's own positive "
-                    "prompt is used for the reference too, as in the paper.",
-                ),
+                reference_conditioning_input(),
                 io.Combo.Input(
                     "apply_to",
                     options=[COND_ONLY, BOTH],

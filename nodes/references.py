@@ -4,60 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..patches.families import Transformer, family_of
 from ..patches.positions import BESIDE, DAMPED, SAME, Positions
 from ..patches.sites import USUAL
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from .checks import check_choice, check_number
+from .inputs import CURRENT, FIXED, NEARLY_CLEAN, REFRESH_MAX
 
-CURRENT, FIXED, NEARLY_CLEAN = "current", "fixed", "nearly clean"
 AS_THE_PICTURE = Pass()
-REFRESH_MAX = 1000
-
-
-def noise_level_input() -> io.Combo.Input:
-    """At which noise level the model runs on a reference."""
-    return io.Combo.Input(
-        "noise_level",
-        options=[USUAL, CURRENT, FIXED, NEARLY_CLEAN],
-        default=USUAL,
-        optional=True,
-        advanced=True,
-        tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
-        "'nearly clean': the schedule's last, one pass in all. 'fixed': that of fixed_level, one pass in all. 'usual' "
-        "is 'current' for SD 1.x and 2.x, and 'nearly clean' for SDXL and transformers, whose features of every step "
-        "would overflow the subject's cache.",
-    )
-
-
-def level_inputs() -> list[io.Input]:
-    """What goes with the noise level: which one, and how often the model looks."""
-    return [
-        io.Float.Input(
-            "fixed_level",
-            default=0.75,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            advanced=True,
-            tooltip="With noise_level 'fixed': where in the model's schedule the reference is looked at. 0 is nothing "
-            "but noise, 1 is nearly clean.",
-        ),
-        io.Int.Input(
-            "refresh_steps",
-            default=1,
-            min=1,
-            max=REFRESH_MAX,
-            optional=True,
-            advanced=True,
-            tooltip="With noise_level 'current': how many steps a look at the reference serves. 1 looks at every step; "
-            "2 halves what the first picture costs, and what the subject's cache holds.",
-        ),
-    ]
 
 
 def looked_at(
@@ -73,21 +28,6 @@ def looked_at(
     if noise_level == CURRENT:
         return Pass(None, refresh_steps, without_cross_attention)
     return Pass(1.0 if noise_level == NEARLY_CLEAN else fixed_level, 1, without_cross_attention)
-
-
-def positions_input() -> io.Combo.Input:
-    """Where the keys of references stand."""
-    return io.Combo.Input(
-        "positions",
-        options=[USUAL, SAME, BESIDE, DAMPED],
-        default=USUAL,
-        optional=True,
-        advanced=True,
-        tooltip="For transformers that know places by rotations: where the picture sees a reference. 'same': in the "
-        "same place, as it ran. 'beside': left of the picture, one after another, as AnyStory's on FLUX. 'damped': in "
-        "the same place, the finer a difference of places the less it counts. 'usual' is 'same', which is "
-        "best by far on the pack's small transformer.",
-    )
 
 
 def positions_for(model: Any, choice: str) -> Positions | None:

@@ -105,7 +105,7 @@ class SaveResidualToken(io.ComfyNode):
             search_aliases=["Cones 2", "export residual"],
             is_output_node=True,
             inputs=[
-                ResidualTokenType.Input("residual", tooltip="From Train Residual Token."),
+                ResidualTokenType.Input("residual", tooltip="From Load Residual Token or Train Residual Token."),
                 io.String.Input(
                     "filename_prefix",
                     default="subject",

@@ -17,16 +17,8 @@ from ..patches.retouch import MultiSourceSwap, path_of
 from ..patches.sites import LATE, USUAL
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
-from .types import (
-    RETOUCH,
-    BlendMaskType,
-    TrajectoryType,
-    model_input,
-    model_output,
-    named_sites_input,
-    sites_input,
-    window_inputs,
-)
+from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
+from .types import RETOUCH, BlendMaskType, TrajectoryType
 
 BOTH, COND_ONLY = "both", "cond only"
 OR, AND = "OR", "AND"
@@ -95,10 +87,10 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "retouched, black stays the layout's. Without one, all of it is.",
                 ),
                 sites_input(
-                    "Which self-attention layers swap. 'usual' is 'late decoder', as the works that the paper follows: "
-                    "the decoder's blocks but the first third, of SD 1.x and 2.x output.6 to output.11, of SDXL "
-                    "output.2 to output.5. 'decoder' is all of them and the middle, which holds more of the layout. Of "
-                    "a transformer 'usual' is all layers, which is not measured yet.",
+                    "self-attention layers swap",
+                    "'late decoder': the decoder's blocks but the first third, as in the works that the paper follows. "
+                    "'decoder' is all of them and the middle, which holds more of the layout. Of a transformer 'usual' "
+                    "is all layers, which is not measured yet",
                     LATE,
                 ),
                 io.Boolean.Input(
@@ -109,7 +101,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                     tooltip="Whether the layout's query, key and value also replace those of the cross-attention in "
                     "the same blocks, as in the paper's Algorithm 1.",
                 ),
-                *window_inputs("the swap begins"),
+                *window_inputs(),
                 io.Combo.Input(
                     "apply_to",
                     options=[BOTH, COND_ONLY],

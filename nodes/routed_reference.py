@@ -18,21 +18,26 @@ from ..patches.subject import Share, Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
-from .recycled_attention import STRENGTH_MAX
-from .references import level_inputs, looked_at, noise_level_input, positions_for, positions_input, reference_streams
-from .types import (
-    SEVERAL,
-    RouterType,
-    SubjectType,
+from .inputs import (
+    ETA_MAX,
+    STRENGTH_MAX,
+    eta_input,
+    level_inputs,
     model_input,
     model_output,
     named_sites_input,
+    noise_level_input,
+    positions_input,
+    reference_conditioning_input,
     seed_input,
     sites_input,
+    strength_input,
+    subject_input,
     window_inputs,
 )
+from .references import looked_at, positions_for, reference_streams
+from .types import SEVERAL, RouterType, SubjectType
 
-ETA_MAX = 10.0
 TOKENS_MAX = 4096
 KEPT, SKIPPED = "kept", "skipped"
 
@@ -50,33 +55,16 @@ class SubjectShareNode(io.ComfyNode):
             "schedule, and with which image prompt.",
             search_aliases=["AnyStory", "subject strength", "image prompt", "gamma"],
             inputs=[
-                SubjectType.Input("subject", tooltip="The subject; of several, all get this share."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=STRENGTH_MAX,
-                    step=0.05,
-                    tooltip="How much weight its references have in attention, times the node's own strength. The "
-                    "paper's gamma is its logarithm: 1 is gamma 0, and 0 does not show the references at all.",
-                ),
-                *window_inputs("the subject begins to act"),
+                subject_input(),
+                strength_input(),
+                *window_inputs(),
                 io.Conditioning.Input(
                     "image_prompt",
                     optional=True,
                     tooltip="Tokens that describe the subject, added where it is: an image encoded by a style model, "
                     "an adapter's tokens, or a text of its own. As wide as the model's prompts.",
                 ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=ETA_MAX,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly the image prompt is added, times the node's own eta.",
-                ),
+                eta_input(),
                 io.Int.Input(
                     "last_tokens",
                     default=0,
@@ -145,21 +133,13 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "router",
                     tooltip="From Route Subjects by Masks or by Attention: which place belongs to which subject.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=STRENGTH_MAX,
-                    step=0.05,
-                    tooltip="How much weight the references have in attention; the paper's gamma is its logarithm. 1 "
-                    "is gamma 0; at 0 the references are not shown.",
-                ),
+                strength_input(),
                 sites_input(
-                    "Which layers see the references and image prompts. The paper trains all of them; 'usual' is the "
-                    "decoder, which does best without training, and of a transformer all layers, which is not measured "
-                    "yet.",
+                    "layers see the references and image prompts",
+                    "the decoder, which does best without training (the paper trains all); of a transformer all "
+                    "layers, which is not measured yet",
                 ),
-                *window_inputs("the subjects begin to act"),
+                *window_inputs(),
                 noise_level_input(),
                 io.Combo.Input(
                     "cross_attention",
@@ -170,16 +150,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     tooltip="Whether the pass over a reference has its cross-attention. 'kept': it reads the prompt. "
                     "'skipped' is the paper's, whose ReferenceNet is trained for it.",
                 ),
-                seed_input(
-                    "Fixes the references' noise. Leave it alone while you try sampler seeds: the references' "
-                    "features are then computed once."
-                ),
-                io.Conditioning.Input(
-                    "reference_conditioning",
-                    optional=True,
-                    tooltip="A prompt that describes the reference pictures. Without one, the generation's own "
-                    "positive prompt is used for them too.",
-                ),
+                seed_input(),
+                reference_conditioning_input(),
                 io.Conditioning.Input(
                     "background_prompt",
                     optional=True,
@@ -187,16 +159,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     tooltip="Tokens added where no subject is, as an image prompt is where one is. The paper's are "
                     "those of an empty picture.",
                 ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=ETA_MAX,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly image prompts are added (Eq. 5); 0 adds none.",
-                ),
+                eta_input(),
                 named_sites_input(),
                 positions_input(),
                 *level_inputs(),

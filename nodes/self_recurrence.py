@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from ..patches.process import Process
 from ..patches.self_recurrence import recur, row_noise
 from ..patches.window import Levels, Window
-from .types import LAYOUT, seed_input, window_inputs
+from .inputs import seed_input, window_inputs
+from .types import LAYOUT
 
 TURNS_MAX = 10
 # Those of the host's samplers that remember nothing from one step to the next.
@@ -50,8 +51,8 @@ class SelfRecurrenceNode(io.ComfyNode):
                     max=TURNS_MAX,
                     tooltip="How often each step is done. 2 is the authors'; 1 is the sampler as it is.",
                 ),
-                *window_inputs("steps begin to recur"),
-                seed_input("Fixes the noise in between, whatever the sampler's own seed."),
+                *window_inputs(),
+                seed_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom nodes.")],
         )

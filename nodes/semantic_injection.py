@@ -16,7 +16,8 @@ from ..patches.sites import USUAL
 from ..patches.subject import Subject, composite
 from ..patches.window import Window
 from .checks import check_choice, check_number, pictures_in
-from .types import SUBJECT, SemanticsType, SubjectType, model_output, window_inputs
+from .inputs import model_input, model_output, subject_input, window_inputs
+from .types import SUBJECT, SemanticsType
 
 FOLDER = "subject_encoders"
 STRENGTH_MAX = 10.0
@@ -90,8 +91,8 @@ class SemanticInjectionNode(io.ComfyNode):
             "scale of the U-Net (AnyLogo). Needs trained maps; Recycled Self-Attention beside it brings the details.",
             search_aliases=["AnyLogo", "DINOv2", "image prompt", "ip adapter", "ipadapter", "logo", "semantic"],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
-                SubjectType.Input("subject", tooltip="One or more subjects; the picture attends to all of them."),
+                model_input("SD 1.x, SD 2.x or SDXL"),
+                subject_input(),
                 SemanticsType.Input("semantics", tooltip="From Load Semantic Injection."),
                 io.Float.Input(
                     "strength",
@@ -101,7 +102,7 @@ class SemanticInjectionNode(io.ComfyNode):
                     step=0.05,
                     tooltip="How much of it the layers take. 1 is the paper's, 0 is the unpatched model.",
                 ),
-                *window_inputs("the subject's meaning begins to act"),
+                *window_inputs(),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,

@@ -23,6 +23,7 @@ from .checks import (
     tell,
     upside_down,
 )
+from .inputs import CACHE_MEGABYTES, cache_input, vae_input
 from .types import SUBJECT, SubjectType
 
 # The least and the greatest longer side in pixels.
@@ -57,7 +58,7 @@ class SubjectNode(io.ComfyNode):
                     tooltip="One or more pictures of the same subject, as a batch or a list. Transparent pictures are "
                     "put on white, and without a mask their opacity is the mask.",
                 ),
-                io.Vae.Input("vae", tooltip="The VAE of the checkpoint that will generate."),
+                vae_input(),
                 io.String.Input(
                     "phrase",
                     default="",
@@ -90,16 +91,7 @@ class SubjectNode(io.ComfyNode):
                     "its features. One mask for all pictures, or one for each.",
                 ),
                 SubjectType.Input("others", optional=True, tooltip="Subjects to pass along with this one."),
-                io.Int.Input(
-                    "cache_megabytes",
-                    default=2048,
-                    min=0,
-                    max=MEGABYTES_MAX,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How much of the subject's features to keep for the next picture, which then costs little "
-                    "more than without the subject. 0 keeps none.",
-                ),
+                cache_input(),
                 background_input(
                     "What the VAE sees around the subject's mask: 'keep' what is there, or a plain 'white' or 'gray', "
                     "as AnyStory cuts subjects out. Either way only what is inside the mask lends its features."
@@ -123,7 +115,7 @@ class SubjectNode(io.ComfyNode):
         margin: float = 0.1,
         mask: Sequence[Any] = (),
         others: tuple[Subject, ...] = (),
-        cache_megabytes: int = 2048,
+        cache_megabytes: int = CACHE_MEGABYTES,
         background: str = KEEP,
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and sequences of IMAGE and MASK batches."""

@@ -20,6 +20,7 @@ from .training_inputs import (
     checked_noun,
     digest,
     loss_output,
+    material_inputs,
     rate_input,
     settled,
     side_input,
@@ -61,15 +62,7 @@ class TrainConceptNode(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. The given model stays as it is."),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Image.Input(
-                    "images",
-                    tooltip="Pictures of the concept, about 3 to 6: from Batch Images, or the list of Load Image (from "
-                    "Folder). Their middle squares are taken.",
-                ),
-                io.String.Input("noun", default="", tooltip="What the concept is, in a word: backpack, dog, emblem."),
+                *material_inputs(),
                 io.String.Input(
                     "name",
                     default="my_concept",
@@ -100,7 +93,7 @@ class TrainConceptNode(io.ComfyNode):
                     "Learning rate of the learnt words: for Stable Diffusion ten times that of the projections for the "
                     "pictures' own, and as much as that for the concept's.",
                 ),
-                batch_input("Pictures in each step: 2 for Stable Diffusion."),
+                batch_input(),
                 io.Float.Input(
                     "smallest_crop",
                     default=0.75,

@@ -16,6 +16,7 @@ from .training_inputs import (
     checked_noun,
     digest,
     loss_output,
+    material_inputs,
     rate_input,
     settled,
     side_input,
@@ -52,19 +53,7 @@ class TrainResidualToken(io.ComfyNode):
             ],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL, with its LoRA if any."),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Image.Input(
-                    "images",
-                    tooltip="3 to 5 pictures of the subject from different sides: a batch, or the list that Load Image "
-                    "(from Folder) gives. Of each the middle square is taken.",
-                ),
-                io.String.Input(
-                    "noun",
-                    default="",
-                    tooltip="What the subject is: dog, backpack. A noun of several tokens gets a vector for each.",
-                ),
+                *material_inputs(),
                 steps_input("How many steps. 3000 is the paper's."),
                 rate_input(
                     "learning_rate",
@@ -72,7 +61,7 @@ class TrainResidualToken(io.ComfyNode):
                     "0.000001 is the paper's, for text encoders of Stable Diffusion's size. Small ones take more, a "
                     "residual alone about 0.05.",
                 ),
-                batch_input("Pictures a step. 1 is the paper's."),
+                batch_input(),
                 io.Float.Input(
                     "preservation",
                     default=0.1,

@@ -16,7 +16,7 @@ from ..patches.families.unet import UNet
 from ..patches.prompt import CLIPS
 from ..training.usual import Usual
 from .checks import check_choice, check_number, pictures_in
-from .types import seed_input
+from .inputs import model_input, seed_input, vae_input
 
 # The host's own type: a dictionary with the list "loss", for its Plot Loss Graph.
 LossMapType = io.Custom("LOSS_MAP")
@@ -27,6 +27,21 @@ BATCH_MAX = 64
 SIDE = (64, 4096)
 AUTO = "0 is what suits the model; the log says what was taken."
 NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
+
+
+def material_inputs() -> list[Any]:
+    """What is trained on which pictures: the parts of a checkpoint, the pictures and what they show."""
+    return [
+        model_input("SD 1.x, SD 2.x or SDXL"),
+        io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+        vae_input(),
+        io.Image.Input(
+            "images",
+            tooltip="3 to 5 pictures of the subject from different sides: a batch, or the list that Load Image (from "
+            "Folder) gives. Of each the middle square is taken.",
+        ),
+        io.String.Input("noun", default="", tooltip="What the subject is, in a word: backpack, dog, emblem."),
+    ]
 
 
 def steps_input(tooltip: str) -> io.Int.Input:
@@ -41,9 +56,9 @@ def side_input() -> io.Int.Input:
     return io.Int.Input("size", default=0, min=0, max=SIDE[1], step=8, tooltip=f"{tooltip} {AUTO}")
 
 
-def batch_input(tooltip: str) -> io.Int.Input:
+def batch_input() -> io.Int.Input:
     bounds = {"default": 0, "min": 0, "max": BATCH_MAX}
-    return io.Int.Input("batch_size", **bounds, tooltip=f"{tooltip} {AUTO}", optional=True, advanced=True)
+    return io.Int.Input("batch_size", **bounds, tooltip=f"Pictures in each step. {AUTO}", optional=True, advanced=True)
 
 
 def rate_input(name: str, step: float, tooltip: str, optional: bool = False) -> io.Float.Input:
@@ -125,7 +140,7 @@ def checked_noun(text: str) -> str:
 def training_inputs() -> list[Any]:
     """Seed, precision, gradient checkpointing, and the name under which a training can go on."""
     return [
-        seed_input("Fixes what is drawn in training: noise, noise levels, pictures, sentences."),
+        seed_input(),
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),

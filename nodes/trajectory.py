@@ -21,23 +21,11 @@ from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, invert
 from ..patches.process import Process
 from ..patches.subject import MEGABYTE, mask_bounds
 from .checks import MEGABYTES_MAX, check_number, latents_in, masks_in, prompt_in, tell, upside_down
+from .inputs import cache_input, model_input
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
 FOLDER = "trajectories"
-
-
-def cache_input() -> io.Int.Input:
-    return io.Int.Input(
-        "cache_megabytes",
-        default=CACHE_MEGABYTES,
-        min=0,
-        max=MEGABYTES_MAX,
-        optional=True,
-        advanced=True,
-        tooltip="How much of what the trajectory lends to keep for the next picture, which then costs little more than "
-        "without it. 0 keeps none.",
-    )
 
 
 class InvertToTrajectoryNode(io.ComfyNode):
@@ -53,7 +41,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
             "Multi-Source Attention Swap (Layout-and-Retouch).",
             search_aliases=["DDIM inversion", "inversion", "unsampler", "Layout-and-Retouch"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample."),
+                model_input(),
                 io.Latent.Input("latent", tooltip="The encoded picture; several are inverted together."),
                 io.Sigmas.Input(
                     "sigmas",
@@ -82,7 +70,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
                     tooltip="Also replays the inversion and reports how far it drifts, which takes another pass a "
                     "step. The kept latents do not drift.",
                 ),
-                cache_input(),
+                cache_input(CACHE_MEGABYTES),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -316,7 +304,7 @@ class LoadTrajectoryNode(io.ComfyNode):
                     options=_saved(),
                     tooltip=f"A file of the folder {FOLDER} or below it, in the input folder or in the output folder.",
                 ),
-                cache_input(),
+                cache_input(CACHE_MEGABYTES),
             ],
             outputs=[TrajectoryType.Output(display_name="trajectory", tooltip="The trajectory as it was saved.")],
         )

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 from typing import Any
 
 import pytest
-import subject_patches
 from host import ROOT, Server
 from hosting.workflows import real_workflow_files, workflow_files
+from subject_patches.tests.schemas import NODES, SCHEMAS
 
 HELP = ROOT / "web" / "docs"
-
-
-async def _nodes() -> list[Any]:
-    pack = subject_patches.SubjectPatches()
-    await pack.on_load()
-    return await pack.get_node_list()
-
-
-NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(_nodes())}
-SCHEMAS = [node.GET_SCHEMA() for node in NODES.values()]
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
