@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from author import save
 from host import ROOT, Server
-from hosting.arrange import NOTE
+from hosting.arrange import NOTE, SCREEN
 from hosting.page import HOW_TO_GET, Page, find_browser
+from hosting.wiring import WIRES
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=f"there is no browser here; {HOW_TO_GET}")
@@ -25,6 +26,8 @@ def page(server: Server) -> Iterator[Page]:
         yield opened
 
 
+# As high as the page writes groups' titles, in its own pixels.
+TITLE = 20
 FILES = [*workflow_files(), *real_workflow_files()]
 
 
@@ -38,7 +41,7 @@ def prompts(server: Server) -> dict[str, Any]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path: Path) -> None:
     """No node is missing, the page's API export is what the tools queue, and the file is what the page saves. Nodes lie
-    in titled groups and none over another, on opening and with the pictures of a run."""
+    in titled groups and none over another, on opening and with the pictures of a run; no link runs behind a node."""
     workflow = load_workflow(path)
     page.load(workflow)
     assert page.missing() == []
@@ -46,6 +49,7 @@ def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path:
     assert prompt == prompts[path.stem]
     assert _lasting(saved) == _lasting(workflow)
     _check_canvas(page, workflow)
+    assert page.links_behind() == []
     for node in workflow["nodes"]:
         if node["type"] in ("SaveImage", "PreviewImage"):
             page.show_pictures(node["id"], "subject_patches_emblem.png", 2)
@@ -61,6 +65,10 @@ def _check_canvas(page: Page, workflow: dict[str, Any]) -> None:
     groups = [group["bounding"] for group in workflow["groups"]]
     assert all(group["title"] for group in workflow["groups"])
     assert not any(_overlap(one, other) for one, other in itertools.combinations(groups, 2))
+    seen = [*groups, *bounds.values()]
+    size = [max(box[side] + box[side + 2] for box in seen) - min(box[side] for box in seen) for side in (0, 1)]
+    zoom = min(has / needs for has, needs in zip(SCREEN, size, strict=True))
+    assert zoom * TITLE >= 9
     lost = [number for number, box in bounds.items() if not any(_holds(group, box) for group in groups)]
     assert lost == notes
 
@@ -121,4 +129,4 @@ def test_saved_workflow_is_stable(page: Page, solid_workflow: dict[str, Any]) ->
 
 def _lasting(workflow: dict[str, Any]) -> dict[str, Any]:
     # The canvas position and the page's version differ between two people who save the same.
-    return {key: workflow[key] for key in ("nodes", "links", "groups")}
+    return {key: workflow[key] for key in ("nodes", "links", "groups")} | {"reroutes": workflow["extra"].get(WIRES[0])}

@@ -67,6 +67,8 @@ def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = Non
     page.load(workflow)
     page.settle()
     _, saved = page.export()
+    # Without a saved view the page shows all of a workflow that it opens.
+    saved["extra"].pop("ds", None)
     return saved | {"id": str(uuid.uuid5(_NAMESPACE, name))}
 
 

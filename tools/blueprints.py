@@ -84,7 +84,7 @@ def main() -> int:
 
 def made(page: Page, blueprint: Blueprint) -> dict[str, Any]:
     """The blueprint in the form in which the page keeps one: a workflow of the box alone."""
-    page.load(load_workflow(find_real_workflow(blueprint.workflow)))
+    page.load(load_workflow(find_real_workflow(blueprint.workflow)) | {"extra": {}})
     page.box(blueprint.name, blueprint.kinds, blueprint.widgets)
     _, workflow = page.export()
     (definition,) = workflow["definitions"]["subgraphs"]

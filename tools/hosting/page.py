@@ -46,6 +46,34 @@ const title = window.LiteGraph.NODE_TITLE_HEIGHT;
 const box = node => [node.pos[0], node.pos[1] - title, node.size[0], node.size[1] + title];
 return window.app.graph.nodes.map(node => [node.id, box(node)]);
 """
+_BEHIND = """
+const inset = 16, scale = 0.25, title = window.LiteGraph.NODE_TITLE_HEIGHT, graph = window.app.graph;
+window.app.canvas.draw(true, true);
+const boxes = graph.nodes.map(node => [node.id, node.pos[0] + inset, node.pos[1] - title + inset,
+    node.pos[0] + node.size[0] - inset, node.pos[1] + node.size[1] - inset]);
+const left = Math.min(...boxes.map(box => box[1])) - 200, top = Math.min(...boxes.map(box => box[2])) - 400;
+const sheet = document.createElement("canvas");
+sheet.width = (Math.max(...boxes.map(box => box[3])) + 200 - left) * scale;
+sheet.height = (Math.max(...boxes.map(box => box[4])) + 200 - top) * scale;
+const context = sheet.getContext("2d", {willReadFrequently: true});
+const found = [];
+for (const part of [...graph.links.values(), ...graph.reroutes.values()]) {
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, sheet.width, sheet.height);
+    context.setTransform(scale, 0, 0, scale, -left * scale, -top * scale);
+    context.lineWidth = 4;
+    context.stroke(part.path);
+    const {data} = context.getImageData(0, 0, sheet.width, sheet.height);
+    for (const [id, ...box] of boxes) {
+        const [x0, y0, x1, y1] = box.map((value, axis) => Math.round((value - (axis % 2 ? top : left)) * scale));
+        let met = false;
+        for (let y = y0; y < y1 && !met; y++)
+            for (let x = x0; x < x1 && !met; x++) met = data[4 * (y * sheet.width + x) + 3] > 100;
+        if (met) found.push([part.origin_id ?? part.firstLink.origin_id, id]);
+    }
+}
+return found;
+"""
 _SHOW = """
 const [id, images] = arguments;
 const detail = {node: id, display_node: id, prompt_id: "shown", output: {images}};
@@ -149,6 +177,12 @@ class Page:
     def bounds(self) -> dict[int, list[float]]:
         """Where each node of the open workflow lies, its title bar included: x, y, width and height by its number."""
         return {int(number): box for number, box in self._driver.execute_script(_BOUNDS)}
+
+    def links_behind(self) -> list[tuple[int, int]]:
+        """Where a link is drawn behind a node: the numbers of the node that it comes from and of the one in front."""
+        self._driver.execute_script(_FIT)
+        self.settle()
+        return [(int(source), int(node)) for source, node in self._driver.execute_script(_BEHIND)]
 
     def box(self, name: str, kinds: Sequence[str], widgets: Sequence[tuple[str, str]]) -> None:
         """Put the open workflow's nodes of these kinds into one box, a subgraph, that shows the widgets of theirs."""
