@@ -27,6 +27,18 @@ def test_workflows_run_through_the_hosts_loaders(flux_server: Server) -> None:
         assert np.abs(picture(flux_server, api) - patched).max() > (0 if name == "layout_flux" else 3), name
 
 
+def test_a_picture_is_retouched(flux_server: Server) -> None:
+    """It begins where the inverted picture ended; without the swap it becomes another."""
+    api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("retouch_flux"))), ENCODERS))
+    patched = picture(flux_server, api)
+    assert patched.shape == (PIXELS, PIXELS, 3)
+    (guider,) = (node["inputs"] for node in api.values() if node["class_type"] == "CFGGuider")
+    assert guider["cfg"] == 1
+    (swap,) = (node["inputs"] for node in api.values() if node["class_type"] == "SubjectPatchesMultiSourceSwap")
+    guider["model"] = swap["model"]
+    assert np.abs(picture(flux_server, api) - patched).max() > 3
+
+
 def test_phrases_are_found_in_the_tokens_of_t5(flux_server: Server) -> None:
     """A phrase that T5 has no letters for is refused by name; CLIP knows it."""
     api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("layout_flux"))), ENCODERS))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hosting.paths import ROOT, environment_python
@@ -56,6 +57,7 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "unpacked")
+        texts = {name: archive.read(name).decode("utf-8") for name in names if name.endswith((".md", ".json"))}
     assert [
         name for name in names if re.match(r"(tests|tools/weights|tools/measuring|\.\w+)/", name) or "judge" in name
     ] == []
@@ -69,6 +71,10 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
         assert kept in names
     for folder in ("workflows", "subgraphs", "web/docs", "locales/en", "training"):
         assert any(name.startswith(f"{folder}/") for name in names), folder
+    for page in ("README.md", "docs/TOY.md", "docs/DESIGN.md", "docs/EFFECTS.md", "docs/BENCHMARKS.md"):
+        linked = re.findall(r"\]\(([^)#:]+)\)", texts[page])
+        assert {str(PurePosixPath(page).parent / link) for link in linked} <= {*names}, page
+    _check_workflows(texts, {*names})
     code = (
         "import sys, asyncio; sys.path.insert(0, sys.argv[1]); from hosting.device import use_cpu_without_gpu; "
         "use_cpu_without_gpu(); from hosting.pack import load_pack; from pathlib import Path; "
@@ -79,6 +85,20 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 20
+
+
+def _check_workflows(texts: dict[str, str], names: set[str]) -> None:
+    """Each has its model and pictures, where they are the pack's own; README names no other but those it says so of."""
+    workflows = {name: json.loads(text) for name, text in texts.items() if re.match(r"workflows/\w+\.json", name)}
+    for name, workflow in workflows.items():
+        values = [value for node in workflow["nodes"] for value in node.get("widgets_values") or ()]
+        mine = [value for value in values if re.match(r"subject[-_]patches[-_]\w[\w-]*\.\w+$", str(value))]
+        folders = {"safetensors": "toy/weights", "png": "workflows/input"}
+        assert {f"{folders[value.rpartition('.')[2]]}/{value}" for value in mine} <= names, name
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", texts["README.md"], re.MULTILINE)
+    told = {f"workflows/{stem}.json" for row in rows for stem in re.findall(r"\w+", row)}
+    assert {name for name in told - {*workflows} if not name.endswith("_dit.json")} == set()
+    assert {*workflows} <= told
 
 
 def test_placeholders_are_those_of_the_list() -> None:

@@ -114,7 +114,8 @@ def _write(path: Path, picture: bytes) -> None:
 
 
 def _words(stem: str) -> str:
-    return stem.replace("_", " ").capitalize()
+    transformer = stem.endswith("_dit")
+    return stem.removesuffix("_dit").replace("_", " ").capitalize() + ", on a transformer" * transformer
 
 
 def _slug(caption: str) -> str:

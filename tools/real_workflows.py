@@ -1,8 +1,8 @@
 """Write the workflows for real checkpoints as the page saves them: `python tools/real_workflows.py [NAME ...]`.
 
-Each is made for SD 1.5 and for SDXL, and some for Z-Image Turbo, by the same function, so that they differ in what a
-model needs alone: its files, the side of its pictures, how it is sampled. Needs Chromium and its driver, as
-`tools/author.py` does.
+Each is made for SD 1.5 and for SDXL, some for Z-Image Turbo and one for FLUX.1 dev, by the same function, so that they
+differ in what a model needs alone: its files, the side of its pictures, how it is sampled. Needs Chromium and its
+driver, as `tools/author.py` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from author import save
 from host import Server, find_host
 from hosting.client import ApiPrompt
 from hosting.command import Parser, enter, run
-from hosting.graphs import DISTILLED, FAMILIES, Graph, Link, graph_for
+from hosting.graphs import DISTILLED, FAMILIES, FLUX, Graph, Link, graph_for
 from hosting.page import Page
 from hosting.workflows import FOLDER
 
@@ -136,37 +136,39 @@ def use_a_concept(graph: Graph) -> str:
 def retouch(graph: Graph) -> str:
     """A picture's subject gets a reference's details."""
     side = graph.side()
+    unprompted = graph.unprompted()
 
     def inverted(title: str, name: str) -> tuple[Link, str]:
         loaded = graph.picture(title, name)
         square = {"upscale_method": "lanczos", "crop": "center", "width": side, "height": side}
         scaled = [graph.add("ImageScale", f"{title}, to the size", image=loaded, **square), 0]
         latent = [graph.add("VAEEncode", pixels=scaled, vae=graph.vae), 0]
-        links = {"model": graph.model, "latent": latent, "sigmas": sigmas, "clip": graph.clip}
+        links = {"model": graph.model, "latent": latent, "sigmas": sigmas, **unprompted}
         return scaled, graph.add("SubjectPatchesInvertToTrajectory", f"Invert: {title.lower()}", **links)
 
-    schedule = {"model": graph.model, "scheduler": "normal", "steps": 50, "denoise": 1.0}
-    sigmas = [graph.add("BasicScheduler", "The steps of all three", **schedule), 0]
+    sigmas = [graph.add("BasicScheduler", "The steps of all three", model=graph.model, **graph.steps()), 0]
     _, source = inverted("Your picture", "another_emblem")
     _, details = inverted("The details", "emblem")
     neutral = {"clip": graph.clip, "text": "a photo of an emblem", "phrases": "emblem"}
     positive = [graph.add("SubjectPatchesEncodePrompt", "What both pictures show", **neutral), 0]
-    negative = graph.text("Negative prompt", "")
+    negative = graph.negative(positive, "")
+    positive = graph.guided(positive)
     mask = {"phrase": "emblem", "threshold": 0.3, "join": "OR"}
     links = {"layout": [source, 0], "reference": [details, 0]}
     links["blend_mask"] = [graph.add("SubjectPatchesAdaptiveBlendMask", **mask), 0]
     swap = {"model": graph.model, **links, "lambda2": 0.2, "mask_blend_start": 0.6}
     model = [graph.add("SubjectPatchesMultiSourceSwap", **swap), 0]
     guider = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=graph.family.cfg)
-    given = {"noise": [graph.add("DisableNoise"), 0], "guider": [guider, 0]}
+    given = {**graph.begun(source, side), "guider": [guider, 0]}
     given["sampler"] = [graph.add("KSamplerSelect", "Sampler", sampler_name="euler"), 0]
-    latent = graph.add("SamplerCustomAdvanced", **given, sigmas=sigmas, latent_image=[source, 1])
+    latent = graph.add("SamplerCustomAdvanced", **given, sigmas=sigmas)
     graph.save("After: with the details", graph.decoded([latent, 0]), "retouched")
     return (
         "## Give a picture's subject the details of another\n**Your picture** keeps its structure; its subject takes "
-        "the look of **The details** (50 steps, lambda2 0.2, mask from 0.6: the paper's).\n\n**Change first:** the two "
-        "pictures, then the noun in *What both pictures show*, in its `phrases` and in Adaptive Swap Mask. More "
-        "`lambda2` keeps more of the picture. Connect a painted mask to Adaptive Swap Mask to say where."
+        f"the look of **The details** ({graph.steps()['steps']} steps; lambda2 0.2 and the mask from 0.6 are the "
+        "paper's).\n\n**Change first:** the two pictures, then the noun in *What both pictures show*, in its `phrases` "
+        "and in Adaptive Swap Mask. More `lambda2` keeps more of the picture. Connect a painted mask to Adaptive Swap "
+        "Mask to say where."
     )
 
 
@@ -182,6 +184,7 @@ WORKFLOWS: dict[str, Callable[[Graph], str]] = {
 }
 # What a distilled model can do, too: to invert a picture or to learn a concept it would have to be guided.
 PLAIN = ("reference", "two_subjects", "layout")
+OTHERS = {**dict.fromkeys(PLAIN, DISTILLED), "retouch": FLUX}
 
 
 def _boxes(graph: Graph, boxes: dict[str, tuple[int, int, int, int]]) -> Link:
@@ -233,7 +236,7 @@ def main() -> int:
     enter(host, Path(__file__), sys.argv[1:])
     with Server(host) as server, Page(server.url) as page:
         for kind, make in WORKFLOWS.items():
-            for suffix, family in (FAMILIES | (DISTILLED if kind in PLAIN else {})).items():
+            for suffix, family in (FAMILIES | OTHERS.get(kind, {})).items():
                 name = f"{kind}_{suffix}"
                 if options.names and name not in options.names:
                     continue

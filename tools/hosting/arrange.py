@@ -45,7 +45,7 @@ _PICTURE = (300.0, 340.0)
 _TITLE = 30.0
 # Between nodes of a column, with room for the pack's badge; between columns, wide enough for the links' curves.
 _GAP, _COLUMN_GAP = 30.0, 80.0
-_BETWEEN_GROUPS = 60.0
+_BETWEEN_GROUPS = 40.0
 _PADDING = 40.0
 _HEAD = 70.0
 _HEIGHTS = range(600, 1501, 50)

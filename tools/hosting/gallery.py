@@ -16,11 +16,11 @@ from .sheet import Group, fit
 
 # The workflows from what most people look for to what looks inside.
 ORDER = (
-    *("emblem_in_a_scene", "emblem_in_a_scene_dit", "two_emblems_by_masks"),
+    *("emblem_in_a_scene_dit", "emblem_in_a_scene", "two_emblems_by_masks"),
     *("layout_by_boxes", "retouch_a_picture", "train_a_residual_token"),
     *("concept_and_the_prompt", "emblem_in_a_painted_region", "repaint_around_an_emblem", "layout_and_retouch"),
-    *("two_emblems_by_attention_maps", "layout_by_masks", "text_to_image", "text_to_image_dit"),
-    *("three_nodes_in_the_same_layers", "attention_inspector"),
+    *("two_emblems_by_attention_maps", "layout_by_masks", "three_nodes_in_the_same_layers"),
+    *("text_to_image_dit", "text_to_image", "attention_inspector"),
 )
 _SIDE, _GAP, _MOST = 150, 14, 5
 _TITLE, _TEXT = 22, 15

@@ -36,7 +36,16 @@ FAMILIES = {
     "sd15": Family("SD 1.5", "v1-5-pruned-emaonly-fp16.safetensors", 512, 7.0),
     "sdxl": Family("SDXL", "sd_xl_base_1.0.safetensors", 1024, 6.0),
 }
+FLUX_NOTE = """
+
+**Choose your files** in Load Diffusion Model, DualCLIPLoader and Load VAE first: FLUX.1 dev, its two text encoders and
+its VAE. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is followed. Inverted without guidance,
+pictures of it come back less well than on SD 1.5. **{title}** says how big the picture is; it stands nowhere else. The
+swap's layers and shares on FLUX are not measured: try more and less of them."""
 DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
+
+
+FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0)}
 
 
 class Graph:
@@ -69,9 +78,25 @@ class Graph:
     def text(self, title: str, text: str) -> Link:
         return [self.add("CLIPTextEncode", title, clip=self.clip, text=text), 0]
 
-    def negative(self, positive: Link) -> Link:
+    def negative(self, positive: Link, text: str = NEGATIVE) -> Link:
         """The negative conditioning that goes with a positive one."""
-        return self.text("Negative prompt", NEGATIVE)
+        return self.text("Negative prompt", text)
+
+    def guided(self, positive: Link) -> Link:
+        """A prompt's conditioning as the model wants it."""
+        return positive
+
+    def unprompted(self) -> dict[str, Link]:
+        """What an inversion is told for a prompt: with a text encoder alone, that there is none."""
+        return {"clip": self.clip}
+
+    def steps(self) -> dict[str, Any]:
+        """The schedule of a retouch."""
+        return {"scheduler": "normal", "steps": 50, "denoise": 1.0}
+
+    def begun(self, path: str, side: Link) -> dict[str, Link]:
+        """The noise and latent of a sampler that begins where an inverted picture ended."""
+        return {"noise": [self.add("DisableNoise"), 0], "latent_image": [path, 1]}
 
     def picture(self, title: str, name: str) -> Link:
         return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
@@ -113,7 +138,7 @@ class DistilledGraph(Graph):
     def note(self, size: str) -> str:
         return DISTILLED_NOTE.format(family=self.family.name, title=size)
 
-    def negative(self, positive: Link) -> Link:
+    def negative(self, positive: Link, text: str = "") -> Link:
         """Nothing asks for it at CFG 1, but the sampler's input wants to be connected."""
         return [self.add("ConditioningZeroOut", "No negative prompt at CFG 1", conditioning=positive), 0]
 
@@ -125,6 +150,33 @@ class DistilledGraph(Graph):
         return [self.add("EmptySD3LatentImage", "Size of the picture", width=side, height=side, batch_size=count), 0]
 
 
+class FluxGraph(DistilledGraph):
+    """A workflow for FLUX.1 dev, which is told its guidance. Being a flow, it begins with nothing but noise."""
+
+    def loaded(self) -> tuple[Link, Link, Link]:
+        model = self.add("UNETLoader", unet_name=self.family.checkpoint, weight_dtype="default")
+        names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors"}
+        clip = self.add("DualCLIPLoader", **names, type="flux", device="default")
+        return [model, 0], [clip, 0], [self.add("VAELoader", vae_name="ae.safetensors"), 0]
+
+    def note(self, size: str) -> str:
+        return FLUX_NOTE.format(title=size)
+
+    def guided(self, positive: Link, guidance: float = 3.5) -> Link:
+        return [self.add("FluxGuidance", conditioning=positive, guidance=guidance), 0]
+
+    def unprompted(self) -> dict[str, Link]:
+        return {"conditioning": self.guided(self.text("No prompt to invert with", ""), 1.0)}
+
+    def steps(self) -> dict[str, Any]:
+        return {"scheduler": "simple", "steps": 28, "denoise": 1.0}
+
+    def begun(self, path: str, side: Link) -> dict[str, Link]:
+        return {"noise": [path, 3], "latent_image": self.empty(side)}
+
+
 def graph_for(family: Family) -> Graph:
     """An empty workflow for a family."""
+    if family in FLUX.values():
+        return FluxGraph(family)
     return (DistilledGraph if family in DISTILLED.values() else Graph)(family)
