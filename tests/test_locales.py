@@ -1,8 +1,11 @@
-"""What the page says in other languages: English word for word what the nodes say, German a name and a description."""
+"""What the page says in other languages: English word for word what the nodes say, German all that English does.
+
+Names of inputs stay as they are, because tooltips and help pages call them so; the page translates no options."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -31,6 +34,34 @@ def test_german_has_every_node() -> None:
         assert words["display_name"]
         assert words["description"].endswith(".")
     assert len({words["display_name"] for words in german.values()}) == len(german)
+
+
+def _tooltips(words: dict[str, Any]) -> dict[tuple[str, str, str], str]:
+    """By node, part and name, what stands at every input and output."""
+    return {
+        (node, part, name): each["tooltip"]
+        for node, parts in words.items()
+        for part in ("inputs", "outputs")
+        for name, each in parts.get(part, {}).items()
+    }
+
+
+def test_german_has_every_input_and_output() -> None:
+    """None is left out or outlives what it is for, and what is one tooltip in English is one in German."""
+    english, german = _tooltips(WORDS), _tooltips(_read("de", "nodeDefs.json"))
+    assert german.keys() == english.keys()
+    assert [place for place, text in german.items() if not text.endswith(".") or text == english[place]] == []
+    pairs = {(english[place], german[place]) for place in english}
+    assert len(pairs) == len(set(english.values())) == len(set(german.values()))
+
+
+def test_german_quotes_what_english_quotes() -> None:
+    """Choices and examples are typed or chosen as they stand there, whatever the language."""
+    english, german = _tooltips(WORDS), _tooltips(_read("de", "nodeDefs.json"))
+    quoted = {place: set(re.findall(r"(?<!\w)'([^']+)'(?!\w)", text)) for place, text in english.items()}
+    assert [
+        (place, word) for place, words in quoted.items() for word in words if f"'{word}'" not in german[place]
+    ] == []
 
 
 @pytest.mark.parametrize("language", ["en", "de"])
