@@ -119,7 +119,7 @@ def _jobs(call: AttentionCall) -> list[_Job]:
 # own: in multiplications for what is filled up, in elements of keys that are then held at once. Big ones run alone, and
 # the keys of one are let go before those of the next are made.
 _FILLED_UP = 2**21
-_HELD = 2**22
+_HELD = 2**21
 
 
 def _together(jobs: Sequence[_Job]) -> list[list[int]]:

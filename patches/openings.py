@@ -7,8 +7,9 @@ is of. Like a slot it holds one function, so ours is composed at run time around
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from .attention import OVERRIDE, Attention
 from .call import BATCH, PLACES, AttentionCall, Extension
 from .execution import Attend, execute, extended, prompt_only
 from .families import Tokens, Transformer
+from .rearranging import Rearranging
 from .recording import Recording
 from .session import Forward, Session
 from .sites import Site
@@ -64,14 +66,19 @@ class Opening:
     ahead: int = 0
     block: tuple[str, int] | None = None
     calls: int = 0
-    begins: int | None = None
+    around: Rearranging = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.around = Rearranging(math.prod(self.family.grid(self.latent)), self.context)
 
     def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The forward's options with this opening in them."""
         made = {**options, OVERRIDE: self}
         if self.family.tells:
             patches = made.get("patches", {})
-            made["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), self._look]}
+            others = patches.get("attn1_patch", ())
+            watched = [self.around.first, *others] if others else []
+            made["patches"] = {**patches, "attn1_patch": [*watched, self.around.last]}
         if self.family.told == "replacement":
             slots = {name: dict(slot) for name, slot in made.get("patches_replace", {}).items()}
             replaced = slots.setdefault("dit", {})
@@ -81,10 +88,6 @@ class Opening:
                     replaced[place] = self._naming((blocks.word, number), replaced.get(place))
             made["patches_replace"] = slots
         return made
-
-    def _look(self, query: Tensor, *_: Any, extra_options: Mapping[str, Any], **__: Any) -> dict[str, Any]:
-        self.begins = extra_options["img_slice"][0]
-        return {}
 
     def _naming(self, block: tuple[str, int], other: Any) -> Callable[..., Any]:
         def named(arguments: Any, extra: Mapping[str, Any]) -> Any:
@@ -127,33 +130,50 @@ class Opening:
         recorded = site is not None and self.recording is not None and site in self.recording.sites
         if not (wanted or recorded):
             return attention.plain()
-        grid = self.family.grid(self.latent)
-        references = sum(options.get("reference_image_num_tokens", ()))
-        tokens = self.family.tokens(
-            site.kind, attention.count("q"), attention.count("k"), grid, self.context, references, self.begins,
-            self.ahead,
-        )  # fmt: skip
+        grid, change = self.family.grid(self.latent), self.around.change
+        tokens = self._tokens(attention, site, grid, sum(options.get("reference_image_num_tokens", ())))
         rows = attention.values["q"].shape[0]
-        if tokens is None or (wanted and rows != self.forward.rows):
+        if tokens is None or (wanted and change is None and rows != self.forward.rows):
             if wanted:
                 self.session.leave(site, self.forward, PLACES if tokens is None else BATCH)
             return attention.plain()
         calls = self._calls(attention, site, tokens, grid) if wanted else []
         amended = [call for call in calls if call.amended]
         output = self._amended(attention, tokens, amended) if amended else attention.plain()
-        if recorded:
+        # A companion's pass whose prompt another pack took away has nothing of it to keep.
+        if recorded and (change is None or None not in change.prompts):
             self._record(attention, site, tokens, grid, calls, output)
         return output
 
+    def _tokens(self, attention: Attention, site: Site, grid: tuple[int, int], references: int) -> Tokens | None:
+        """Where tokens lie in an attention, after what other packs did to it; None where that cannot be told."""
+        around = self.around
+        if around.lost:
+            return None
+        if around.change is None:
+            queries, keys = attention.count("q"), attention.count("k")
+            return self.family.tokens(
+                site.kind, queries, keys, grid, self.context, references, around.begins, self.ahead
+            )
+        queries, keys, prompts = around.change.queries, around.change.keys, set(around.change.prompts)
+        prompt = self._prompt(prompts.pop()) if len(prompts) == 1 else None
+        return Tokens(slice(queries, queries + around.count), slice(keys, keys + around.count), prompt)
+
+    def _prompt(self, begins: int | None) -> slice | None:
+        return None if begins is None else slice(begins, begins + self.context)
+
     def _calls(self, attention: Attention, site: Site, tokens: Tokens, grid: tuple[int, int]) -> list[AttentionCall]:
         """The attention of each chunk of the forward, as the session's edits amend it."""
-        calls = []
-        for chunk in self.forward.chunks:
+        calls, change = [], self.around.change
+        chunks = [(chunk, tokens.prompt) for chunk in self.forward.chunks]
+        if change is not None:
+            chunks = [(chunk, self._prompt(begins)) for chunk, begins in change.chunks(self.forward.chunks)]
+        for chunk, prompt in chunks:
             query = attention.tokens("q", chunk.rows, tokens.picture)
             key, value = attention.keys_and_values(chunk.rows)
             places = grid if chunk.known_places else None
             call = AttentionCall(
-                query, key, value, attention.heads, site, chunk, places, tokens.prompt, tokens.own,
+                query, key, value, attention.heads, site, chunk, places, prompt, tokens.own,
                 biases=attention.biases(chunk.rows, tokens.picture), project=partial(self.session.project, site),
             )  # fmt: skip
             self.session.amend(call)
@@ -164,7 +184,7 @@ class Opening:
         """The attention with some of its calls amended. What these leave alone, other chunks and the queries that are
         not the picture's, is attended to as it was."""
         count, picture = attention.count("q"), tokens.picture
-        rows, last = self.forward.rows, 0
+        rows, last = attention.values["q"].shape[0], 0
         output: Tensor | None = None
         pieces: list[tuple[slice, slice, Tensor]] = []
         for call, result in zip(amended, execute(amended, self._attend(attention)), strict=True):

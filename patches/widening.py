@@ -85,19 +85,12 @@ class Widening:
             return None
         if not self.origins:
             return [self._told(chunk, chunk.rows.start) for chunk in chunks]
-        runs: list[tuple[Chunk, int, list[int]]] = []
-        for row, origin in enumerate(self.origins):
-            chunk = next(each for each in chunks if each.rows.start <= origin < each.rows.stop)
-            number = origin - chunk.rows.start
-            if runs and runs[-1][0] is chunk and number > runs[-1][2][-1]:
-                runs[-1][2].append(number)
-            else:
-                runs.append((chunk, row, [number]))
+        runs = _runs(self.origins, chunks)
         parts = [self._told(_of_rows(chunk, start, numbers), start) for chunk, start, numbers in runs]
         known = {id(chunk) for (chunk, *_), part in zip(runs, parts, strict=True) if part.keys and part.keys.stop}
         # Where some of a chunk's copies read its prompt, the others read another one.
         return [
-            _of_another_prompt(part) if id(chunk) in known and not part.keys.stop else part
+            of_another_prompt(part) if id(chunk) in known and not part.keys.stop else part
             for (chunk, *_), part in zip(runs, parts, strict=True)
         ]
 
@@ -117,6 +110,25 @@ class Widening:
         origin = self.origins[row] if self.origins else row
         own = self._context[origin, : chunk.length]
         return _with_tokens(chunk, own, self._widened[min(row, len(self._widened) - 1)])
+
+
+def _runs(origins: list[int], chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, int, list[int]]]:
+    """Rows that follow each other and are rows of one chunk in its order: the chunk, the first's number, and which of
+    its rows they are."""
+    runs: list[tuple[Chunk, int, list[int]]] = []
+    for row, origin in enumerate(origins):
+        chunk = next(each for each in chunks if each.rows.start <= origin < each.rows.stop)
+        number = origin - chunk.rows.start
+        if runs and runs[-1][0] is chunk and number > runs[-1][2][-1]:
+            runs[-1][2].append(number)
+        else:
+            runs.append((chunk, row, [number]))
+    return runs
+
+
+def runs_of(origins: list[int], chunks: tuple[Chunk, ...]) -> list[Chunk]:
+    """The chunks of rows that were these rows."""
+    return [_of_rows(*run) for run in _runs(origins, chunks)]
 
 
 def _of_rows(chunk: Chunk, start: int, numbers: list[int]) -> Chunk:
@@ -142,7 +154,7 @@ def _with_tokens(chunk: Chunk, own: Tensor, given: Tensor) -> Chunk:
     return replace(chunk, keys=slice(0, 0))
 
 
-def _of_another_prompt(chunk: Chunk) -> Chunk:
+def of_another_prompt(chunk: Chunk) -> Chunk:
     """A chunk of which nothing that is known of its words holds."""
     return replace(chunk, conditioning={name: chunk.conditioning.get(name) for name in ("uuid", "model_conds")})
 

@@ -3,15 +3,19 @@ kind. One test has what a run of each gives, since a model and its plain picture
 
 from __future__ import annotations
 
+import itertools
+from functools import reduce
 from typing import Any
 
+import comfy.model_management
 import pytest
 import torch
 from subject_patches.patches.families import attention_sites
 from subject_patches.tests.dit_models import PATCHED, dit_model
-from subject_patches.tests.mechanisms import FLUX_MECHANISMS, MECHANISMS, Mechanism
-from subject_patches.tests.models import difference, sample, subject_for
+from subject_patches.tests.mechanisms import FLUX_MECHANISMS, IDLE, MECHANISMS, Mechanism
+from subject_patches.tests.models import difference, prompt, sample, second_context, subject_for
 from subject_patches.tests.peers import splitting
+from subject_patches.tests.test_promises import interrupt, left_of_sessions, state_of
 from torch import Tensor
 
 ROUNDING = 2e-5
@@ -70,3 +74,60 @@ def test_what_a_mechanism_promises(mechanism: Mechanism, family: Family) -> None
     assert difference(sample(apart, **given), both) < ROUNDING
     # 2. The given model is as it was.
     assert torch.equal(sample(model, **given), plain)
+
+
+TOGETHER = [each for each in MECHANISMS if each.name in KINDS]
+
+
+def together(model: Any) -> Any:
+    """The model with one of each kind, one upon the other, and subjects of its own."""
+    subjects = (subject_for(model),)
+    return reduce(lambda below, mechanism: mechanism.on(below, subjects), TOGETHER, model)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_what_several_promise_together(name: str) -> None:
+    model = dit_model(name)
+    plain, before = sample(model), state_of(model)
+    # 1. Whatever the reason why there is nothing to do.
+    reasons = itertools.cycle(IDLE)
+    idle = reduce(lambda below, mechanism: mechanism.off(below, next(reasons)), TOGETHER, model)
+    assert torch.equal(sample(idle), plain)
+    patched = together(model)
+    whole = sample(patched)
+    assert whole.isfinite().all()
+    # 8. Each does something beside the others.
+    for left in range(len(TOGETHER) if name in EVERY else 0):
+        others = [mechanism for number, mechanism in enumerate(TOGETHER) if number != left]
+        less = reduce(lambda below, mechanism: mechanism.on(below), others, model)
+        assert difference(sample(less), whole) > 1e-4, TOGETHER[left].name
+    assert torch.equal(sample(TOGETHER[1].off(patched, "strength 0")), whole)
+    # 2. and 7. The run after one that was interrupted, whose cache may hold half of a pass.
+    ended = together(model)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(ended, steps=3, callback=interrupt)
+    assert left_of_sessions() == []
+    assert torch.equal(sample(ended, steps=3), sample(patched, steps=3))
+    assert state_of(model) == before
+    # 3. and 4. Prompts that cannot share a batch; HiDream's are in two parts.
+    longer = {"negative": prompt(2, 35, **second_context(model, 2))}
+    both = sample(patched, batch=2, **longer)
+    assert difference(sample(patched, **longer), both[:1]) < ROUNDING
+    # 9. Offloaded, and partly loaded.
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(patched), whole)
+    patched.partially_unload(patched.offload_device, 2**40)
+    assert patched.model.model_lowvram
+    assert torch.equal(sample(patched), whole)
+    assert torch.equal(sample(model), plain)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_half_precision(name: str) -> None:
+    """Patched, it costs no more than it costs the model by itself, whose random weights make much of it."""
+    rounded, exact = dit_model(name, dtype=torch.bfloat16), dit_model(name)
+    exact.model.diffusion_model.load_state_dict(rounded.model.diffusion_model.state_dict())
+    cost = (sample(rounded, steps=1) - sample(exact, steps=1)).abs().mean()
+    result, right = sample(together(rounded), steps=1), sample(together(exact), steps=1)
+    assert result.isfinite().all()
+    assert (result - right).abs().mean() < 1.5 * cost

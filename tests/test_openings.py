@@ -189,6 +189,21 @@ def test_hidreams_pictures_to_edit_are_refused() -> None:
         sample(recycled(model, (subject_for(model),)), size=SIZE, positive=known_prompt(**shown))
 
 
+def test_keys_that_krea_repeats_are_kept_once() -> None:
+    """Two of its four heads share a key. In the cache that a subject has, and the same picture from it."""
+    model = dit_model("Krea 2")
+    who, attention = subject_for(model), model.model.diffusion_model.blocks[0].attn
+    patched = recycled(model, (who,))
+    first = sample(patched, steps=1)
+    (features,) = (entry.features for entry in who.cache._entries.values())
+    assert len(features) == len(attention_sites(model))
+    for kept in features.values():
+        for part in ("key", "value"):
+            assert kept[part].shape[-1] == attention.kvheads * attention.headdim == 2 * 64
+    assert who.cache.size == sum(2 * kept["key"].numel() * 4 for kept in features.values())
+    assert torch.equal(sample(patched, steps=1), first)
+
+
 @pytest.mark.parametrize("name", ["Wan", "Qwen-Image"])
 def test_videos_are_refused(name: str) -> None:
     model = dit_model(name)
