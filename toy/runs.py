@@ -160,7 +160,8 @@ class Run:
         loss.backward()
         share = self.peers.average(self.model, self.clock.share)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule(self.rate, self.step, share, self.warmup)
+            # A group may learn so many times as fast.
+            group["lr"] = self.schedule(self.rate, self.step, share, self.warmup) * group.get("times", 1.0)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

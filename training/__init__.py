@@ -1,4 +1,4 @@
-"""What trains a residual token and an ICO concept: the shared part of both nodes.
+"""What trains a residual token, an ICO concept, and AnyLogo's U-Net; the first two by nodes.
 
 copies            `with_gradients`; private copies of a MODEL or CLIP, loaded and let go of again
 text              a CLIP's encoding that autograd goes through, also of vectors in place of words
@@ -12,6 +12,10 @@ regularisation    pictures of other things of the noun, which an ICO concept mus
 concept_run       its training
 concept_files     the files that a concept is kept in, and which training they are of
 low_rank          a change of weights as two thin matrices
+symbiotic         AnyLogo's tuning: low-rank differences, semantic maps, and the two passes
+anylogo           the same of a host MODEL of any U-Net family
+samples           what trainings of real families read: folders and WebDataset shards
+accelerated       the steps of such a training, on one process or many
 usual             what steps, sizes and rates are where an input is 0
 
 A training is:

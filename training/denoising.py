@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.samplers
@@ -41,21 +41,42 @@ class Denoiser:
 
         `latents` (n, channels, h, w) are as the VAE gave them, `context` (n or 1, tokens, width), `pooled` (n or 1,
         width) where the family takes one. `generator` is on the CPU, so a seed gives the same noise on any device."""
-        inner = self.patcher.model
-        sampling = inner.model_sampling
-        levels = torch.randint(len(sampling.sigmas), (len(latents),), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        sigmas = sampling.sigmas.to(self.device)[levels]
-        clean = inner.process_latent_in(latents.float()).to(self.device)
-        noisy = sampling.noise_scaling(sigmas, noise, clean)
-        conditions = self._conditions(noise, context, pooled)
-        denoised = inner.apply_model(noisy, sigmas, transformer_options={**self.options}, **conditions)
+        sigmas = self.levels(len(latents), generator)
+        clean = self.clean(latents)
+        noisy = self.noised(clean, sigmas, generator)
+        return self.errors(self.denoised(noisy, sigmas, context, pooled), clean, sigmas).mean()
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """So many noise levels, drawn evenly from the model's schedule."""
+        sigmas = self.patcher.model.model_sampling.sigmas
+        return sigmas.to(self.device)[torch.randint(len(sigmas), (count,), generator=generator)]
+
+    def clean(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE gave them, in the model's own latent space."""
+        return self.patcher.model.process_latent_in(latents.float()).to(self.device)
+
+    def noised(self, clean: Tensor, sigmas: Tensor, generator: torch.Generator) -> Tensor:
+        """Clean latents with noise of these levels."""
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        return self.patcher.model.model_sampling.noise_scaling(sigmas, noise, clean)
+
+    def denoised(
+        self, noisy: Tensor, sigmas: Tensor, context: Tensor, pooled: Tensor | None, **replaced: Mapping[Any, Any]
+    ) -> Tensor:
+        """The clean latents that the model predicts; `replaced` stands in the host's slots for its attentions."""
+        options = {**self.options, **({"patches_replace": replaced} if replaced else {})}
+        conditions = self._conditions(noisy, context, pooled)
+        return self.patcher.model.apply_model(noisy, sigmas, transformer_options=options, **conditions)
+
+    def errors(self, denoised: Tensor, clean: Tensor, sigmas: Tensor) -> Tensor:
+        """The square error (n, channels, h, w) of what the model predicts."""
         # What the host gives is the clean picture, in which an error of the prediction is this many times as large.
         if self.as_v:
             unit = (sigmas / (sigmas.square() + 1).sqrt())[:, None, None, None]
         else:
-            unit = sampling.calculate_denoised(sigmas, torch.ones_like(noisy), torch.zeros_like(noisy))
-        return ((denoised.float() - clean) / unit).square().mean()
+            sampling = self.patcher.model.model_sampling
+            unit = sampling.calculate_denoised(sigmas, torch.ones_like(clean), torch.zeros_like(clean))
+        return ((denoised.float() - clean) / unit).square()
 
     def _conditions(self, noise: Tensor, context: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
         """The conditioning as the host's own encoding of it gives it to the model."""

@@ -90,7 +90,11 @@ class Pair:
 
     def carried(self, settings: dict[str, Any] | None) -> Score:
         """The score of a picture of the prompt, with these settings of the node, or unpatched."""
-        image = self.toy.sample([self.prompt], [self.seed], self._patched(settings), self.steps)
+        return self.score_of(self._patched(settings))
+
+    def score_of(self, model: Any) -> Score:
+        """The score of a picture of the prompt by a patched model, or by the toy itself where it is None."""
+        image = self.toy.sample([self.prompt], [self.seed], model, self.steps)
         reading = self.judge.findings(image)[0]
         emblems = [f for f in reading.objects if f.shape == "emblem"]
         # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.

@@ -1,0 +1,156 @@
+"""A training of modules on one process or many (accelerate): precision, accumulation, average, saves, going on.
+
+Processes share gradients by one sum a step; what a process draws depends on the seed, the step and its rank alone. So a
+training that was stopped goes on, on as many processes, to exactly what it would have become.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..toy.runs import Average, load_state, save_state
+from .copies import loaded, with_gradients
+from .samples import Batches, Folder, Sample, Shards, loader
+
+STATE = "state.pt"
+
+
+class Kind(Protocol):
+    """What is trained: its `modules`, on which data, and the files that come of it."""
+
+    name: str
+    modules: nn.Module
+
+    @property
+    def patchers(self) -> Sequence[Any]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]: ...
+
+    def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor: ...
+
+    def write(self, modules: Any, folder: Path) -> Sequence[Path]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`steps` in all, each of `batch` samples on every process, `accumulation` times; the side of pictures in pixels;
+    `save_every` is in steps, `average` the moving average's decay."""
+
+    folder: Path
+    steps: int
+    batch: int
+    size: int
+    rate: float
+    accumulation: int = 1
+    average: float = 0.9999
+    save_every: int = 500
+    seed: int = 0
+    workers: int = 0
+
+
+class Accelerated:
+    """One training of a `kind`; the same call goes on with one that has a state in its folder."""
+
+    def __init__(self, kind: Kind, source: Folder | Shards, plan: Plan, accelerator: Any) -> None:
+        self.kind, self.source, self.plan, self.accelerator = kind, source, plan, accelerator
+        kind.modules.to(kind.device, torch.float32)
+        self.optimiser = torch.optim.AdamW(kind.groups_of_parameters(plan.rate), plan.rate, weight_decay=1e-2)
+        self.average = Average(kind.modules, plan.average)
+        self.step, self.losses = 0, []
+        state = load_state(plan.folder / STATE, kind.device)
+        if state is not None:
+            self._resume(state)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"modules": self.kind.modules, "average": self.average.module, "optimiser": self.optimiser}
+
+    def _about(self) -> dict[str, Any]:
+        plan = self.plan
+        about = {"kind": self.kind.name, "batch": plan.batch, "accumulation": plan.accumulation, "seed": plan.seed}
+        return {**about, "size": plan.size, "processes": self.accelerator.num_processes}
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        for name, value in self._about().items():
+            if state["about"].get(name) != value:
+                raise ValueError(
+                    f"The training in {self.plan.folder} was begun with {name} {state['about'].get(name)}, now it is "
+                    f"{value}; take the same, or another folder."
+                )
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.losses = state["step"], list(state["losses"])
+
+    def run(self) -> list[float]:
+        """Trains up to the plan's steps; gives the loss of every step, those of earlier runs too. Writes the state and
+        the files as the plan says, and at the end."""
+        plan, main = self.plan, self.accelerator.is_main_process
+        with with_gradients(), loaded(*self.kind.patchers):
+            start = self.step * plan.accumulation
+            data = Batches(
+                self.source, plan.size, plan.batch, plan.seed, self.accelerator.process_index,
+                self.accelerator.num_processes, start,
+            )  # fmt: skip
+            batches = loader(data, plan.workers)
+            said = time.monotonic()
+            while self.step < plan.steps:
+                self.losses.append(self._advance(batches))
+                self.step += 1
+                over = self.step == plan.steps
+                if main and (over or time.monotonic() - said > 10):
+                    print(f"step {self.step} of {plan.steps}, loss {self.losses[-1]:.4f}", flush=True)
+                    said = time.monotonic()
+                if main and (over or self.step % plan.save_every == 0):
+                    self.save()
+        self.accelerator.wait_for_everyone()
+        return self.losses
+
+    def _advance(self, batches: Iterator[list[Sample]]) -> float:
+        plan, mean = self.plan, 0.0
+        for part in range(plan.accumulation):
+            number = self.step * plan.accumulation + part
+            place = number * self.accelerator.num_processes + self.accelerator.process_index
+            generator = torch.Generator().manual_seed(plan.seed * 2**40 + place)
+            with self.accelerator.autocast():
+                loss = self.kind.loss(next(batches), generator) / plan.accumulation
+            self.accelerator.backward(loss)
+            mean += float(loss.detach())
+        mean = self._shared(mean)
+        if not torch.isfinite(torch.tensor(mean)):
+            raise ValueError(f"The loss is {mean} at step {self.step + 1}; lower the rate, or train in bf16 or fp32.")
+        torch.nn.utils.clip_grad_norm_(self.kind.modules.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update(self.kind.modules, self.step)
+        return mean
+
+    def _shared(self, number: float) -> float:
+        """Makes the gradients the processes' mean, and gives the mean of their `number`s."""
+        if self.accelerator.num_processes == 1:
+            return number
+        parameters = [each for each in self.kind.modules.parameters() if each.requires_grad]
+        # A part that no row of a process used has a gradient of zero there.
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        flat = torch.cat([*(each.flatten() for each in gradients), gradients[0].new_full((1,), number)])
+        flat = self.accelerator.reduce(flat, "mean")
+        parts = flat[:-1].split([each.numel() for each in gradients])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+        return float(flat[-1])
+
+    def save(self) -> None:
+        """Writes what a later call goes on from, and the files of the averaged modules."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        about = {"about": self._about(), "step": self.step, "losses": self.losses}
+        save_state(self.plan.folder / STATE, {**state, **about})
+        for path in self.kind.write(self.average.module, self.plan.folder):
+            print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)

@@ -1,0 +1,208 @@
+"""What a trainer of subjects reads: a picture, where the subject is in it, a picture of the subject, and a caption.
+
+In a folder or in WebDataset shards, under one key each: `KEY.picture.png`, `KEY.mask.png` (white where the subject is),
+`KEY.subject.png` (its opacity, or `KEY.subject_mask.png`, says where in it the subject is) and `KEY.txt`; pictures may
+be png, jpg or webp. Which samples a step takes depends on the seed, the step and the number of processes alone, so a
+training that goes on reads what it would have read.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+PICTURES = ("png", "jpg", "jpeg", "webp")
+NEEDED = ("picture", "mask", "subject", "txt")
+Raw = Mapping[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of them: `picture` (size, size, 3) and `mask` (size, size), the square around the subject; `subject` (size,
+    size, 3) and `subject_mask` (size, size), all of it in a square; of 0 to 1. And its `caption`."""
+
+    picture: Tensor
+    mask: Tensor
+    subject: Tensor
+    subject_mask: Tensor
+    caption: str
+
+
+def parted(names: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """The files of one key, by what they are: "picture" for "picture.png"."""
+    found = {}
+    for name, value in names.items():
+        part, _, ending = name.partition(".")
+        if name == "txt" or (part and ending.lower() in PICTURES):
+            found[part] = value
+    return found
+
+
+def decoded(raw: Raw, size: int, key: str = "a sample") -> Sample:
+    """The sample in its files. Raises ValueError, calling it `key`, where one is missing or no picture."""
+    missing = [name for name in NEEDED if name not in raw]
+    if missing:
+        raise ValueError(f"{key} has no {missing[0]}; each needs {', '.join(NEEDED)} (see docs/TRAINING.md).")
+    picture, mask = _opened(raw["picture"], "RGB", key), _opened(raw["mask"], "L", key)
+    subject = _opened(raw["subject"], "RGBA", key)
+    own = _opened(raw["subject_mask"], "L", key)[0] if "subject_mask" in raw else subject[3]
+    scene = _around(picture, _fitted(mask, picture.shape[-2:]), size)
+    whole = _squared(torch.cat([subject[:3], _fitted(own[None], subject.shape[-2:])]), size)
+    text = raw["txt"] if isinstance(raw["txt"], bytes) else raw["txt"].read_bytes()
+    return Sample(scene[:3].movedim(0, -1), scene[3], whole[:3].movedim(0, -1), whole[3], text.decode("utf-8").strip())
+
+
+def _opened(value: Path | bytes, mode: str, key: str) -> Tensor:
+    """A picture as (channels, height, width) of 0 to 1."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            pixels = np.array(image.convert(mode))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{key} has a picture that cannot be read ({error}); replace it.") from error
+    planes = torch.from_numpy(pixels).float() / 255
+    return planes[None] if planes.ndim == 2 else planes.movedim(-1, 0)
+
+
+def _fitted(mask: Tensor, size: Sequence[int]) -> Tensor:
+    return mask if mask.shape[-2:] == tuple(size) else functional.interpolate(mask[None], tuple(size), mode="area")[0]
+
+
+def _around(picture: Tensor, mask: Tensor, size: int) -> Tensor:
+    """The largest square of a picture (3, h, w) that has as much of the mask's middle as can be, with the mask behind:
+    (4, size, size). The paper's zoom in, as far as nothing of the scene need be made up."""
+    height, width = picture.shape[-2:]
+    side = min(height, width)
+    rows, columns = (mask[0] > 0.5).nonzero(as_tuple=True)
+    if len(rows):
+        middle = (int(rows.min() + rows.max()) // 2, int(columns.min() + columns.max()) // 2)
+    else:
+        middle = (height // 2, width // 2)
+    top = min(max(middle[0] - side // 2, 0), height - side)
+    left = min(max(middle[1] - side // 2, 0), width - side)
+    return _resized(torch.cat([picture, mask])[:, top : top + side, left : left + side], size)
+
+
+def _squared(planes: Tensor, size: int) -> Tensor:
+    """All of some planes (4, h, w) in a square, filled up with their edge, and the mask with nothing."""
+    height, width = planes.shape[-2:]
+    scale = size / max(height, width)
+    inner = (max(round(height * scale), 1), max(round(width * scale), 1))
+    planes = functional.interpolate(planes[None], inner, mode="bicubic", antialias=scale < 1).clamp(0, 1)
+    more = (0, size - inner[1], 0, size - inner[0])
+    filled = functional.pad(planes, more, mode="replicate")[0]
+    filled[3] = functional.pad(planes[0, 3], more)
+    return filled
+
+
+def _resized(planes: Tensor, size: int) -> Tensor:
+    shrinks = size < planes.shape[-1]
+    return functional.interpolate(planes[None], (size, size), mode="bicubic", antialias=shrinks)[0].clamp(0, 1)
+
+
+# Which samples a step takes
+
+
+class Folder:
+    """Samples in a folder and the folders in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.found: dict[str, dict[str, Path | bytes]] = {}
+        for path in sorted(folder.rglob("*")):
+            key, _, rest = path.name.partition(".")
+            if path.is_file() and key and rest:
+                self.found.setdefault(str(path.with_name(key)), {})[rest] = path
+        self.found = {key: files for key, files in self.found.items() if "picture" in parted(files)}
+        if not self.found:
+            raise ValueError(f"There is no sample (KEY.picture.png and so on) in {folder}; see docs/TRAINING.md.")
+
+    def epoch(self, number: int, seed: int, rank: int, count: int) -> Iterator[tuple[str, Raw]]:
+        """One pass over all of them in a new order, of which each of `count` processes takes its own."""
+        keys = list(self.found)
+        order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(_mixed(seed, number)))
+        for place in order[: len(keys) - len(keys) % count or None].tolist()[rank::count]:
+            yield keys[place], parted(self.found[keys[place]])
+
+
+class Shards:
+    """Samples in the tar files of a WebDataset, by their names or addresses, `{000..127}` meaning so many."""
+
+    def __init__(self, names: str) -> None:
+        import webdataset
+
+        self.names = list(webdataset.shardlists.expand_urls(names))
+
+    def epoch(self, number: int, seed: int, rank: int, count: int) -> Iterator[tuple[str, Raw]]:
+        """One pass over all shards in a new order; each process takes shards of its own, or of too few every sample in
+        turn."""
+        import webdataset
+
+        order = torch.randperm(len(self.names), generator=torch.Generator().manual_seed(_mixed(seed, number)))
+        names = [self.names[place] for place in order.tolist()]
+        apart = len(names) >= count
+        chosen = names[rank::count] if apart else names
+        whole = webdataset.WebDataset(
+            chosen, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+        )
+        for place, sample in enumerate(whole):
+            if apart or place % count == rank:
+                yield sample["__key__"], parted({k: v for k, v in sample.items() if not k.startswith("__")})
+
+
+def source_of(data: str) -> Folder | Shards:
+    """The samples at a path: a folder, or WebDataset shards."""
+    return Folder(Path(data)) if Path(data).is_dir() else Shards(data)
+
+
+class Batches(IterableDataset):
+    """Endless batches of a source for one of `count` processes, from batch number `start` on. A loader's workers share
+    them so that they come in the same order for any start."""
+
+    def __init__(
+        self, source: Folder | Shards, size: int, batch: int, seed: int, rank: int, count: int, start: int
+    ) -> None:
+        self.source, self.size, self.batch, self.seed = source, size, batch, seed
+        self.rank, self.count, self.start = rank, count, start
+
+    def _stream(self) -> Iterator[tuple[str, Raw]]:
+        number = 0
+        while True:
+            some = False
+            for each in self.source.epoch(number, self.seed, self.rank, self.count):
+                some = True
+                yield each
+            if not some:
+                raise ValueError("A process has no samples of its own; give more samples, or fewer processes.")
+            number += 1
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        worker = get_worker_info()
+        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
+        stream = self._stream()
+        for number in itertools.count():
+            found = list(itertools.islice(stream, self.batch))
+            if number >= self.start and (number - self.start) % workers == mine:
+                yield [decoded(raw, self.size, key) for key, raw in found]
+
+
+def loader(batches: Batches, workers: int) -> Iterator[list[Sample]]:
+    """The batches, decoded by so many worker processes, or in this one."""
+    return iter(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_they_are))
+
+
+def _as_they_are(batch: list[Sample]) -> list[Sample]:
+    return batch
+
+
+def _mixed(seed: int, number: int) -> int:
+    return (seed * 1_000_003 + number) % 2**62
