@@ -85,6 +85,19 @@ def test_sheet_shows_every_picture_in_order() -> None:
     assert len(counts) > 10
 
 
+def test_small_groups_share_a_row() -> None:
+    """As long as the row has places, and the captions are no wider than their pictures."""
+    groups = [Group("a", (_png(RED),) * 2), Group("b", (_png(GREEN),)), Group("c" * 60, (_png(BLUE),))]
+    sheet = draw_sheet([("Title", groups)])
+    rows = {colour: _rows_of(sheet, colour) for colour in (RED, GREEN, BLUE)}
+    assert rows[RED] == rows[GREEN]
+    assert max(rows[RED]) < min(rows[BLUE])
+
+
+def _rows_of(sheet: Image.Image, colour: tuple[int, int, int]) -> set[int]:
+    return {y for y in range(sheet.height) for x in range(0, sheet.width, 50) if sheet.getpixel((x, y)) == colour}
+
+
 def test_thumbnail_shows_before_and_after() -> None:
     """The first picture of the first and of the last group, side by side; one group gives one picture."""
     groups = [Group("a", (_png(RED), _png(WHITE))), Group("b", (_png(WHITE),)), Group("c", (_png(BLUE),))]

@@ -15,6 +15,8 @@ _WIDTH = _COLUMNS * (_SIDE + _GAP) - _GAP
 _TITLE_SIZE = 22
 _CAPTION_SIZE = 15
 _PAPER, _INK, _FAINT = "#ffffff", "#111111", "#666666"
+# A group's caption and its pictures as they are drawn.
+_Tiled = tuple[str, list[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -26,22 +28,27 @@ class Group:
 
 
 def draw_sheet(blocks: Sequence[tuple[str, Sequence[Group]]]) -> Image.Image:
-    """One picture of all `blocks`, each the title of a workflow and its groups in reading order."""
-    drawn = [(title, [(group.caption, _tiles(group)) for group in groups]) for title, groups in blocks]
-    height = _GAP + sum(_block_height(groups) for _, groups in drawn)
+    """One picture of all `blocks`, each the title of a workflow and its groups in reading order, side by side where
+    they fit into a row with their captions."""
+    drawn = [(title, _lines([(group.caption, _tiles(group)) for group in groups])) for title, groups in blocks]
+    height = _GAP + sum(_block_height(lines) for _, lines in drawn)
     sheet = Image.new("RGB", (_WIDTH + 2 * _GAP, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     y = _GAP
-    for title, groups in drawn:
+    for title, lines in drawn:
         draw.text((_GAP, y), title, _INK, ImageFont.load_default(_TITLE_SIZE))
         y += _TITLE_SIZE + _GAP
-        for caption, tiles in groups:
-            draw.text((_GAP, y), caption, _FAINT, ImageFont.load_default(_CAPTION_SIZE))
-            y += _CAPTION_SIZE + _GAP
-            for number, tile in enumerate(tiles):
-                row, column = divmod(number, _COLUMNS)
-                sheet.paste(tile, (_GAP + column * (_SIDE + _GAP), y + row * (_SIDE + _GAP)))
-            y += _tiles_height(tiles)
+        for line in lines:
+            first = 0
+            for caption, tiles in line:
+                place = (_GAP + first * (_SIDE + _GAP), y)
+                draw.text(place, caption, _FAINT, ImageFont.load_default(_CAPTION_SIZE))
+                for number, tile in enumerate(tiles, start=first):
+                    row, column = divmod(number, _COLUMNS)
+                    top = y + _CAPTION_SIZE + _GAP + row * (_SIDE + _GAP)
+                    sheet.paste(tile, (_GAP + column * (_SIDE + _GAP), top))
+                first += len(tiles)
+            y += _line_height(line)
     return sheet
 
 
@@ -84,9 +91,28 @@ def _tiles(group: Group) -> list[Image.Image]:
     return [fit(picture, _SIDE) for picture in group.pictures]
 
 
-def _tiles_height(tiles: Sequence[Image.Image]) -> int:
-    return -(-len(tiles) // _COLUMNS) * (tiles[0].height + _GAP)
+def _lines(groups: Sequence[_Tiled]) -> list[list[_Tiled]]:
+    lines: list[list[_Tiled]] = []
+    for group in groups:
+        line = [*lines[-1], group] if lines else []
+        if line and sum(len(tiles) for _, tiles in line) <= _COLUMNS and all(map(_is_narrow, line)):
+            lines[-1] = line
+        else:
+            lines.append([group])
+    return lines
 
 
-def _block_height(groups: Sequence[tuple[str, Sequence[Image.Image]]]) -> int:
-    return _TITLE_SIZE + _GAP + sum(_CAPTION_SIZE + _GAP + _tiles_height(tiles) for _, tiles in groups)
+def _is_narrow(group: _Tiled) -> bool:
+    """Whether a group's caption is no wider than its tiles, each of which fills one place."""
+    caption, tiles = group
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    return tiles[0].size == (_SIDE, _SIDE) and font.getlength(caption) < len(tiles) * (_SIDE + _GAP)
+
+
+def _line_height(line: Sequence[_Tiled]) -> int:
+    tiles = [tile for _, each in line for tile in each]
+    return _CAPTION_SIZE + _GAP + -(-len(tiles) // _COLUMNS) * (tiles[0].height + _GAP)
+
+
+def _block_height(lines: Sequence[Sequence[_Tiled]]) -> int:
+    return _TITLE_SIZE + _GAP + sum(map(_line_height, lines))
