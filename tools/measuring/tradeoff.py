@@ -65,8 +65,9 @@ def _means(scores: Sequence[Score]) -> str:
 
 
 def above(curve: Sequence[Sequence[Score]], scores: Sequence[Score]) -> str:
-    """How far scores lie above a training's curve, whose points are of the same pictures: their identity less the best
-    of the curve at no less prompt following, with the standard error by resampling the pictures."""
+    """How far scores lie above a training's curve, whose points, from the shortest training to the longest, are of the
+    same pictures: their identity less the curve's at the same prompt following, with the standard error by resampling
+    the pictures."""
     import numpy as np
 
     points = np.array([[following(each), identities(each)] for each in (*curve, scores)])
@@ -74,20 +75,34 @@ def above(curve: Sequence[Sequence[Score]], scores: Sequence[Score]) -> str:
 
     def height(cases: np.ndarray) -> float:
         along, up = points[:, :, cases].mean(2).T
-        return float(up[-1] - best_on(along[:-1], up[:-1], along[-1]))
+        return float(up[-1] - on_curve(along[:-1], up[:-1], along[-1]))
 
     everything = np.arange(len(scores))
     resampled = [height(draw.choice(everything, len(everything))) for _ in range(RESAMPLINGS)]
     return f"{height(everything):+.3f} ± {np.std(resampled):.3f}"
 
 
-def best_on(along: Sequence[float], up: Sequence[float], least: float) -> float:
-    """The highest `up` on a curve of straight lines from point to point where `along` is at least so much; where it
-    never is, the `up` of the point that is furthest along."""
-    found = [height for place, height in zip(along, up, strict=True) if place >= least]
-    for number in range(len(along) - 1):
-        first, second = along[number], along[number + 1]
-        if min(first, second) < least <= max(first, second):
-            part = (least - first) / (second - first)
-            found.append(up[number] + part * (up[number + 1] - up[number]))
-    return max(found) if found else up[max(range(len(along)), key=lambda number: along[number])]
+def on_curve(along: Sequence[float], up: Sequence[float], at: float) -> float:
+    """`up` at a place of a training's curve, whose points come with the training's length: `along` falls, `up` rises.
+
+    A maximum of noisy points would be too high. So both are first brought into that order by the nearest values that
+    have it (`rising`), which takes no maximum; between points the curve is straight, beyond its ends it stays."""
+    import numpy as np
+
+    falling, heights = [-each for each in rising([-each for each in along])], rising(up)
+    # From right to left; of points that were brought together the mean.
+    places = sorted(set(falling))
+    means = [np.mean([high for place, high in zip(falling, heights, strict=True) if place == each]) for each in places]
+    return float(np.interp(at, places, means))
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The numbers nearest to `values`, by least squares, of which none is less than the one before (pool adjacent
+    violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((float(value), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (second, more), (first, some) = blocks.pop(), blocks.pop()
+            blocks.append(((first * some + second * more) / (some + more), some + more))
+    return [value for value, count in blocks for _ in range(count)]

@@ -1,0 +1,195 @@
+"""Dual-branch integration with the mask that it should find: is it the toy, or is it the mask?
+
+Concepts are learnt of views with something in them to absorb (`ico.Case`). A prompt asks for one thing, the concept, on
+a ground, and for a property of the ground, its colours: what the views' own grounds can drive out. The oracle mixes the
+branches by the box of the emblem in the concept's own picture of the same seed. If that lies above the training's curve
+and the paper's mask does not, it is the mask; if neither does, it is the toy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .concepts import NOUN, first_box, in_use, training_settings, workplace
+from .dual_branch import ALONE, AUXILIARY, DEFAULTS, LENGTHS, OTHER, RATES, UNTRAINED, WORDS
+from .given import Given, paired, share
+from .ico import VERSIONS
+from .ico import Case as Views
+from .tradeoff import Score, above, following, identities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBLEMS, SEEDS = 4, 5
+GROUNDS = (
+    ("cyan",),
+    ("pink",),
+    ("gray",),
+    ("white",),
+    ("yellow",),
+    ("cyan", "blue"),
+    ("pink", "white"),
+    ("gray", "black"),
+)
+OWN, OWN_TWO, ORACLE = "the paper's mask, lambda 1", "the paper's mask, lambda 2", "the box as the mask (oracle)"
+MIXED: dict[str, dict[str, Any]] = {OWN: {}, OWN_TWO: {"injection_strength": 2.0}, ORACLE: {}}
+
+
+def study(given: Given) -> None:
+    """Prints the table, over `given.count` pictures a row (5 seeds of a prompt each; 200 are 4 emblems with 10 prompts
+    each)."""
+    rows: dict[str, list[Score]] = {}
+    with workplace(given.toy.clip) as folder:
+        for number in range(EMBLEMS):
+            prompts = len(range(number, -(-given.count // SEEDS), EMBLEMS))
+            if prompts:
+                case = Case(given, number, prompts, folder)
+                for name, scores in case.rows():
+                    rows.setdefault(name, []).extend(scores)
+                    print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
+    curve = [rows[UNTRAINED], *(rows[_row(steps)] for steps in LENGTHS)]
+    print(f"{len(curve[0])} pictures a row, with {SEEDS} seeds of each prompt:\n")
+    print(
+        "| | identity | prompt followed | emblem found | ground right | its colours right | identity, paired "
+        "| following, paired | above the curve |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for name, scores in rows.items():
+        cells = [f"{sum(identities(scores)) / len(scores):.3f}", f"{sum(following(scores)) / len(scores):.0%}"]
+        cells += [share([getattr(each, part) for each in scores]) for part in ("emblem", "background", "beside")]
+        base = rows[ALONE] if name in MIXED else scores
+        cells += [paired(of(base), of(scores)) if name in MIXED else "" for of in (identities, following)]
+        print(f"| {name} | {' | '.join(cells)} | {above(curve, scores) if name in MIXED else ''} |")
+
+
+def _row(steps: int) -> str:
+    return f"{steps} steps"
+
+
+class Case:
+    """One emblem's views, and the prompts and seeds to sample it with."""
+
+    def __init__(self, given: Given, number: int, prompts: int, folder: Path) -> None:
+        from subject_patches.toy.scenes import Background
+
+        self.given, self.number, self.folder = given, number, folder
+        self.views = Views(given, number, folder, None)
+        free = [each for each in GROUNDS if self.views.emblem.plate_colour not in each]
+        chosen = [free[place % len(free)] for place in range(prompts)]
+        self.grounds = [Background("plain" if len(each) == 1 else "gradient", each) for each in chosen]
+
+    def rows(self) -> Any:
+        """The rows of the table, each with a score for each picture."""
+        toy = self.given.toy
+        yield UNTRAINED, self._scored(lambda place: (toy.encode([self._text(place, NOUN)]), toy.model))
+        model = toy.model
+        for steps in LENGTHS:
+            model = self._trained(steps)
+            yield _row(steps), self._scored(lambda place, model=model: (self._prompts(place)[0], model))
+        yield OTHER, self._scored(lambda place: (self._prompts(place)[1], model))
+        alone = [self._images(self._prompts(place)[0], model, place) for place in range(len(self.grounds))]
+        yield ALONE, [score for place, images in enumerate(alone) for score in self._scores(images, place)]
+        for name in MIXED:
+            yield name, self._scored(lambda place, name=name: self._mixed(place, name, model, alone[place]))
+
+    def _trained(self, steps: int) -> Any:
+        """The toy's MODEL with a concept of so many steps, which goes on from the shorter training."""
+        from subject_patches.training.concept_run import train_concept
+        from subject_patches.training.state import StateFile
+
+        toy, name = self.given.toy, f"oracle {self.number}"
+        rates = RATES["learning_rate"], RATES["word_learning_rate"]
+        settings = training_settings(toy, "for dual-branch", steps, rates)
+        latents = self.views.latents[:, :VERSIONS]
+        concept = train_concept(toy.model, toy.clip, latents, settings, StateFile(name, {"training": name}))
+        return in_use(toy.model, concept, self.folder / "study.safetensors")
+
+    def _text(self, place: int, subject: str) -> str:
+        from subject_patches.toy.scenes import describe_background
+
+        return f"an {subject} {describe_background(self.grounds[place])}"
+
+    def _prompts(self, place: int) -> tuple[Any, Any]:
+        """A prompt with the concept, and its auxiliary prompt."""
+        from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+
+        return AuxiliaryPromptNode.execute(
+            self.given.toy.clip, self._text(place, WORDS), WORDS, noun=AUXILIARY
+        ).args[:2]  # fmt: skip
+
+    def _mixed(self, place: int, name: str, model: Any, alone: Tensor) -> tuple[Any, Any]:
+        from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
+        from subject_patches.patches.engine import KEY, add_edit
+
+        concept, auxiliary = self._prompts(place)
+        patched = DualBranchIntegrationNode.execute(model, concept, auxiliary, **{**DEFAULTS, **MIXED[name]}).args[0]
+        if name == ORACLE:
+            edit = patched.model_options["transformer_options"][KEY][-1]
+            patched = add_edit(model, _by_a_mask()(**_given(edit), boxes=boxes_of(self.given.judge, alone)))
+        return concept, patched
+
+    def _scored(self, made: Callable[[int], tuple[Any, Any]]) -> list[Score]:
+        found = []
+        for place in range(len(self.grounds)):
+            positive, model = made(place)
+            found += self._scores(self._images(positive, model, place), place)
+        return found
+
+    def _images(self, positive: Any, model: Any, place: int) -> Tensor:
+        first = SEEDS * (EMBLEMS * place + self.number)
+        return self.given.pictures(positive, range(first, first + SEEDS), model)
+
+    def _scores(self, images: Tensor, place: int) -> list[Score]:
+        import torch
+
+        judge, ground = self.given.judge, self.grounds[place]
+        readings = judge.findings(images)
+        boxes = torch.tensor(_places(readings), dtype=torch.float32)
+        alike = (judge.identity(images, boxes) @ self.views.identity).tolist()
+        scores = []
+        for likeness, reading in zip(alike, readings, strict=True):
+            right = reading.background == ground.kind
+            coloured = right and reading.background_colours == ground.colours
+            scores.append(Score(likeness, any(each.shape == NOUN for each in reading.objects), right, coloured))
+        return scores
+
+
+def _places(readings: Sequence[Any]) -> list[Any]:
+    """The emblem's box in each picture; without one that of what the judge sees best, or the whole picture."""
+    emblems = [[each for each in reading.objects if each.shape == NOUN] for reading in readings]
+    return [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
+
+
+def boxes_of(judge: Any, images: Tensor) -> Tensor:
+    """Masks (n, 128, 128) of where the emblems of pictures are, to the box."""
+    import torch
+
+    masks = torch.zeros(images.shape[:3])
+    for mask, box in zip(masks, _places(judge.findings(images)), strict=True):
+        x0, y0, x1, y1 = (round(side) for side in box)
+        mask[max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
+    return masks
+
+
+def _given(edit: Any) -> dict[str, Any]:
+    return {each.name: getattr(edit, each.name) for each in fields(edit) if each.name[0] != "_"}
+
+
+def _by_a_mask() -> type:
+    """The integration with masks (pictures, height, width) in the place of Eq. 3 and 4."""
+    from dataclasses import dataclass
+
+    from subject_patches.patches.dual_branch import DualBranchIntegration
+    from subject_patches.patches.region import region_at
+
+    @dataclass(frozen=True, eq=False)
+    class ByAMask(DualBranchIntegration):
+        boxes: Any = None
+
+        def weight(self, call: Any, once: slice, beside: Any) -> Any:
+            place = region_at(self.boxes, call.chunk, call.grid, len(call.query))
+            return place.to(call.query)[:, None].expand(len(call.query), call.heads, -1)
+
+    return ByAMask
