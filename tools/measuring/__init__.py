@@ -4,16 +4,19 @@ from functools import partial
 
 from . import (
     anystory,
+    cut_references,
     dual_branch,
     given_back,
     ico,
     layout,
+    oracle,
     recycled_attention,
     referenced_branch,
     references,
     residual_tokens,
     retouch,
     routed_reference,
+    schemes,
     together,
 )
 
@@ -29,6 +32,12 @@ STUDIES = {
     "together": together.study,
     "noise level, recycled": references.recycled,
     "noise level, routed": references.routed,
+    "background, recycled": references.backgrounds,
+    "routed, unmasked": partial(routed_reference.study, emblems=2, masked=False),
+    "cut references": cut_references.study,
+    "diversity": cut_references.diversity,
+    "oracle": oracle.study,
+    "schemes": schemes.study,
 }
 # Of the second toy, a transformer.
 DIT_STUDIES = {

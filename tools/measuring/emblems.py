@@ -21,8 +21,9 @@ class Known:
     identity: Tensor
 
 
-def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem") -> Known:
-    """An emblem drawn once more, alone on a plain ground, as a subject."""
+def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem", masked: bool = True, **settings: Any) -> Known:
+    """An emblem drawn once more, alone on a plain ground, as a subject; the whole of the picture where it is not
+    `masked`. `settings` are those of Subject Reference."""
     import torch
     from subject_patches.nodes.subject import SubjectNode
     from subject_patches.toy.drawing import draw
@@ -33,7 +34,9 @@ def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem") -> Known:
     picture = torch.from_numpy(reference.image).float()[None] / 255
     identity = given.judge.identity(picture, torch.from_numpy(reference.boxes).float())[0]
     mask = torch.from_numpy(reference.masks[:1]).float()
-    made = SubjectNode.made([picture], given.toy.vae, phrase, size=96, margin=0.15, mask=[mask])
+    made = SubjectNode.made(
+        [picture], given.toy.vae, phrase, size=96, margin=0.15, mask=[mask] if masked else [], **settings
+    )
     return Known(emblem, made.args[0], identity)
 
 

@@ -35,7 +35,10 @@ GROUNDS = (
     ("gray", "black"),
 )
 OWN, OWN_TWO, ORACLE = "the paper's mask, lambda 1", "the paper's mask, lambda 2", "the box as the mask (oracle)"
-MIXED: dict[str, dict[str, Any]] = {OWN: {}, OWN_TWO: {"injection_strength": 2.0}, ORACLE: {}}
+SEPARATE, STAR = "separate prompts (Figure 10)", "another auxiliary noun (Figure 12)"
+MIXED: dict[str, dict[str, Any]] = {OWN: {}, OWN_TWO: {"injection_strength": 2.0}, ORACLE: {}, SEPARATE: {}, STAR: {}}
+# What stands for the concept in the auxiliary prompt (Figure 12).
+NOUNS = {STAR: "gray star"}
 
 
 def study(given: Given) -> None:
@@ -100,8 +103,7 @@ class Case:
         from subject_patches.training.state import StateFile
 
         toy, name = self.given.toy, f"oracle {self.number}"
-        rates = RATES["learning_rate"], RATES["word_learning_rate"]
-        settings = training_settings(toy, "for dual-branch", steps, rates)
+        settings = training_settings(toy, "for dual-branch", steps, RATES)
         latents = self.views.latents[:, :VERSIONS]
         concept = train_concept(toy.model, toy.clip, latents, settings, StateFile(name, {"training": name}))
         return in_use(toy.model, concept, self.folder / "study.safetensors")
@@ -111,19 +113,30 @@ class Case:
 
         return f"an {subject} {describe_background(self.grounds[place])}"
 
-    def _prompts(self, place: int) -> tuple[Any, Any]:
-        """A prompt with the concept, and its auxiliary prompt."""
+    def _prompts(self, place: int, name: str = "") -> tuple[Any, Any]:
+        """A prompt with the concept, and its auxiliary prompt; or what each is responsible for alone."""
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+        from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
+        from subject_patches.patches.prompt import in_context, prompt_spans
+        from subject_patches.toy.scenes import describe_background
 
-        return AuxiliaryPromptNode.execute(
-            self.given.toy.clip, self._text(place, WORDS), WORDS, noun=AUXILIARY
-        ).args[:2]  # fmt: skip
+        clip = self.given.toy.clip
+        if name == SEPARATE:
+            concept = AuxiliaryPromptNode.execute(clip, f"an {WORDS}", WORDS, noun=AUXILIARY).args[0]
+            text = describe_background(self.grounds[place])
+            auxiliary = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+            for tokens, values in auxiliary:
+                own = in_context(clip, text, tokens, prompt_spans(clip, text))
+                values[BRANCH_KEY] = BranchTokens(own, (), auxiliary=True)
+            return concept, auxiliary
+        noun = NOUNS.get(name, AUXILIARY)
+        return AuxiliaryPromptNode.execute(clip, self._text(place, WORDS), WORDS, noun=noun).args[:2]
 
     def _mixed(self, place: int, name: str, model: Any, alone: Tensor) -> tuple[Any, Any]:
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
         from subject_patches.patches.engine import KEY, add_edit
 
-        concept, auxiliary = self._prompts(place)
+        concept, auxiliary = self._prompts(place, name)
         patched = DualBranchIntegrationNode.execute(model, concept, auxiliary, **{**DEFAULTS, **MIXED[name]}).args[0]
         if name == ORACLE:
             edit = patched.model_options["transformer_options"][KEY][-1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .concepts import first_box
+from .emblems import known
 from .given import Given, centred, paired, share
 from .recycled_attention import Pair
 from .routed_reference import ALONE, Case
@@ -19,7 +20,7 @@ from .routed_reference import ALONE, Case
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNPATCHED, CURRENT = "unpatched", "current: the picture's own level"
+UNPATCHED, CURRENT = "unpatched", "current"
 SEEDS = 4
 # After so many cases the table so far is told.
 EVERY = 5
@@ -41,6 +42,12 @@ RECYCLED = {
 ROUTED = {
     **LEVELS,
     "nearly clean, without cross-attention (the paper)": {**CLEAN, "cross_attention": "skipped"},
+}
+BACKGROUNDS: dict[str, dict[str, Any]] = {
+    "cropped only": {},
+    "background removed, white": {"background": "white"},
+    "background removed, gray": {"background": "gray"},
+    "the whole picture": {"masked": False},
 }
 
 
@@ -67,18 +74,39 @@ def recycled(given: Given) -> None:
             model = given.toy.model
             if name != UNPATCHED:
                 model = RecycledSelfAttentionNode.execute(model, pair.subject, **RECYCLED[name]).args[0]
-            images = _sampled(given, row, model, pair.prompt, number)
-            readings = given.judge.findings(images)
-            emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
-            boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
-            row.identity.append(float(_alike(given, images, boxes, pair.identity[None]).mean()))
-            row.emblem.append(_mean(map(bool, emblems)))
-            row.ground.append(_mean(each.background == pair.scene.scene.background.kind for each in readings))
+            _carried(given, row, pair, model, number)
             pair.subject[0].cache.clear()
 
         return add
 
     _measured(f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *RECYCLED), given, case)
+
+
+def backgrounds(given: Given) -> None:
+    """Prints the same for subjects that are cropped only, and whose background is removed before the VAE."""
+    import numpy as np
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+    from subject_patches.toy.scenes import sample_emblem
+
+    def case(number: int) -> Callable[[str, Row], None]:
+        pair = Pair(given, number)
+        # As `pair` draws it: the same view of the same emblem.
+        subjects = {}
+        for name, settings in BACKGROUNDS.items():
+            rng = np.random.default_rng((2**42, number))
+            subjects[name] = known(given, sample_emblem(rng), rng, **settings)
+
+        def add(name: str, row: Row) -> None:
+            model = given.toy.model
+            if name != UNPATCHED:
+                model = RecycledSelfAttentionNode.execute(model, subjects[name].subject).args[0]
+            _carried(given, row, pair, model, number)
+
+        return add
+
+    _measured(
+        f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *BACKGROUNDS), given, case
+    )
 
 
 def routed(given: Given) -> None:
@@ -116,6 +144,17 @@ def routed(given: Given) -> None:
         return add
 
     _measured(f"{given.count} scenes of two emblems in a layout, {SEEDS} seeds each", (ALONE, *ROUTED), given, case)
+
+
+def _carried(given: Given, row: Row, pair: Pair, model: Any, number: int) -> None:
+    """Adds what a model makes of an emblem's prompt to a row."""
+    images = _sampled(given, row, model, pair.prompt, number)
+    readings = given.judge.findings(images)
+    emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
+    boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
+    row.identity.append(float(_alike(given, images, boxes, pair.identity[None]).mean()))
+    row.emblem.append(_mean(map(bool, emblems)))
+    row.ground.append(_mean(each.background == pair.scene.scene.background.kind for each in readings))
 
 
 def _measured(what: str, names: Sequence[str], given: Given, case: Callable[[int], Callable[[str, Row], None]]) -> None:
@@ -167,13 +206,14 @@ def _mean(values: Any) -> float:
 
 def _table(rows: dict[str, Row], file: TextIO | None = None) -> None:
     print(
-        "| | identity | rise, paired | against current | emblem found | more like another | background right "
+        f"| | identity | rise, paired | against {list(rows)[1]} | emblem found | more like another | background right "
         "| passes over references |\n|---|---|---|---|---|---|---|---|",
         file=file,
     )
     first = next(iter(rows.values())).identity
     for name, row in rows.items():
-        against = "" if row.identity is first else paired(rows[CURRENT].identity, row.identity)
+        # Besides the first, rows are compared with the second.
+        against = "" if row.identity is first else paired(list(rows.values())[1].identity, row.identity)
         print(
             f"| {name} | {_mean(row.identity):.3f} | {paired(first, row.identity)} | {against} | {share(row.emblem)} "
             f"| {share(row.blended) if row.blended else ''} | {share(row.ground)} | {_mean(row.passes):.0f} |",

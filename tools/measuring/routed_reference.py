@@ -27,13 +27,14 @@ PLACED = (ALONE, *(f"and {way}" for way in WAYS))
 PHRASES_OF = {2: ("emblem and", "emblem on"), 3: ("emblem,", "emblem and", "emblem on")}
 
 
-def study(given: Given, emblems: int) -> None:
-    """Prints two tables, over `given.count` scenes of so many emblems."""
+def study(given: Given, emblems: int, masked: bool = True) -> None:
+    """Prints two tables, over `given.count` scenes of so many emblems; references that are not `masked` are whole
+    pictures of them, each on a plain ground of its own."""
     free: dict[str, list[Likeness]] = {name: [] for name in FREE}
     placed: dict[str, list[Likeness]] = {name: [] for name in PLACED}
     grounds: dict[str, list[bool]] = {name: [] for name in (*FREE, *PLACED)}
     for number in range(given.count):
-        case = Case(given, emblems, number)
+        case = Case(given, emblems, number, masked)
         for names, sample, likeness in ((FREE, case.free, free), (PLACED, case.placed, placed)):
             for name in names:
                 found, ground = sample(name)
@@ -49,7 +50,7 @@ def study(given: Given, emblems: int) -> None:
 class Case:
     """A scene of emblems that are all known: its prompt, its places, and a subject for each emblem."""
 
-    def __init__(self, given: Given, count: int, number: int) -> None:
+    def __init__(self, given: Given, count: int, number: int, masked: bool = True) -> None:
         import numpy as np
         import torch
         from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
@@ -63,7 +64,7 @@ class Case:
             scene = sample_scene(rng, count, 1.0)
         phrases = PHRASES_OF[count]
         references = [
-            known(given, thing.emblem, rng, phrase) for thing, phrase in zip(scene.things, phrases, strict=True)
+            known(given, thing.emblem, rng, phrase, masked) for thing, phrase in zip(scene.things, phrases, strict=True)
         ]
         self.given, self.seed, self.ground = given, number, scene.background.kind
         self.subjects = tuple(subject for each in references for subject in each.subject)

@@ -1,0 +1,181 @@
+"""Layout-and-Retouch's Table 4 with the reference as it may lend: the whole view, cropped to its subject, or put where
+the layout's subject stands; instead of the picture's own keys or beside them. And the swap along the training, and how
+diverse layouts are where a concept's views all share one place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .concepts import NOUN, Concept, Pictured, Score, followed, in_use, learnt, spread, training_settings, workplace
+from .given import Given, paired
+from .retouch import CFG, EMBLEMS, LAMBDA1, PROMPTS, ROWS, TRAINING, VANILLA, Cases
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# At these lengths of training the swap is compared with the concept alone, besides the full one.
+EARLIER = (50, 100)
+ALONE, BLENDED = ROWS[:2]
+LAYOUT = "the layout's swap alone"
+# How the reference is cut, whether the layout is swapped as well and its output blended, and the settings of the swap.
+SWAPS: dict[str, tuple[str, bool, bool, dict[str, Any]]] = {
+    "III, the whole view": ("whole", False, False, {}),
+    "III, cropped": ("cropped", False, False, {}),
+    "III, cropped, extended": ("cropped", False, False, {"reference_keys": "extend"}),
+    "IV, the whole view": ("whole", True, False, {}),
+    "IV, aligned": ("aligned", True, False, {}),
+    "IV, aligned, extended": ("aligned", True, False, {"reference_keys": "extend"}),
+    "V, the whole view": ("whole", True, True, {}),
+    "V, cropped": ("cropped", True, True, {}),
+    "V, aligned": ("aligned", True, True, {}),
+    "V, aligned, on white": ("white", True, True, {}),
+    "V, aligned, extended": ("aligned", True, True, {"reference_keys": "extend"}),
+    "V, aligned, all of the decoder": ("aligned", True, True, {"sites": "decoder"}),
+}
+EARLY_SWAPS = ("III, the whole view", "III, cropped")
+
+
+def study(given: Given) -> None:
+    """Prints both tables, over `given.count` pairs of 8 emblems and up to 20 prompts each (160 are all)."""
+    count = min(given.count, EMBLEMS * PROMPTS)
+    emblems = min(EMBLEMS, max(count // PROMPTS, 1))
+    prompts = range(count // emblems)
+    rows: dict[str, list[list[Score]]] = {}
+    along: dict[str, list[list[Score]]] = {}
+    with workplace(given.toy.clip) as folder:
+        for number in range(emblems):
+            for steps in EARLIER:
+                concept = learnt(given, number, folder, steps, TRAINING["rates"])
+                cases = CutCases(given, concept, prompts, number)
+                for name, images in cases.earlier().items():
+                    _add(along, f"{name}, {steps} steps", concept, cases, images)
+            concept = learnt(given, number, folder, **TRAINING)
+            cases = CutCases(given, concept, prompts, number)
+            for name, images in cases.pictures().items():
+                _add(rows, name, concept, cases, images)
+                print(f"emblem {number + 1} of {emblems}, {name}", file=sys.stderr, flush=True)
+            for name in (ALONE, *EARLY_SWAPS):
+                along.setdefault(f"{name}, {TRAINING['steps']} steps", []).append(rows[name][-1])
+    print(f"{emblems} emblems, {len(prompts)} prompts each; concepts of {TRAINING['steps']} steps:\n")
+    _table(rows, dict.fromkeys(rows, ALONE))
+    print("\nThe reference's swap along the training, against the concept alone of as many steps:\n")
+    _table(along, {name: f"{ALONE}, {name.rsplit(', ', 1)[1]}" for name in along})
+
+
+def diversity(given: Given) -> None:
+    """Prints how far centres lie apart with and without step blending, of concepts whose views all show the emblem in
+    the middle; over `given.count` pairs of 8 emblems and up to 20 prompts each."""
+    count = min(given.count, EMBLEMS * PROMPTS)
+    emblems = min(EMBLEMS, max(count // PROMPTS, 1))
+    rows: dict[str, list[list[Score]]] = {}
+    with workplace(given.toy.clip) as folder:
+        for number in range(emblems):
+            concept = learnt_in_one_place(given, number, folder)
+            cases = Cases(given, concept, range(count // emblems), number)
+            for name, vanilla in ((VANILLA, 1.0), (ALONE, 0.0), (BLENDED, LAMBDA1)):
+                _add(rows, name, concept, cases, cases.blended(vanilla))
+            print(f"emblem {number + 1} of {emblems}", file=sys.stderr, flush=True)
+    print(f"{emblems} emblems whose views all stand in the middle, {count // emblems} prompts each:\n")
+    _table(rows, dict.fromkeys(rows, ALONE))
+
+
+class CutCases(Cases):
+    """One emblem with some of the prompts, and its reference cut in several ways."""
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Pictures for each row of the first table."""
+        from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
+
+        path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
+        layout = {"layout": path, "layout_conditioning": self.personal}
+        places = self._segmented(self.layouts)
+        mask = AdaptiveBlendMaskNode.execute(mask=places, phrase=self.concept.words).args[0]
+        swapped = MultiSourceSwapNode.execute(self.concept.model, **layout).args[0]
+        found = {VANILLA: self.blended(1.0), ALONE: self.blended(0.0), BLENDED: self.layouts}
+        found[LAYOUT] = self._from(last, swapped, self.neutral, CFG)
+        paths: dict[str, Any] = {}
+        for name, (cut, multi, masked, settings) in SWAPS.items():
+            if cut not in paths:
+                paths[cut] = self._reference(cut, places)
+            given = {"reference": paths[cut], "reference_conditioning": self.neutral, **settings}
+            if not multi:
+                model = MultiSourceSwapNode.execute(self.concept.model, **given, lambda2=0.0).args[0]
+                found[name] = self.blended(LAMBDA1, model)
+                continue
+            given |= {**layout, "blend_mask": mask if masked else None}
+            model = MultiSourceSwapNode.execute(self.concept.model, **given).args[0]
+            found[name] = self._from(last, model, self.neutral, CFG)
+        return found
+
+    def earlier(self) -> dict[str, Tensor]:
+        """Pictures of the concept alone, and with the reference's swap."""
+        from subject_patches.nodes.retouch import MultiSourceSwapNode
+
+        found = {ALONE: self.blended(0.0)}
+        for name in EARLY_SWAPS:
+            given = {"reference": self._reference(SWAPS[name][0], None), "reference_conditioning": self.neutral}
+            model = MultiSourceSwapNode.execute(self.concept.model, **given, lambda2=0.0).args[0]
+            found[name] = self.blended(LAMBDA1, model)
+        return found
+
+    def _reference(self, cut: str, places: Any) -> Any:
+        """The trajectory of the first view: whole, cropped to its subject, or one for each of `places`."""
+        from dataclasses import replace
+
+        from subject_patches.nodes.align import AlignReferenceNode
+
+        view, mask = self.concept.views[:1], None
+        if cut != "whole":
+            where = places if cut in ("aligned", "white") else None
+            background = "white" if cut == "white" else "keep"
+            view, mask = AlignReferenceNode.execute(view, self._segmented(view), where, background).args
+        path, _ = self.inverted(self.given.toy.vae.encode(view), self.negative)
+        return replace(path, mask=mask)
+
+
+def learnt_in_one_place(given: Given, number: int, folder: Path) -> Concept:
+    """As `learnt`, of views that all show the emblem in the middle of the picture, as large as in the first."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from subject_patches.toy.drawing import draw
+    from subject_patches.toy.scenes import Background, view
+    from subject_patches.training.concept_run import train_concept
+
+    rng = np.random.default_rng((2**44, number))
+    pictured = Pictured.sampled(given.judge, rng)
+    emblem, drawn = pictured.emblem, []
+    colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour]
+    for colour in colours[: len(pictured.views)]:
+        scene = view(emblem, rng, Background("plain", (colour,)))
+        drawn.append(draw(replace(scene, things=(replace(scene.things[0], x=64.0, y=64.0, radius=30.0),))))
+    views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
+    centred = replace(pictured, views=views)
+    toy, settings = given.toy, training_settings(given.toy, "plain", TRAINING["steps"], TRAINING["rates"], number)
+    concept = train_concept(toy.model, toy.clip, centred.latents(toy.vae, number), settings)
+    name = f"study_{number}"
+    model = in_use(toy.model, concept, folder / f"{name}.safetensors")
+    return Concept(emblem, views, centred.identity, model, f"embedding:{name} {NOUN}")
+
+
+def _add(rows: dict[str, list[list[Score]]], name: str, concept: Concept, cases: Cases, images: Tensor) -> None:
+    rows.setdefault(name, []).append(concept.scores(cases.given.judge, images, cases.grounds))
+
+
+def _table(rows: dict[str, list[list[Score]]], bases: dict[str, str]) -> None:
+    """Rows of scores, a list for each emblem, paired with the rows that `bases` names."""
+
+    def identity(name: str) -> Sequence[float]:
+        return [score.identity for group in rows[name] for score in group]
+
+    print("| | identity | against I, paired | emblem found | background right | both | variance of centres |")
+    print("|---|---|---|---|---|---|---|")
+    for name, groups in rows.items():
+        mean = sum(identity(name)) / len(identity(name))
+        against = "" if bases[name] == name else paired(identity(bases[name]), identity(name))
+        scores = [score for group in groups for score in group]
+        print(f"| {name} | {mean:.3f} | {against} | {followed(scores)} | {spread(groups)} |")
