@@ -42,6 +42,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.semantic_injection import LoadSemanticInjectionNode, SemanticInjectionNode
         from .nodes.step_blended_guider import StepBlendedGuiderNode
         from .nodes.subject import SubjectNode
+        from .nodes.subject_encoder import EncodeSubjectsNode, LoadSubjectEncoderNode
         from .nodes.train_concept import TrainConceptNode
         from .nodes.train_residual import TrainResidualToken
         from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
@@ -64,6 +65,8 @@ class SubjectPatches(ComfyExtension):
             SubjectShareNode,
             LoadImagePromptAdapterNode,
             EncodeImagePromptNode,
+            LoadSubjectEncoderNode,
+            EncodeSubjectsNode,
             RouteByMasksNode,
             RouteByAttentionNode,
             RoutedReferenceAttentionNode,

@@ -5,6 +5,8 @@ AnyStory's QFormer (section 3.2) and the projection of IP-Adapter Plus are this 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,13 +17,13 @@ FEED_FORWARD = 4
 class ReadingAttention(nn.Module):
     """Attn(LN latents; [LN x, LN latents]): the latents (rows, n, width) read the features and one another."""
 
-    def __init__(self, width: int, inner: int, heads: int) -> None:
+    def __init__(self, width: int, inner: int, heads: int, operations: Any) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.norm1, self.norm2 = operations.LayerNorm(width), operations.LayerNorm(width)
+        self.to_q = operations.Linear(width, inner, bias=False)
+        self.to_kv = operations.Linear(width, 2 * inner, bias=False)
+        self.to_out = operations.Linear(inner, width, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         latents = self.norm2(latents)
@@ -35,30 +37,44 @@ class Resampler(nn.Module):
     `width`, whose attention is `inner` wide.
 
     A layer is latents += Attn(LN latents; [LN x, LN latents]), then latents += a feed-forward of four times the width;
-    the tokens are LN(W_out latents). The parameters have the names of IP-Adapter Plus's published files."""
+    the tokens are LN(W_out latents). The parameters have the names of IP-Adapter Plus's published files. `operations`
+    has the layers' classes: torch's own, or the host's, which cast their weights to what they are given."""
 
     def __init__(
-        self, features: int, context: int, *, width: int, queries: int, inner: int, heads: int, depth: int
+        self,
+        features: int,
+        context: int,
+        *,
+        width: int,
+        queries: int,
+        inner: int,
+        heads: int,
+        depth: int,
+        operations: Any = nn,
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, queries, width) / width**0.5)
-        self.proj_in, self.proj_out = nn.Linear(features, width), nn.Linear(width, context)
-        self.norm_out = nn.LayerNorm(context)
+        self.proj_in, self.proj_out = operations.Linear(features, width), operations.Linear(width, context)
+        self.norm_out = operations.LayerNorm(context)
         self.layers = nn.ModuleList(
-            nn.ModuleList([ReadingAttention(width, inner, heads), _feed_forward(width)]) for _ in range(depth)
+            nn.ModuleList([ReadingAttention(width, inner, heads, operations), _feed_forward(width, operations)])
+            for _ in range(depth)
         )
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.proj_in(features)
-        latents = self.latents.expand(len(features), -1, -1)
+        latents = self.latents.to(features).expand(len(features), -1, -1)
         for read, feed_forward in self.layers:
             latents = latents + read(features, latents)
             latents = latents + feed_forward(latents)
         return self.norm_out(self.proj_out(latents))
 
 
-def _feed_forward(width: int) -> nn.Sequential:
+def _feed_forward(width: int, operations: Any) -> nn.Sequential:
     wide = FEED_FORWARD * width
     return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, wide, bias=False), nn.GELU(), nn.Linear(wide, width, bias=False)
+        operations.LayerNorm(width),
+        operations.Linear(width, wide, bias=False),
+        nn.GELU(),
+        operations.Linear(wide, width, bias=False),
     )

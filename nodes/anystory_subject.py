@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, composite, encoded
 from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
 from .inputs import CACHE_MEGABYTES, cache_input, vae_input
+from .model_files import add_folder, path_of, state_of
+from .shipped_files import PACK
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 FOLDER = "subject_encoders"
@@ -25,11 +26,8 @@ TOKEN = 16
 
 
 def register_folder() -> None:
-    """Makes the host know the models folder of subject encoders. Calling it again changes nothing."""
-    import folder_paths
-
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+    """Makes the host know the models folder of subject encoders, and the toy's. Calling it again changes nothing."""
+    add_folder(FOLDER, PACK / "toy" / "encoders")
 
 
 class LoadAnyStoryNode(io.ComfyNode):
@@ -59,23 +57,11 @@ class LoadAnyStoryNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        import folder_paths
-
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None:
-            return file
-        # Another file under the same name has other weights.
-        state = Path(path).stat()
-        return (file, state.st_size, state.st_mtime_ns)
+        return state_of(FOLDER, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        import folder_paths
-
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None:
-            raise ValueError(f"There is no file '{file}' in the models folder {FOLDER}; choose another.")
-        return io.NodeOutput(read_anystory(Path(path)))
+        return io.NodeOutput(read_anystory(path_of(FOLDER, file)))
 
 
 class AnyStorySubjectNode(io.ComfyNode):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,11 @@ from ..encoders.ip_adapter import ImagePromptAdapter, read_adapter
 from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet, layer_at
 from ..patches.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
+from ..patches.sites import Site
 from ..patches.subject import Reference, Subject
 from .checks import check_choice, prompt_in
 from .inputs import subject_input
+from .model_files import add_folder, path_of, state_of
 from .types import SEVERAL, AdapterType, SubjectType
 
 FOLDER = "ipadapter"
@@ -26,10 +27,7 @@ CROPS = ("center", "none")
 
 def register_folder() -> None:
     """Makes the host know the models folder of adapters. Calling it again changes nothing."""
-    import folder_paths
-
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+    add_folder(FOLDER)
 
 
 class LoadImagePromptAdapterNode(io.ComfyNode):
@@ -58,25 +56,15 @@ class LoadImagePromptAdapterNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        import folder_paths
-
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None:
-            return file
-        # Another file under the same name is another adapter.
-        state = Path(path).stat()
-        return (file, state.st_size, state.st_mtime_ns)
+        return state_of(FOLDER, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         import comfy.utils
-        import folder_paths
 
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None or not file.endswith(".safetensors"):
-            raise ValueError(f"There is no safetensors file '{file}' in the models folder {FOLDER}; choose another.")
+        path = path_of(FOLDER, file)
         try:
-            tensors = comfy.utils.load_torch_file(path, safe_load=True)
+            tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
         except Exception as error:
             raise ValueError(f"'{file}' cannot be read as safetensors ({error}); download it again.") from error
         return io.NodeOutput(read_adapter(tensors, file))
@@ -191,7 +179,7 @@ def token_prompt(name: str, conditioning: Any, last: int = 0) -> TokenPrompt | N
 def at_model(prompt: TokenPrompt | AdaptedPrompt | None, model: Any, name: str) -> ImagePrompt | None:
     """An image prompt as the layers of a MODEL take it. Raises ValueError, calling it `name`, where it does not fit."""
     if isinstance(prompt, AdaptedPrompt):
-        return prompt.at(cross_channels(model))[0]
+        return prompt.at(layer_channels(model, "cross"))[0]
     width = family_of(model).context_width(model)
     if prompt is not None and prompt.tokens.shape[-1] != width:
         raise ValueError(
@@ -209,17 +197,19 @@ def empty_prompt(prompts: Sequence[TokenPrompt | AdaptedPrompt | None], model: A
             f"The subjects' image prompts come from different adapters ({', '.join(sorted(adapted))}), but the "
             "unconditional pass can show the empty picture of one only; encode all subjects with one adapter."
         )
-    return next((prompt.at(cross_channels(model))[1] for prompt in adapted.values()), None)
+    return next((prompt.at(layer_channels(model, "cross"))[1] for prompt in adapted.values()), None)
 
 
-def cross_channels(model: Any) -> dict[Any, int]:
-    """How many channels each cross-attention layer of a MODEL has. Raises ValueError where it is no U-Net."""
+def layer_channels(model: Any, kind: str) -> dict[Site, int]:
+    """How many channels each layer of a kind, "self" or "cross", of a MODEL has, in their order. Raises ValueError
+    where it is no U-Net."""
     family = family_of(model)
     if not isinstance(family, UNet):
         raise ValueError(
-            f"An adapter's image prompt is for the layers of SD 1.x and SDXL, but this model is {family.name}. "
-            "Take Encode Image Prompt out of the subject's way."
+            "The image prompt or references that a trained encoder or adapter made of a subject are for the layers of "
+            f"SD 1.x, 2.x and SDXL, but this model is {family.name}. Take Encode Subjects or Encode Image Prompt out "
+            "of the subject's way."
         )
     network = model.model.diffusion_model
-    layers = {site: layer_at(network, site) for site in attention_sites(model) if site.kind == "cross"}
+    layers = {site: layer_at(network, site) for site in attention_sites(model) if site.kind == kind}
     return {site: layer.heads * layer.dim_head for site, layer in layers.items()}

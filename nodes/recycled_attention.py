@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..patches.edit import Edit
 from ..patches.engine import add_edit
-from ..patches.families import chosen_sites
+from ..patches.families import attention_sites, chosen_sites
+from ..patches.image_prompt import AdaptedPrompt
 from ..patches.recycled_attention import RecycledSelfAttention
+from ..patches.routed_reference import EmptyTokens
+from ..patches.shown_tokens import ShownTokens
 from ..patches.sites import USUAL
 from ..patches.subject import Subject
 from ..patches.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in
+from .image_prompt import at_model, empty_prompt
 from .inputs import (
     STRENGTH_MAX,
     level_inputs,
@@ -28,7 +34,7 @@ from .inputs import (
     subject_input,
     window_inputs,
 )
-from .references import looked_at, positions_for, reference_streams
+from .references import kept_references, looked_at, positions_for, reference_streams, sites_of_kept
 from .types import SUBJECT
 
 COND_ONLY, BOTH = "cond only", "both"
@@ -44,7 +50,8 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             display_name="Recycled Self-Attention",
             category=SUBJECT,
             description="Carries a subject's look into the picture, details included: the model runs on the reference "
-            "too and the picture attends to it (AnyLogo). No training.",
+            "too and the picture attends to it (AnyLogo). No training; a subject from Encode Subjects shows what its "
+            "trained encoder made of it.",
             search_aliases=[
                 "AnyLogo",
                 "reference only",
@@ -74,7 +81,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                 sites_input(
                     "self-attention layers see the reference",
                     "the decoder, which the paper finds best; of a transformer all layers, best on the pack's small "
-                    "one",
+                    "one; of an encoded subject those that its encoder was trained for",
                 ),
                 *window_inputs(),
                 seed_input(),
@@ -133,18 +140,32 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         placed = positions_for(model, positions)
         how = looked_at(model, noise_level, fixed_level, refresh_steps)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
-        idle = strength == 0 or keep_probability == 0 or window.empty or not references
+        kept = tuple(each for s in subject for each in kept_references(model, s))
+        tokens = [s.encoded.prompt for s in subject if s.encoded is not None and s.encoded.prompt is not None]
+        idle = strength == 0 or keep_probability == 0 or window.empty
+        patched = model.clone()
         if idle or (region_mask is not None and not bool(region_mask.any())):
-            return io.NodeOutput(model.clone())
-        edit = RecycledSelfAttention(
-            chosen,
-            window,
-            tuple(references),
-            strength,
-            keep_probability,
-            region_mask,
-            seed,
-            unconditioned_too=apply_to == BOTH,
-            positions=placed,
-        )
-        return io.NodeOutput(add_edit(model, edit))
+            return io.NodeOutput(patched)
+        settings = (strength, keep_probability, region_mask, seed, apply_to == BOTH, placed)
+        if references:
+            patched = add_edit(patched, RecycledSelfAttention(chosen, window, tuple(references), *settings))
+        if kept:
+            own = sites_of_kept(kept, sites, chosen)
+            patched = add_edit(patched, RecycledSelfAttention(own, window, (), *settings, kept))
+        for edit in _token_edits(model, tokens, window, min(strength, 1.0), region_mask):
+            patched = add_edit(patched, edit)
+        return io.NodeOutput(patched)
+
+
+def _token_edits(
+    model: Any, tokens: Sequence[AdaptedPrompt], window: Window, eta: float, region_mask: Any
+) -> tuple[Edit, ...]:
+    """What shows the tokens of encoded subjects, in all layers that they were trained for, and those of an empty
+    picture in the unconditional pass."""
+    if not tokens:
+        return ()
+    cross = frozenset(site for site in attention_sites(model) if site.kind == "cross")
+    prompts = tuple(at_model(each, model, "The subject") for each in tokens)
+    empty = empty_prompt(tokens, model)
+    shown = ShownTokens(cross, window, prompts, empty, eta, region_mask)
+    return shown, EmptyTokens(cross, window, empty, eta)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..patches.encoded_subject import KeptReference
 from ..patches.families import Transformer, family_of
 from ..patches.positions import BESIDE, DAMPED, SAME, Positions
-from ..patches.sites import USUAL
+from ..patches.sites import USUAL, Site
 from ..patches.streams import NoisedReference, Pass
 from ..patches.subject import Subject
 from .checks import check_choice, check_number
+from .image_prompt import layer_channels
 from .inputs import CURRENT, FIXED, NEARLY_CLEAN, REFRESH_MAX
 
 AS_THE_PICTURE = Pass()
@@ -50,9 +52,11 @@ def positions_for(model: Any, choice: str) -> Positions | None:
 def reference_streams(
     model: Any, subject: Subject, seed: int, conditioning: Any, how: Pass = AS_THE_PICTURE
 ) -> tuple[NoisedReference, ...]:
-    """A subject's references as companions of a MODEL's generation.
+    """A subject's references as companions of a MODEL's generation; none where an encoder's stand for them.
 
     Raises ValueError when they were encoded for another kind of latent."""
+    if subject.encoded is not None:
+        return ()
     latent = model.model.latent_format
     wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
     streams = []
@@ -74,3 +78,19 @@ def reference_streams(
         pixels = reference.pixels or tuple(reference.image.shape[1:3]) or None
         streams.append(NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how, pixels))
     return tuple(streams)
+
+
+def kept_references(model: Any, subject: Subject) -> tuple[KeptReference, ...]:
+    """What a subject's encoder kept of its references, for the layers of a MODEL. Raises ValueError where it is for
+    others."""
+    kept = () if subject.encoded is None else subject.encoded.references
+    for each in kept:
+        each.check(layer_channels(model, "self"))
+    return kept
+
+
+def sites_of_kept(kept: tuple[KeptReference, ...], choice: str, chosen: frozenset[Site]) -> frozenset[Site]:
+    """Where kept references are seen: of the `chosen` layers, or by a choice of what is usual all, those that they were
+    trained for."""
+    trained = frozenset(site for each in kept for site in each.sites)
+    return trained if choice == USUAL else trained & chosen

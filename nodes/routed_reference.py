@@ -35,7 +35,7 @@ from .inputs import (
     subject_input,
     window_inputs,
 )
-from .references import looked_at, positions_for, reference_streams
+from .references import kept_references, looked_at, positions_for, reference_streams, sites_of_kept
 from .types import SEVERAL, RouterType, SubjectType
 
 TOKENS_MAX = 4096
@@ -111,7 +111,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             display_name="Routed Reference Attention",
             category=SEVERAL,
             description="Shows one to eight subjects in one picture without blending them: each place attends to the "
-            "references of its own subject only (AnyStory, without its trained weights).",
+            "references of its own subject only (AnyStory). Subjects from Encode Subjects show what their trained "
+            "encoder made of them.",
             search_aliases=[
                 "AnyStory",
                 "multi subject",
@@ -137,7 +138,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 sites_input(
                     "layers see the references and image prompts",
                     "the decoder, which does best without training (the paper trains all); of a transformer all "
-                    "layers, which is not measured yet",
+                    "layers, which is not measured yet; of an encoded subject those that its encoder was trained for",
                 ),
                 *window_inputs(),
                 noise_level_input(),
@@ -199,16 +200,19 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         if not subjects:
             return io.NodeOutput(model.clone())
         prompt_in("reference_conditioning", reference_conditioning)
-        _check_family(model, [s.share.prompt for s in subjects], background_prompt, cross_attention)
-        named = [(subject.share.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
+        _check_family(model, [s.prompt for s in subjects], background_prompt, cross_attention)
+        named = [(subject.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
         prompts = [at_model(prompt, model, name) for prompt, name in named]
         background = at_model(token_prompt("background prompt", background_prompt), model, "The background prompt")
-        empty = empty_prompt([subject.share.prompt for subject in subjects], model)
+        empty = empty_prompt([subject.prompt for subject in subjects], model)
         # A trained adapter acts in every layer that it was trained for.
         prompted = frozenset(site for site in order if site.kind == "cross") if empty else chosen["cross"]
         if background is None and empty is None and not any(prompts):
             prompted = frozenset()
-        routing = router.routing([subject.phrase for subject in subjects], order, chosen["self"] | prompted, window)
+        kept = [kept_references(model, subject) for subject in subjects]
+        own_sites = [sites_of_kept(each, sites, chosen["self"]) if each else chosen["self"] for each in kept]
+        acting = prompted.union(chosen["self"], *own_sites)
+        routing = router.routing([subject.phrase for subject in subjects], order, acting, window)
         how = looked_at(model, noise_level, fixed_level, refresh_steps, cross_attention == SKIPPED)
         placed = positions_for(model, positions)
         shares: list[Edit] = []
@@ -216,8 +220,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             share, own = subject.share, window & subject.share.window
             streams = reference_streams(model, subject, seed, reference_conditioning, how)
             if strength * share.strength and not own.empty:
-                weight = strength * share.strength
-                shares.append(RoutedReference(chosen["self"], own, routing, number, streams, weight, placed))
+                weight, here = strength * share.strength, own_sites[number]
+                shares.append(RoutedReference(here, own, routing, number, streams, weight, placed, kept[number]))
             prompt = prompts[number]
             if prompt is not None and eta * share.eta and not own.empty:
                 shares.append(RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta))
@@ -228,7 +232,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             shares.append(EmptyTokens(prompted, window, empty, eta))
         if not shares:
             return io.NodeOutput(model.clone())
-        edit = RoutedReferenceAttention(chosen["self"] | prompted, window, routing, tuple(shares))
+        edit = RoutedReferenceAttention(acting, window, routing, tuple(shares))
         return io.NodeOutput(add_edit(model, edit))
 
 

@@ -26,6 +26,8 @@ AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")
 SemanticsType = io.Custom("SUBJECT_PATCHES_SEMANTICS")
 # One encoders.anystory.AnyStory.
 AnyStoryType = io.Custom("SUBJECT_PATCHES_ANYSTORY")
+# One encoders.subject_encoder.SubjectEncoder.
+SubjectEncoderType = io.Custom("SUBJECT_PATCHES_SUBJECT_ENCODER")
 # A tuple of patches.anystory_subject.AnyStorySubject.
 AnyStorySubjectType = io.Custom("SUBJECT_PATCHES_ANYSTORY_SUBJECT")
 # One patches.router.Router.

@@ -19,6 +19,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .chunk import Chunk
 from .edit import Edit, Request, Start
+from .encoded_subject import KeptReference, lend_kept
 from .positions import Positions, placed_keys
 from .region import region_at
 from .rows import check_rows
@@ -82,7 +83,8 @@ class RecycledSelfAttention(Edit):
 
     `strength` above 0 is the continuous flow (1 is Eq. 4 as it stands), `keep_probability` the sparse recycling's
     lambda. `region_mask` (1 or batch, height, width) restricts it to queries inside. By Eq. 7 only chunks that a
-    prompt conditions get the reference, unless `unconditioned_too`. `positions` moves or damps the references' keys."""
+    prompt conditions get the reference, unless `unconditioned_too`. `positions` moves or damps the references' keys.
+    `kept` are references that a trained ReferenceNet has read."""
 
     node: ClassVar[str] = "Recycled Self-Attention"
 
@@ -93,10 +95,11 @@ class RecycledSelfAttention(Edit):
     seed: int = 0
     unconditioned_too: bool = False
     positions: Positions | None = None
+    kept: tuple[KeptReference, ...] = ()
     _regions: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def begin(self) -> RecycledSelfAttention:
-        return replace(self, _regions={})
+        return replace(self, _regions={}, kept=tuple(each.begin() for each in self.kept))
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:
@@ -135,3 +138,4 @@ class RecycledSelfAttention(Edit):
                 return
         bias = flow_bias(self.strength, region)
         lend(call, self.references, recorded, self.positions, bias, route)
+        lend_kept(call, self.kept, bias, route)

@@ -2,7 +2,7 @@
 
 Self-attention goes over the picture and the subjects' references, a reference being seen only where the route gives the
 place to its subject (Eq. 6 to 8); cross-attention adds the subjects' image prompts by the same route (Eq. 5). Without
-the paper's trained ReferenceNet the references' features are the host's own U-Net's, and the projections its own.
+a trained ReferenceNet the references' features are the host's own U-Net's, and the projections its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional
 from .call import AttentionCall
 from .chunk import Chunk
 from .edit import Edit, Request
+from .encoded_subject import KeptReference, lend_kept
 from .image_prompt import ImagePrompt
 from .positions import Positions
 from .recycled_attention import flow_bias, lend
@@ -80,7 +81,8 @@ def inject(output: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int
 @dataclass(frozen=True, eq=False)
 class RoutedReference(Edit):
     """One subject of a routing, `number` from 0: its references are seen at its own places, with `strength` times
-    their attention weights (its logarithm is gamma). `positions` moves or damps their keys."""
+    their attention weights (its logarithm is gamma). `positions` moves or damps their keys. `kept` are references that
+    a trained ReferenceNet has read."""
 
     node: ClassVar[str] = "Routed Reference Attention"
 
@@ -89,6 +91,11 @@ class RoutedReference(Edit):
     references: tuple[NoisedReference, ...]
     strength: float = 1.0
     positions: Positions | None = None
+    kept: tuple[KeptReference, ...] = ()
+
+    def begun(self, routing: Routing) -> RoutedReference:
+        """The edit for one run, with that run's routing."""
+        return replace(self, routing=routing, kept=tuple(each.begin() for each in self.kept))
 
     def requests(self, sigma: float) -> Iterable[Request]:
         return [(reference, self.sites, ("key", "value")) for reference in self.references]
@@ -102,6 +109,7 @@ class RoutedReference(Edit):
             return
         bias = flow_bias(self.strength, None)
         lend(call, self.references, recorded, self.positions, bias, mine)
+        lend_kept(call, self.kept, bias, mine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +123,10 @@ class RoutedTokens(Edit):
     number: int
     prompt: ImagePrompt
     eta: float = 1.0
+
+    def begun(self, routing: Routing) -> RoutedTokens:
+        """The edit for one run, with that run's routing."""
+        return replace(self, routing=routing)
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.grid is None:
@@ -139,6 +151,10 @@ class EmptyTokens(Edit):
 
     prompt: ImagePrompt
     eta: float = 1.0
+
+    def begun(self, routing: Routing) -> EmptyTokens:
+        """The edit for one run: the routing does not decide it."""
+        return self
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.generated and not chunk.conditioned
@@ -168,5 +184,4 @@ class RoutedReferenceAttention(Edit):
 
     def parts(self) -> Iterable[Edit]:
         routing = self.routing.begin()
-        routed = (share if isinstance(share, EmptyTokens) else replace(share, routing=routing) for share in self.shares)
-        return (routing, *routed)
+        return (routing, *(share.begun(routing) for share in self.shares))

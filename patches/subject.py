@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cache import FeatureCache
+from .encoded_subject import EncodedSubject
 from .image_prompt import AdaptedPrompt, TokenPrompt
 from .window import Window
 
@@ -44,8 +45,8 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A subject: its references, the phrase that names it in prompts ("" if none), its features between runs, and its
-    share where several subjects are routed.
+    """A subject: its references, the phrase that names it in prompts ("" if none), its features between runs, its share
+    where several subjects are routed, and what a trained encoder made of it, which then stands for its references.
 
     The value on a SUBJECT link is a tuple of these."""
 
@@ -53,6 +54,12 @@ class Subject:
     phrase: str
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(2048 * MEGABYTE))
     share: Share = field(default_factory=Share)
+    encoded: EncodedSubject | None = None
+
+    @property
+    def prompt(self) -> TokenPrompt | AdaptedPrompt | None:
+        """Its image prompt: the one it was given, or else its encoder's tokens."""
+        return self.share.prompt if self.share.prompt is not None or self.encoded is None else self.encoded.prompt
 
 
 def encoded(vae: Any, picture: Tensor, what: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from subject_patches.nodes.image_prompt import cross_channels
+from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.patches.blend_mask import AdaptiveMask
 from subject_patches.patches.image_prompt import AdaptedPrompt, KeysAndValues, TokenPrompt, in_file_order
 from subject_patches.patches.layout_regions import Layout, Region
@@ -38,6 +38,7 @@ from .models import (
     trajectory_for,
 )
 from .semantics import told as told_meaning
+from .subject_encoders import encoded_subject
 
 Window = tuple[float, float]
 
@@ -123,7 +124,7 @@ def _prompted(model: Any, subjects: tuple[Subject, ...], strength: float, window
 
 
 def _adapted(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
-    channels, source = cross_channels(model), generator(61)
+    channels, source = layer_channels(model, "cross"), generator(61)
 
     def pairs() -> tuple[KeysAndValues, ...]:
         shapes = [(1, 3, channels[site]) for site in in_file_order(channels)]
@@ -138,6 +139,15 @@ def _adapted(model: Any, subjects: tuple[Subject, ...], strength: float, window:
 def _told_meaning(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window, **values: Any) -> Any:
     start, end = window
     return told_meaning(model, subjects, strength=strength, start_percent=start, end_percent=end, **values)
+
+
+def _encoded(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
+    return _recycled(model, tuple(encoded_subject(model, each) for each in subjects), strength, window)
+
+
+def _encoded_in_places(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
+    # References and tokens have a weight each.
+    return _routed(model, tuple(encoded_subject(model, each) for each in subjects), strength, window, eta=strength)
 
 
 def _retouched(
@@ -198,6 +208,8 @@ MECHANISMS = (
         partial(_told_meaning, background=torch.rand(1, 40, 24, 3, generator=generator(62))),
         lends=False,
     ),
+    Mechanism("an encoded subject", _encoded, lends=False),
+    Mechanism("an encoded subject in its places", _encoded_in_places, lends=False),
     Mechanism("a swapped reference", _retouched),
     # Of two steps the layout lends the first, and the reference the second.
     Mechanism(

@@ -34,6 +34,8 @@ NOT_HERE = {
     "an adapter's image prompt": "image prompt",
     "two routed references": "cross_attention",
     "semantic injection": "scales of a U-Net",
+    "an encoded subject": "Encode Subjects",
+    "an encoded subject in its places": "Encode Subjects",
 }
 Family = tuple[Any, Tensor]
 

@@ -13,7 +13,7 @@ from host import ROOT
 from hosting.server import Server
 from PIL import Image
 from safetensors.torch import save_file
-from subject_patches.nodes.image_prompt import cross_channels
+from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.patches.image_prompt import in_file_order
 from subject_patches.toy.family import register
 
@@ -40,7 +40,7 @@ def adapter_file(path: Path) -> None:
     """The plain form for the toy and ViT-L's pooled output."""
     register()
     model = comfy.sd.load_checkpoint_guess_config(str(TOY), output_vae=False, output_clip=False)[0]
-    channels, width, source = cross_channels(model), 64, generator(2)
+    channels, width, source = layer_channels(model, "cross"), 64, generator(2)
     tensors = {
         "image_proj.proj.weight": torch.randn(TOKENS * width, 768, generator=source) * 0.1,
         "image_proj.proj.bias": torch.zeros(TOKENS * width),

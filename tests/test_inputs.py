@@ -37,7 +37,7 @@ REASONS = {
         "Subject.image", "AnyStorySubject.image", "AttentionInspector.image", "Subject.mask", "AnyStorySubject.mask",
         "Layout.mask", "AdaptiveBlendMask.mask", "EncodeImagePrompt.crop", "AnyStorySubject.crop", "Subject.size",
         "AnyStorySubject.size", "EncodeImagePrompt.clip_vision", "AnyStorySubject.clip_vision",
-        "SemanticInjection.clip_vision",
+        "EncodeSubjects.clip_vision", "SemanticInjection.clip_vision",
         "AlignReference.image", "AlignReference.mask", "InvertToTrajectory.mask", "Subject.margin",
         "AlignReference.margin", "Subject.background", "AlignReference.background", "EncodeImagePrompt.background",
         "SemanticInjection.background",
@@ -54,7 +54,7 @@ REASONS = {
     },
     "a file or folder of its own kind": {
         "LoadResidualToken.file", "LoadImagePromptAdapter.file", "LoadAnyStory.file", "LoadTrajectory.file",
-        "LoadSemanticInjection.file",
+        "LoadSemanticInjection.file", "LoadSubjectEncoder.file",
         "SaveResidualToken.filename_prefix", "SaveTrajectory.filename_prefix",
     },
     "a word that papers use for unlike things": {

@@ -48,6 +48,20 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 4,
 }
 
+# The toy's vision model, of the host's DINOv2: what it sees, 96 pixels squared of -1 to 1, is an emblem's size.
+VISION: dict[str, Any] = {
+    "model_type": "dinov2",
+    "image_size": 96,
+    "patch_size": 8,
+    "hidden_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "layer_norm_eps": 1e-6,
+    "use_swiglu_ffn": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
 
 class ToyLatents(comfy.latent_formats.LatentFormat):
     """Latents of unit variance: the autoencoder's own scale is part of the checkpoint."""

@@ -36,8 +36,8 @@ def export(folder: Path, checkpoint: Path) -> None:
     print(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e6:.1f} MB)", flush=True)
 
 
-def unpack(checkpoint: Path, folder: Path) -> None:
-    """The inverse of `export`: the trained parts of a checkpoint, in fp32, as the stages' results in a run's folder."""
+def parts_of(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The inverse of `export`: the trained parts of a checkpoint, in fp32, by the stage that trains them."""
     parts: dict[str, dict[str, torch.Tensor]] = {"diffusion": {}, "autoencoder": {}}
     prefixes = {
         "model.diffusion_model.": ("diffusion", "unet."),
@@ -48,7 +48,12 @@ def unpack(checkpoint: Path, folder: Path) -> None:
         prefix = next(p for p in prefixes if name.startswith(p))
         stage, new = prefixes[prefix]
         parts[stage][new + name.removeprefix(prefix)] = tensor.float()
-    for stage, tensors in parts.items():
+    return parts
+
+
+def unpack(checkpoint: Path, folder: Path) -> None:
+    """Writes the trained parts of a checkpoint as the stages' results in a run's folder."""
+    for stage, tensors in parts_of(checkpoint).items():
         save_whole(folder / f"{stage}.safetensors", tensors)
 
 

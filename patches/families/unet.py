@@ -24,21 +24,7 @@ class UNet(Family):
         return known and not config.unet_config.get("use_temporal_attention")
 
     def sites(self, network: Any) -> tuple[Site, ...]:
-        from comfy.ldm.modules.attention import SpatialTransformer
-
-        stages = (
-            ("input", network.input_blocks),
-            ("middle", [network.middle_block]),
-            ("output", network.output_blocks),
-        )
-        sites = []
-        for block, modules in stages:
-            for number, module in enumerate(modules):
-                for layer in module or ():
-                    if isinstance(layer, SpatialTransformer):
-                        for index in range(len(layer.transformer_blocks)):
-                            sites += [Site("self", block, number, index), Site("cross", block, number, index)]
-        return tuple(sites)
+        return sites_of(network)
 
     def usual(self, choice: str) -> str:
         return choice
@@ -64,6 +50,29 @@ class UNet(Family):
     def heads(self, network: Any, site: Site) -> int:
         """How many heads a layer has."""
         return layer_at(network, site).heads
+
+
+def transformer_blocks(network: Any) -> dict[tuple[str, int, int], Any]:
+    """The host's modules that hold a U-Net's attentions, by the host's key of them, in the order in which they run."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    stages = (
+        ("input", network.input_blocks),
+        ("middle", [network.middle_block]),
+        ("output", network.output_blocks),
+    )
+    found = {}
+    for block, modules in stages:
+        for number, module in enumerate(modules):
+            for layer in module or ():
+                if isinstance(layer, SpatialTransformer):
+                    found |= {(block, number, index): each for index, each in enumerate(layer.transformer_blocks)}
+    return found
+
+
+def sites_of(network: Any) -> tuple[Site, ...]:
+    """Every attention layer of a U-Net, in the order in which they run."""
+    return tuple(Site(kind, *key) for key in transformer_blocks(network) for kind in ("self", "cross"))
 
 
 def layer_at(network: Any, site: Site) -> Any:

@@ -9,6 +9,7 @@ from . import (
     given_back,
     ico,
     layout,
+    learned,
     oracle,
     recycled_attention,
     referenced_branch,
@@ -38,6 +39,7 @@ STUDIES = {
     "diversity": cut_references.diversity,
     "oracle": oracle.study,
     "schemes": schemes.study,
+    "learned": learned.study,
 }
 # Of the second toy, a transformer.
 DIT_STUDIES = {

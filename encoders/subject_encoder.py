@@ -1,0 +1,227 @@
+"""AnyStory's subject encoder on U-Nets (section 3.2), and its file: QFormer, ReferenceNet and the trained projections.
+
+A file holds `qformer.*`, which makes tokens of what a vision model sees of a subject; `image.SITE.to_{k,v}.weight`,
+which make keys and values of them for each cross-attention (Eq. 5); `reference_net.*` in the host's names;
+`reference.SITE.to_{k,v}.weight`, which make keys and values of its hidden states for each self-attention but the first
+(Eq. 6); and, where its family's vision model is not one that the host loads, `vision.*`. Its metadata tell the sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patches.families.unet import sites_of, transformer_blocks
+from ..patches.image_prompt import KeysAndValues, in_file_order
+from ..patches.masks import tokens_inside
+from ..patches.sites import Site
+from .anystory_file import FORMAT
+from .reference_net import build, delivering, hidden_states
+from .resampler import Resampler
+from .vision import seen, vision_model
+from .weights import check_shapes
+
+KIND, VERSION = "anystory-unet", "1"
+# The paper's QFormers.
+DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sizes that decide every name and shape of a file: `unet` is the shape of the ReferenceNet, as `shape_of`
+    writes it; `features` are the channels of what the vision model sees, `tokens` how many a subject gets; `width` and
+    `heads` are the QFormer's; `size` is the side in pixels of the picture that the ReferenceNet reads, `scale` what the
+    VAE's latents of it are multiplied by, as the model family does."""
+
+    unet: str
+    features: int
+    tokens: int
+    width: int
+    heads: int
+    size: int
+    scale: float
+
+    @property
+    def context(self) -> int:
+        """The channels of a token: those of the model's prompts."""
+        return int(json.loads(self.unet)["context_dim"])
+
+    @property
+    def latent_channels(self) -> int:
+        return int(json.loads(self.unet)["latent_channels"])
+
+
+def form_said(told: str) -> Form:
+    """The form that a file's metadata tell. Raises ValueError with a phrase where they are broken."""
+    try:
+        values = json.loads(told)
+        counts = {each.name: int(values[each.name]) for each in fields(Form) if each.name not in ("unet", "scale")}
+        form = Form(str(values["unet"]), scale=float(values["scale"]), **counts)
+        sizes = [*counts.values(), form.context, form.latent_channels]
+        if min(sizes) < 1 or form.width % form.heads or not (0 < form.scale < math.inf):
+            raise ValueError(f"the sizes {sizes}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its metadata are broken ({error})") from error
+    return form
+
+
+class Projections(nn.Module):
+    """For each site a pair of linear layers `to_k` and `to_v`, from and to so many channels, under the site's name."""
+
+    def __init__(self, channels: Mapping[Site, tuple[int, int]], operations: Any) -> None:
+        super().__init__()
+        for site, (taken, given) in channels.items():
+            parent: nn.Module = self
+            for step in map(str, site.key):
+                if step not in dict(parent.named_children()):
+                    parent.add_module(step, nn.Module())
+                parent = parent.get_submodule(step)
+            for name in ("to_k", "to_v"):
+                parent.add_module(name, operations.Linear(taken, given, bias=False))
+
+    def at(self, site: Site) -> nn.Module:
+        """The pair of a site."""
+        return self.get_submodule(f"{site.block}.{site.number}.{site.index}")
+
+    def forward(self, site: Site, given: Tensor) -> KeysAndValues:
+        pair = self.at(site)
+        return pair.to_k(given), pair.to_v(given)
+
+
+class SubjectModules(nn.Module):
+    """What a file of a form holds but for the vision model, in the file's names; `operations` has the layers' classes,
+    `network` those of the ReferenceNet, which torch's own initialises in vain."""
+
+    def __init__(self, form: Form, operations: Any, network: Any = None) -> None:
+        super().__init__()
+        self.reference_net = build(form.unet, operations=network or operations)
+        sites = sites_of(self.reference_net)
+        blocks = transformer_blocks(self.reference_net)
+        inner = {site: blocks[site.key].attn1.to_k.weight.shape[0] for site in sites}
+        self.cross = tuple(site for site in sites if site.kind == "cross")
+        self.delivering = delivering(sites)
+        self.qformer = Resampler(
+            form.features, form.context, width=form.width, queries=form.tokens, inner=form.width, heads=form.heads,
+            depth=DEPTH, operations=operations,
+        )  # fmt: skip
+        self.image = Projections({site: (form.context, inner[site]) for site in self.cross}, operations)
+        self.reference = Projections({site: (inner[site], inner[site]) for site in self.delivering}, operations)
+
+    def prompts(self, features: Tensor) -> dict[Site, KeysAndValues]:
+        """Eq. 5's keys and values (rows, tokens, channels) of what a vision model sees of pictures (rows, n,
+        features)."""
+        tokens = self.qformer(features)
+        return {site: self.image(site, tokens) for site in self.cross}
+
+    def references(self, latents: Tensor, mask: Tensor) -> dict[Site, tuple[Tensor, Tensor, tuple[int, int]]]:
+        """Eq. 6's keys and values (rows, tokens, channels) of segmented pictures, and the grid of their tokens; see
+        `reference_net.hidden_states`."""
+        hidden = hidden_states(self.reference_net, latents, mask, self.delivering)
+        return {site: (*self.reference(site, normed), grid) for site, (normed, grid) in hidden.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectEncoder:
+    """A loaded file: the `patcher` holds its `SubjectModules` for the host to move, `vision` is the vision model that
+    it brings, as the host's CLIP_VISION, or None; `family` says for whom it was trained."""
+
+    name: str
+    family: str
+    form: Form
+    patcher: Any
+    vision: Any
+
+    @property
+    def modules(self) -> SubjectModules:
+        return self.patcher.model
+
+    def _loaded(self) -> torch.device:
+        import comfy.model_management
+
+        comfy.model_management.load_model_gpu(self.patcher)
+        return self.patcher.load_device
+
+    @torch.inference_mode()
+    def prompts(self, vision: Any, pixels: Tensor) -> tuple[KeysAndValues, ...]:
+        """Keys and values (1, pictures * tokens, channels), float32 on the CPU, for all cross-attention layers in the
+        order of published adapters, of pictures of one subject as the `vision` model takes them.
+
+        Raises ValueError where that is not the model that the encoder was trained with."""
+        features = seen(vision, pixels)
+        if features.shape[-1] != self.form.features:
+            raise ValueError(
+                f"The encoder '{self.name}' reads {self.form.features} channels of a vision model, but the one "
+                f"connected gives {features.shape[-1]}; load the vision model that the encoder was trained with."
+            )
+        made = self.modules.prompts(features.to(self._loaded()))
+        joined = {site: tuple(t.flatten(0, 1)[None].float().cpu() for t in pair) for site, pair in made.items()}
+        return tuple(joined[site] for site in in_file_order(joined))
+
+    @torch.inference_mode()
+    def references(self, latents: Tensor, mask: Tensor) -> dict[Site, KeysAndValues]:
+        """Keys and values (1, n, channels), float32 on the CPU, of the places of one segmented picture that are the
+        subject's; see `SubjectModules.references`."""
+        device = self._loaded()
+        made = self.modules.references(latents.to(device, torch.float32), mask.to(device, torch.float32))
+        kept = {}
+        for site, (key, value, grid) in made.items():
+            inside = tokens_inside(mask, grid)[0].nonzero().squeeze(1).to(device)
+            kept[site] = (key[:, inside].float().cpu(), value[:, inside].float().cpu())
+        return kept
+
+
+def metadata(form: Form, family: str, trained_by: str, vision: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a file says of itself; `vision` is the configuration of the vision model in it, as the host writes them."""
+    about = {"format": FORMAT, "kind": KIND, "version": VERSION, "family": family, "trained_by": trained_by}
+    brought = {} if vision is None else {"vision": json.dumps(dict(vision), sort_keys=True)}
+    return {**about, "form": json.dumps(asdict(form), sort_keys=True), **brought}
+
+
+def read_subject_encoder(path: Path) -> SubjectEncoder:
+    """Loads a subject encoder's file. Raises ValueError with one sentence where it is none or is damaged."""
+    import comfy.model_management
+    import comfy.ops
+    import comfy.utils
+    from comfy.model_patcher import CoreModelPatcher
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        if about.get("format") != FORMAT or about.get("kind") != KIND:
+            raise ValueError("it is no subject encoder of a U-Net")
+        if about.get("version") != VERSION:
+            raise ValueError(f"it is of version {about.get('version')} where this pack reads {VERSION}")
+        form = form_said(about.get("form", ""))
+        with torch.device("meta"):
+            modules = SubjectModules(form, comfy.ops.manual_cast)
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+        own, brought = _parted(tensors)
+        check_shapes(modules.state_dict(), own)
+        modules.load_state_dict(own, assign=True)
+        if bool(brought) != ("vision" in about):
+            raise ValueError("it does not say of which kind its vision model is" if brought else "it lacks its vision")
+        vision = vision_model(about["vision"], brought) if brought else None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise ValueError(
+            f"'{path.name}' cannot be loaded as a subject encoder: {reason}. Take a file that the pack's training "
+            "wrote, or download it again."
+        ) from error
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    patcher = CoreModelPatcher(modules.eval().requires_grad_(False), device, offload)
+    return SubjectEncoder(path.name, about.get("family", "a U-Net"), form, patcher, vision)
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's own tensors, and those of the vision model without their prefix."""
+    prefix = "vision."
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    return own, {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
