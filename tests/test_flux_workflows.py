@@ -12,6 +12,7 @@ from hosting.workflows import find_workflow, load_workflow
 from .queued import PIXELS, picture, replaced, shrunk
 
 NAMES = ("reference_flux", "two_subjects_flux", "layout_flux")
+TOY = "subject-patches-toy.safetensors"
 ENCODERS = {"DualCLIPLoader": ("SmallClip", {"family": "FLUX.1"})}
 
 
@@ -45,4 +46,20 @@ def test_phrases_are_found_in_the_tokens_of_t5(flux_server: Server) -> None:
     (prompt,) = (node["inputs"] for node in api.values() if node["class_type"] == "SubjectPatchesEncodePrompt")
     prompt |= {"text": "a 🐶 and a 🐱 in a room", "phrases": "🐶"}
     with pytest.raises(WorkflowError, match="The text encoder t5xxl cannot tell the phrase '🐶'"):
+        flux_server.queue(api)
+
+
+def test_bad_input_is_one_sentence(flux_server: Server) -> None:
+    """Layers of another family, and a subject that another family's VAE encoded."""
+    api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("reference_flux"))), ENCODERS))
+    (patch,) = (n["inputs"] for n in api.values() if n["class_type"] == "SubjectPatchesRecycledSelfAttention")
+    (subject,) = (n["inputs"] for n in api.values() if n["class_type"] == "SubjectPatchesSubject")
+    usual = dict(patch)
+    patch |= {"sites": "named", "named_sites": "output.3"}
+    with pytest.raises(WorkflowError, match=r"'output\.3' names no .* of this model; it has double\.0"):
+        flux_server.queue(api)
+    patch |= usual
+    api["toy"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": TOY}}
+    subject["vae"] = ["toy", 2]
+    with pytest.raises(WorkflowError, match="VAE of 8 latent channels but this model takes 16"):
         flux_server.queue(api)
