@@ -154,14 +154,16 @@ def test_the_prompt_is_found_among_those_of_the_hosts_pictures(prompts: int) -> 
     assert found[0] == (64, 64, 96)[(0, 1, 3).index(prompts)]
 
 
-def test_a_branch_beside_the_hosts_pictures() -> None:
-    """Dual-Branch Integration takes the prompt's part of the attention also where theirs stand before it."""
+def test_a_branch_beside_the_hosts_pictures(caplog: pytest.LogCaptureFixture) -> None:
+    """Dual-Branch Integration takes the prompt's part of the attention also where theirs stand before it, in every
+    layer: the log says of none that it was left alone."""
     model = dit_model("Z-Image")
     (branched,) = (each for each in MECHANISMS if each.name == "dual branch")
     given = {"positive": known_prompt(**pictures_of_z_image(3)), "steps": 2}
     plain = sample(model, **given)
-    (subject,) = (subject_for(model),)
+    subject = subject_for(model)
     assert difference(sample(branched.on(model, (subject,)), **given), plain) > 1e-4
+    assert [each.message for each in caplog.records if "Dual-Branch" in each.message] == []
     assert torch.equal(sample(branched.on(model, (subject,), strength=0.0), **given), plain)
 
 
