@@ -86,8 +86,8 @@ def concept(graph: Graph) -> str:
     images = [graph.add("BatchImagesNode", **shown), 0]
     noun = graph.text("Others of the noun", "a photo of a shield")
     negative = graph.negative(noun)
-    several = {"width": side, "height": side, "batch_size": OTHERS}
-    latents = [graph.add("EmptyLatentImage", f"{OTHERS} others of the noun", **several), 0]
+    several = {"width": side, "height": side, "batch_size": REGULARISING}
+    latents = [graph.add("EmptyLatentImage", f"{REGULARISING} others of the noun", **several), 0]
     others = graph.sampled("KSampler, others of the noun", graph.model, noun, negative, latents)
     links = {"model": graph.model, "clip": graph.clip, "vae": graph.vae, "images": images}
     links["regularisation_images"] = others
@@ -107,10 +107,10 @@ def concept(graph: Graph) -> str:
     return (
         "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (900 steps; on a GPU "
         "minutes, on a processor many hours), and the second branch brings the rest of the prompt "
-        f"back. Half of the training sees {OTHERS} other shields, which the checkpoint draws by itself, so that the "
-        "noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) in "
-        "their place), the `noun` and the `name`, then both in the prompt, and the noun in *Others of the noun*. Steps "
-        "and rates are 0, which takes the authors' for this "
+        f"back. Half of the training sees {REGULARISING} other shields, which the checkpoint draws by itself, so that "
+        "the noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) "
+        "in their place), the `noun` and the `name`, then both in the prompt, and the noun in *Others of the noun*. "
+        "Steps and rates are 0, which takes the authors' for this "
         f"checkpoint; the log says what was taken. `use_a_concept` loads both again: they are called {NAME}."
     )
 
@@ -174,7 +174,7 @@ def retouch(graph: Graph) -> str:
 
 NAME = "my_concept"
 # How many pictures for regularisation the checkpoint makes of the noun.
-OTHERS = 12
+REGULARISING = 12
 BOXES = (
     "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (Settings, Lite Graph, Modern Node Design); "
     "without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."
