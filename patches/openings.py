@@ -140,8 +140,8 @@ class Opening:
         calls = self._calls(attention, site, tokens, grid) if wanted else []
         amended = [call for call in calls if call.amended]
         output = self._amended(attention, tokens, amended) if amended else attention.plain()
-        # A companion's pass whose prompt another pack took away has nothing of it to keep.
-        if recorded and (change is None or None not in change.prompts):
+        # A companion's pass whose prompt another pack changed has nothing of it to keep.
+        if recorded and (site.kind == "self" or tokens.prompt is not None):
             self._record(attention, site, tokens, grid, calls, output)
         return output
 

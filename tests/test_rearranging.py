@@ -132,6 +132,24 @@ def test_beside_more_tokens(mechanism: Mechanism, before: bool, model: Any, capl
         assert call.key.shape[1] >= call.own.stop + (0 if before else 3)
 
 
+def test_a_prompt_that_grew_before_its_projection(caplog: pytest.LogCaptureFixture) -> None:
+    """In Anima and Cosmos: nobody knows which of the keys are the prompt's, and the node is named."""
+    model = dit_model("Cosmos-Predict2")
+    layout = next(each for each in CHOSEN if "layout" in each.name)
+
+    def grow(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> dict[str, Any]:
+        key = torch.cat([key[:, -3:] * 0.5, key], 1)
+        return {"k": key, "v": key}
+
+    grown, patched = model.clone(), layout.on(model)
+    for each in (grown, patched):
+        each.set_model_patch(grow, "attn2_patch")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(sample(patched), sample(grown))
+    (told,) = {record.getMessage() for record in caplog.records}
+    assert "Layout Bias in 2 (the tokens of its prompt changed)" in told
+
+
 def test_what_cannot_be_told() -> None:
     """A picture whose tokens were merged."""
 

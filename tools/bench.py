@@ -58,6 +58,9 @@ def main() -> int:
     )
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--bf16", action="store_true", help="weights of bfloat16, also without a GPU")
+    parser.add_argument(
+        "--sdpa", action="store_true", help="the host's attention by PyTorch, which it takes on GPUs, also without one"
+    )
     parser.add_argument("--against", default="", metavar="WORDS", help="ratios to this row instead of vanilla")
     parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
     options = parser.parse_args()
@@ -76,6 +79,9 @@ def _bench(host: Host, shape: Shape, options: Namespace) -> None:
     from hosting.pack import import_host, load_pack
 
     import_host(host.tree)
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = options.sdpa
     load_pack(ROOT)
     import torch
 

@@ -106,7 +106,8 @@ class Transformer(Family):
             return Tokens(slice(0, count), None, None) if queries == count else None
         if kind == "cross":
             known = queries == count and keys >= context
-            return Tokens(slice(0, count), None, slice(0, context)) if known else None
+            # Of more keys another pack's are some, and nothing says which.
+            return Tokens(slice(0, count), None, slice(0, context) if keys == context else None) if known else None
         start = queries - references - count if begins is None else begins
         if start < context or start + count > min(queries, keys):
             return None
