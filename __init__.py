@@ -10,7 +10,7 @@ class SubjectPatches(ComfyExtension):
 
     async def on_load(self) -> None:
         """Makes the host know the toys, the example pictures, and its folders for the pack's files."""
-        from .nodes import anystory_subject, image_prompt, residual, semantic_injection
+        from .nodes import anystory_subject, image_prompt, residual
         from .nodes.shipped_files import register_shipped_files
         from .toy import dit_family, family
 
@@ -20,7 +20,6 @@ class SubjectPatches(ComfyExtension):
         residual.register_folder()
         image_prompt.register_folder()
         anystory_subject.register_folder()
-        semantic_injection.register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,21 +14,14 @@ from ..patches.semantic_injection import SemanticInjection, grouped, tokens_of
 from ..patches.sites import USUAL
 from ..patches.subject import Subject, composite
 from ..patches.window import Window
+from .anystory_subject import FOLDER
 from .checks import check_choice, check_number, pictures_in
 from .inputs import model_input, model_output, subject_input, window_inputs
+from .model_files import path_of, state_of
 from .types import SUBJECT, SemanticsType
 
-FOLDER = "subject_encoders"
 STRENGTH_MAX = 10.0
 KEPT, REPLACED = PROMPTS
-
-
-def register_folder() -> None:
-    """Makes the host know the models folder of trained parts. Calling it again changes nothing."""
-    import folder_paths
-
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 class LoadSemanticInjectionNode(io.ComfyNode):
@@ -59,23 +51,11 @@ class LoadSemanticInjectionNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        import folder_paths
-
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None:
-            return file
-        # Another file under the same name is another one.
-        state = Path(path).stat()
-        return (file, state.st_size, state.st_mtime_ns)
+        return state_of(FOLDER, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        import folder_paths
-
-        path = folder_paths.get_full_path(FOLDER, file)
-        if path is None or not file.endswith(".safetensors"):
-            raise ValueError(f"There is no safetensors file '{file}' in the models folder {FOLDER}; choose another.")
-        return io.NodeOutput(read_semantic_maps(Path(path)))
+        return io.NodeOutput(read_semantic_maps(path_of(FOLDER, file)))
 
 
 class SemanticInjectionNode(io.ComfyNode):

@@ -18,6 +18,7 @@ from host import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.encoders.semantic_injection import read_semantic_maps
+from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.tests.clips import small_clip
 from subject_patches.tests.models import CONTEXT, difference, sample, small_model, subject
 from subject_patches.tests.semantics import VISION, contents, told, vision
@@ -142,27 +143,40 @@ class Vae:
         return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
 
-def kind_of(**values: Any) -> Any:
-    from subject_patches.training.anylogo import AnyLogoTuning
+def frozen_of(checkpointing: bool = False) -> Any:
     from subject_patches.training.copies import with_gradients
+    from subject_patches.training.frozen import Frozen
 
-    class Tuning(AnyLogoTuning):
+    class Parts(Frozen):
         @property
         def patchers(self) -> tuple[Any, ...]:
             return (self.denoiser.patcher, self.clip.patcher, self.vision.patcher)
 
-    torch.manual_seed(0)
     clip = small_clip("SD 1.x", 0, hidden_size=CONTEXT)
     with with_gradients():
-        return Tuning(small_model(), clip, Vae(), vision(), dtype=torch.float32, rank=2, **values)
+        return Parts(small_model(), clip, Vae(), vision(), torch.float32, checkpointing)
 
 
-def trained(folder: Path, out: Path, steps: int, **values: Any) -> tuple[Any, list[float]]:
+def kind_of(checkpointing: bool = False) -> Any:
+    from subject_patches.training.anylogo import AnyLogoTuning
+
+    torch.manual_seed(0)
+    return AnyLogoTuning(frozen_of(checkpointing), rank=2)
+
+
+def encoder_of() -> Any:
+    from subject_patches.training.subject_encoder import SubjectEncoderTraining
+
+    torch.manual_seed(0)
+    return SubjectEncoderTraining(frozen_of(), 64, tokens=3)
+
+
+def trained(folder: Path, out: Path, steps: int, make: Any = kind_of, **values: Any) -> tuple[Any, list[float]]:
     accelerate = pytest.importorskip("accelerate", reason="the extra `train` is not installed")
     from subject_patches.training.accelerated import Accelerated, Plan
 
     plan = Plan(out, steps, 2, 64, values.pop("rate", 3e-3), average=0.5, **values)
-    made = Accelerated(kind_of(), Folder(folder), plan, accelerate.Accelerator(cpu=True, mixed_precision="no"))
+    made = Accelerated(make(), Folder(folder), plan, accelerate.Accelerator(cpu=True, mixed_precision="no"))
     return made.kind, made.run()
 
 
@@ -216,6 +230,21 @@ def test_the_loss_falls_and_checkpointing_changes_nothing(folder: Path) -> None:
             if not checkpointing:
                 assert losses[-1] < 0.97 * losses[0]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_subject_encoder_is_trained_and_loads(folder: Path, tmp_path: Path) -> None:
+    """AnyStory's first stage: at first the tokens are nothing; every part learns; the file is what the loader takes."""
+    kind, losses = trained(folder, tmp_path, 2, encoder_of)
+    again, _ = trained(folder, tmp_path / "parts", 1, encoder_of)
+    again, later = trained(folder, tmp_path / "parts", 2, encoder_of)
+    assert later == losses
+    first = encoder_of().modules.state_dict()
+    mine, theirs = kind.modules.state_dict(), again.modules.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    moved = {name.split(".")[0] for name in mine if not torch.equal(mine[name], first[name])}
+    assert moved == {"qformer", "image", "reference_net", "reference"}
+    encoder = read_subject_encoder(tmp_path / "anystory-sd1x.safetensors")
+    assert (encoder.family, encoder.form) == ("SD 1.x", kind.form)
 
 
 def test_two_processes_share_their_gradients(folder: Path, tmp_path: Path) -> None:

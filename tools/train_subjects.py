@@ -3,9 +3,10 @@
     python tools/train_subjects.py --checkpoint CKPT --vision DINOV2 --data DATA --folder OUT --steps N [options]
     python tools/host.py python -m torch.distributed.run --standalone --nproc-per-node 8 tools/train_subjects.py ...
 
-The kind `anylogo` tunes the U-Net to lend and read its own features (a LoRA) and trains the maps of its tokens.
-DATA is a folder or WebDataset shards; see docs/TRAINING.md. It needs the extra `train` (accelerate, and for shards
-webdataset). Stopping is safe: the same command goes on from the last save.
+The kind `anylogo` tunes the U-Net to lend and read its own features (a LoRA) and trains the maps of its tokens. The
+kind `anystory` trains a subject encoder, AnyStory's first stage, beside a U-Net that stays as it is. DATA is a folder
+or WebDataset shards; see docs/TRAINING.md. It needs the extra `train` (accelerate, and for shards webdataset). Stopping
+is safe: the same command goes on from the last save.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from host import ROOT, find_host
 from hosting.command import Parser, enter, run
 from hosting.errors import ToolError
 
-KINDS = ("anylogo",)
+KINDS = ("anylogo", "anystory")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
 
 
@@ -37,10 +38,13 @@ def main() -> int:
         "--batch", type=int, default=4, help="samples of each process at once; the paper's are 64 in all"
     )
     parser.add_argument("--accumulation", type=int, default=1, help="batches of a step")
-    parser.add_argument("--rate", type=float, default=1e-4, help="of the low-rank differences")
-    parser.add_argument("--rank", type=int, default=64, help="of the low-rank differences")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of what is trained")
+    parser.add_argument("--rank", type=int, default=64, help="of the low-rank differences (anylogo)")
+    parser.add_argument("--tokens", type=int, default=64, help="how many a subject gets (anystory)")
     parser.add_argument("--size", type=int, default=512, help="pixels of a side")
-    parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
+    parser.add_argument(
+        "--keep", type=float, default=0.6, help="how often a layer keeps the reference (anylogo's lambda)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--checkpointing", action="store_true", help="a third more time for much less memory")
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
@@ -87,7 +91,9 @@ def _train(options: Any) -> list[float]:
     from subject_patches.toy import family
     from subject_patches.training.accelerated import Accelerated, Plan
     from subject_patches.training.anylogo import AnyLogoTuning
+    from subject_patches.training.frozen import Frozen
     from subject_patches.training.samples import source_of
+    from subject_patches.training.subject_encoder import SubjectEncoderTraining
 
     family.register()
     accelerator = Accelerator(mixed_precision=PRECISIONS[options.precision], cpu=args.cpu)
@@ -102,10 +108,11 @@ def _train(options: Any) -> list[float]:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(options.vae)))
     vision = vision_of(options.vision)
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    kind = AnyLogoTuning(
-        model, clip, vae, vision, dtype=dtype, checkpointing=options.checkpointing, rank=options.rank,
-        keep=options.keep, through=not options.detached,
-    )  # fmt: skip
+    frozen = Frozen(model, clip, vae, vision, dtype, options.checkpointing)
+    if options.kind == "anylogo":
+        kind: Any = AnyLogoTuning(frozen, options.rank, keep=options.keep, through=not options.detached)
+    else:
+        kind = SubjectEncoderTraining(frozen, options.size, options.tokens)
     plan = Plan(
         options.folder, options.steps, options.batch, options.size, options.rate, options.accumulation,
         options.average, options.save_every, options.seed, options.workers,

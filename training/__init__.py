@@ -13,7 +13,9 @@ concept_run       its training
 concept_files     the files that a concept is kept in, and which training they are of
 low_rank          a change of weights as two thin matrices
 symbiotic         AnyLogo's tuning: low-rank differences, semantic maps, and the two passes
-anylogo           the same of a host MODEL of any U-Net family
+frozen            what stays as it is in such trainings of real families: a checkpoint's parts and a vision model
+anylogo           AnyLogo's tuning of them
+subject_encoder   the first stage of AnyStory's training beside them
 samples           what trainings of real families read: folders and WebDataset shards
 accelerated       the steps of such a training, on one process or many
 usual             what steps, sizes and rates are where an input is 0

@@ -18,6 +18,7 @@ from . import (
     retouch,
     routed_reference,
     schemes,
+    semantics,
     together,
 )
 
@@ -30,6 +31,7 @@ STUDIES = {
     "dual branch": dual_branch.study,
     **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
     "ico": ico.study,
+    "tuning of AnyLogo": semantics.study,
     "together": together.study,
     "noise level, recycled": references.recycled,
     "noise level, routed": references.routed,

@@ -1,0 +1,108 @@
+"""Pairs of pictures of one emblem for AnyLogo's tuning: a scene, and a reference as Subject Reference makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..encoders.segmented import segmented
+from ..patches.masks import resize_mask
+from ..patches.subject import fit, mask_bounds
+from .data import CELL, Words
+from .drawing import draw
+from .family import VISION
+from .scenes import COLOURS, SIZE, Background, Emblem, sample_emblem, view
+from .subjects import VIEWS, scene_with
+
+REFERENCE = VISION["image_size"]
+
+
+@dataclass
+class Batch:
+    """Rows to train on: `latents` (n, 8, 16, 16) of scenes and where the emblem is in them `emblem` (n, 16, 16),
+    `tokens` (n, 77) of their captions, `references` (n, 8, 12, 12) and `mask` (n, 12, 12); and as the vision model
+    takes them (n, 3, 96, 96) the references, cut out (`pixels`), and the scenes without the emblem (`grounds`)."""
+
+    latents: Tensor
+    emblem: Tensor
+    tokens: Tensor
+    references: Tensor
+    mask: Tensor
+    pixels: Tensor
+    grounds: Tensor
+
+
+# Kept with less precision than they are drawn with, because there are many.
+KEPT = {"tokens": torch.int32, "pixels": torch.uint8, "grounds": torch.uint8}
+
+
+def reference_of(emblem: Emblem, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A picture of the emblem (1, 96, 96, 3) of 0 to 1, cropped to it with its ground, and its mask (1, 96, 96); filled
+    up to a square with its edge, outside the mask, so that pictures of all forms make a batch."""
+    colours = [name for name in COLOURS if name != emblem.plate_colour]
+    ground = None if rng.random() < 0.4 else Background("plain", (str(rng.choice(colours)),))
+    drawn = draw(view(emblem, rng, ground))
+    image, mask = torch.from_numpy(drawn.image).float()[None] / 255, torch.from_numpy(drawn.masks[:1]).float()
+    x0, y0, x1, y1 = mask_bounds(mask[0], float(rng.uniform(0.08, 0.22)))
+    image, mask = fit(image[:, y0:y1, x0:x1], mask[:, y0:y1, x0:x1], REFERENCE, CELL)
+    more = (0, REFERENCE - image.shape[2], 0, REFERENCE - image.shape[1])
+    image = functional.pad(image.movedim(-1, 1), more, mode="replicate").movedim(1, -1)
+    return image, functional.pad(mask, more)
+
+
+class RecycledPairs:
+    """A store of encoded pairs: every emblem has two scenes and two references, and a batch takes one of each."""
+
+    def __init__(self, autoencoder: Any, rng: np.random.Generator, capacity: int) -> None:
+        self.autoencoder, self.rng, self.capacity, self.written = autoencoder, rng, capacity, 0
+        self.words = Words()
+        self.kept: dict[str, Tensor] = {}
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return self.autoencoder.encode(pixels).float()
+
+    def add(self, count: int) -> None:
+        """Draws and encodes so many more emblems."""
+        emblems = [sample_emblem(self.rng) for _ in range(count)]
+        scenes = [scene_with(emblem, self.rng) for emblem in emblems for _ in range(VIEWS)]
+        references = [reference_of(emblem, self.rng) for emblem in emblems for _ in range(VIEWS)]
+        images = torch.from_numpy(np.stack([drawn.image for drawn, _ in scenes])).float() / 255
+        inside = torch.from_numpy(np.stack([drawn.masks[place] for drawn, place in scenes])).float()
+        pictures, masks = (torch.cat(each) for each in zip(*references, strict=True))
+        made = {
+            "latents": self._encoded(images.movedim(-1, 1) * 2 - 1),
+            "emblem": resize_mask(inside, (SIZE // CELL, SIZE // CELL)),
+            "tokens": self.words([drawn.scene.caption for drawn, _ in scenes]),
+            "references": self._encoded(pictures.movedim(-1, 1) * 2 - 1),
+            "mask": resize_mask(masks, (REFERENCE // CELL, REFERENCE // CELL)),
+            "pixels": as_bytes(segmented(pictures, masks, REFERENCE)[0]),
+            "grounds": as_bytes(segmented(images, 1 - inside, REFERENCE)[0]),
+        }
+        rows = (self.written + torch.arange(count)) % self.capacity
+        for name, tensor in made.items():
+            if name not in self.kept:
+                shape = (self.capacity, VIEWS, *tensor.shape[1:])
+                self.kept[name] = torch.empty(shape, dtype=KEPT.get(name, torch.float16))
+            self.kept[name][rows] = tensor.view(count, VIEWS, *tensor.shape[1:]).to(self.kept[name].dtype)
+        self.written += count
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Batch:
+        """Rows of emblems, scenes and references at random."""
+        number = torch.randint(min(self.written, self.capacity), (count,), generator=generator)
+        scene, reference = (torch.randint(VIEWS, (count,), generator=generator) for _ in range(2))
+        views = {"references": reference, "mask": reference, "pixels": reference}
+        drawn = {name: kept[number, views.get(name, scene)] for name, kept in self.kept.items()}
+        whole = {name: drawn[name].float() for name in ("latents", "emblem", "references", "mask")}
+        seen = {name: drawn[name].float() / 127.5 - 1 for name in ("pixels", "grounds")}
+        return Batch(tokens=drawn["tokens"].long(), **whole, **seen)
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Values of -1 to 1 as 0 to 255."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255)

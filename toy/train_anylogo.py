@@ -1,0 +1,148 @@
+"""Tunes the toy's U-Net to recycle: `python tools/host.py python -m toy.train_anylogo`.
+
+AnyLogo's tuning on a toy checkpoint that stays as it is, with the vision model of `toy.train_vision`; see `anylogo.py`.
+Writes `anylogo-toy.safetensors`, which Load Semantic Injection loads, and `anylogo-toy-lora.safetensors`, the tuned
+U-Net for the host's Load LoRA. Every few minutes it says by how much the error of the noise in a held-out emblem
+falls against no reference, and how far the error without any reference has moved from the untouched toy's, and writes
+what it has into the run's folder.
+
+The rows of the paper's tables: `--sites` none (blocked: semantic tokens alone), decoder, encoder, "encoder and
+decoder" (Table 4); `--keep` 0.3, 0.6, 1 (Figure 7). Stopping is safe at any time: with `--resume` a run goes on from
+its last save, with more `--minutes` also one that is over. On a CPU that others use too, `--processes 2`, one thread
+each, is the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import pack
+from .command import joined, parsed, parser_of, together
+from .runs import Peers, Run, held_rate, load_tensors, save_whole
+from .train import CHECKPOINT
+from .train_vision import FILE as VISION_FILE
+
+HERE = Path(__file__).parent
+# Where the host's loaders look for what comes with the pack.
+MAPS = HERE / "encoders" / "anylogo-toy.safetensors"
+LORA = HERE / "loras" / "anylogo-toy-lora.safetensors"
+TRAINED_BY = "python tools/host.py python -m toy.train_anylogo --processes 2"
+HELD_OUT = 64
+# The maps begin at nothing and harm nobody: they learn faster than the U-Net's differences.
+MAPS_TIMES = 10.0
+
+
+def train(arguments: argparse.Namespace, peers: Peers) -> None:
+    """Trains for the minutes asked for and writes both files."""
+    pack.load()
+    from subject_patches.toy.anylogo import Symbiosis, Tuning
+    from subject_patches.toy.recycled_pairs import RecycledPairs
+
+    from . import vision
+    from .data import Words
+    from .train_subjects import frozen
+
+    torch.manual_seed(arguments.seed)
+    model, autoencoder = frozen(arguments.toy)
+    sight = vision.load(arguments.vision)
+    symbiosis = Symbiosis(model, sight, Words()([""]), arguments.sites, arguments.keep, not arguments.detached)
+    tuning = Tuning(model.unet, arguments.rank)
+    if arguments.start is not None:
+        start(tuning, arguments.start, arguments.start_lora or arguments.start.with_name(LORA.name))
+    groups = [
+        {"params": list(tuning.low_ranks.parameters())},
+        {"params": list(tuning.semantic.parameters()), "times": MAPS_TIMES},
+    ]
+    run = Run(
+        "anylogo", tuning, arguments.folder / "anylogo.state", arguments.minutes, arguments.rate, peers,
+        warmup=100, decay=0.999, optimiser=torch.optim.AdamW(groups, arguments.rate, (0.9, 0.99), weight_decay=1e-3),
+        schedule=held_rate,
+    )  # fmt: skip
+    if arguments.resume:
+        run.resume(torch.device("cpu"))
+    held_out = RecycledPairs(autoencoder, np.random.default_rng((2**41, 5)), HELD_OUT)
+    held_out.add(HELD_OUT)
+    measured = held_out.draw(HELD_OUT, torch.Generator().manual_seed(5))
+    # From here on every peer draws for itself.
+    own = (arguments.seed * peers.count + peers.rank) * 2**20 + run.step
+    torch.manual_seed(own)
+    pairs = RecycledPairs(autoencoder, np.random.default_rng((own, 3)), arguments.store)
+    while pairs.written < 8 * arguments.batch:
+        pairs.add(arguments.batch)
+    going, said = True, time.monotonic()
+    while going:
+        # Encoding a picture costs about as much as a training step on it.
+        pairs.add(max(arguments.batch // 16, 1))
+        going = run.advance(symbiosis.loss(tuning, pairs.draw(arguments.batch)), arguments.batch)
+        if peers.rank == 0 and (not going or time.monotonic() - said > 60 * arguments.every):
+            falls = symbiosis.falls(run.average.module, measured)
+            told = ", ".join(f"{name} {share:+.1%}" for name, share in falls.items())
+            print(f"anylogo: {run.step * arguments.batch * peers.count} pairs; error: {told}", flush=True)
+            write(run.average.module, sight, arguments.folder / MAPS.name, arguments.folder / LORA.name)
+            said = time.monotonic()
+    if peers.rank == 0:
+        write(run.average.module, sight, arguments.checkpoint, arguments.lora)
+
+
+def start(tuning: Any, path: Path, lora_path: Path) -> None:
+    """Begins with the two files that an earlier run left, for other weights of the toy, say."""
+    maps, lora = load_tensors(path), load_tensors(lora_path)
+    with torch.no_grad():
+        for group, layer in zip(tuning.semantic.groups, tuning.semantic.maps, strict=True):
+            layer.weight.copy_(maps[f"semantic.{group}.weight"])
+            layer.bias.copy_(maps[f"semantic.{group}.bias"])
+        for name, layer in zip(tuning.low_ranks.names, tuning.low_ranks.layers, strict=True):
+            layer.up.weight.copy_(lora[f"diffusion_model.{name}.lora_up.weight"])
+            layer.down.weight.copy_(lora[f"diffusion_model.{name}.lora_down.weight"])
+
+
+def write(tuning: Any, vision: Any, path: Path, lora: Path) -> None:
+    """Writes the maps' file, with the vision model, and the LoRA's, in half precision."""
+    from subject_patches.encoders.semantic_injection import MapsForm, metadata, tensors_of
+
+    from .family import VISION, WIDTH
+
+    form = MapsForm(WIDTH, VISION["hidden_size"], tuning.semantic.groups, "kept")
+    tensors = tensors_of(tuning.semantic.tensors(), vision.state_dict())
+    save_whole(path, tensors, metadata(form, "SD 1.x", TRAINED_BY, VISION))
+    save_whole(lora, tuning.low_ranks.file(), {"trained_by": TRAINED_BY})
+
+
+def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+    """What each process does."""
+    peers, _ = joined(rank, arguments, meeting)
+    train(arguments, peers)
+    peers.wait()
+
+
+def main() -> None:
+    parser = parser_of(__doc__.splitlines()[0], "anylogo", MAPS)
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--lora", type=Path, default=LORA, help="the LoRA's file to write")
+    parser.add_argument("--start-lora", type=Path, help="the LoRA of --start, where it is not beside it")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--toy", type=Path, default=CHECKPOINT, help="the toy's checkpoint that is tuned")
+    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
+    parser.add_argument("--batch", type=int, default=32, help="pairs of a step of each process")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of the U-Net's differences; more harms it")
+    parser.add_argument("--rank", type=int, default=16, help="of the U-Net's differences")
+    parser.add_argument("--sites", default="decoder", help="which layers deliver; none is semantic tokens alone")
+    parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
+    parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
+    parser.add_argument("--store", type=int, default=6000, help="emblems that each process keeps encoded")
+    parser.add_argument("--every", type=float, default=5.0, help="minutes from one measure to the next")
+    arguments = parsed(parser)
+    for name in ("toy", "vision"):
+        if not getattr(arguments, name).is_file():
+            parser.error(f"--{name}: there is no file {getattr(arguments, name)}")
+    together(work, arguments)
+
+
+if __name__ == "__main__":
+    main()

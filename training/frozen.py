@@ -1,0 +1,63 @@
+"""What stays as it is in a training of what shows subjects: a checkpoint's parts and a vision model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patches.families import family_of
+from ..patches.families.unet import UNet
+from .denoising import Denoiser
+
+
+class Frozen:
+    """A private copy of a U-Net MODEL, its CLIP and VAE, and a vision model (a CLIP_VISION). `patchers` are to be
+    loaded before use.
+
+    Raises ValueError where the MODEL is no U-Net."""
+
+    def __init__(
+        self, model: Any, clip: Any, vae: Any, vision: Any, dtype: torch.dtype, checkpointing: bool = False
+    ) -> None:
+        family = family_of(model)
+        if not isinstance(family, UNet):
+            raise ValueError(f"This training is for U-Nets, but the model is {family.name}; take another checkpoint.")
+        self.family, self.clip, self.vae, self.vision = family, clip, vae, vision
+        self.context = family.context_width(model)
+        self.denoiser = Denoiser(model, dtype, checkpointing)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.patcher.model.diffusion_model
+
+    @property
+    def patchers(self) -> tuple[Any, ...]:
+        return (self.denoiser.patcher, self.vae.patcher, self.clip.patcher, self.vision.patcher)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def file(self) -> str:
+        """The family as files are called."""
+        return self.family.name.lower().replace(" ", "").replace(".", "")
+
+    @torch.no_grad()
+    def prompts(self, captions: Sequence[str], apart: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context (n, tokens, width) and pooled output of captions, empty in rows (n, bool) that are `apart`; of
+        prompts of several lengths what all of them have."""
+        shown = ["" if alone else caption for caption, alone in zip(captions, apart.tolist(), strict=True)]
+        made = [self.clip.encode_from_tokens(self.clip.tokenize(each), return_pooled=True) for each in shown]
+        least = min(context.shape[1] for context, _ in made)
+        context = torch.cat([context[:, :least] for context, _ in made]).to(self.device)
+        pooled = [each for _, each in made if each is not None]
+        return context, torch.cat(pooled).to(self.device) if pooled else None
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, height, width, 3) of 0 to 1 in the model's latent space."""
+        return self.denoiser.clean(self.vae.encode(pictures))

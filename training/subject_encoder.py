@@ -1,0 +1,139 @@
+"""The first stage of AnyStory's training (section 3.4), for a host MODEL of any U-Net family: its subject encoder.
+
+Trained are the ReferenceNet, the QFormer and the projections of both, by Eq. 1 with every subject shown at every place;
+the U-Net, the VAE, the CLIP and the vision model stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.ops
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..encoders.reference_net import first_weights, shape_of
+from ..encoders.segmented import segmented
+from ..encoders.subject_encoder import Form, SubjectModules, metadata
+from ..patches.families.unet import layer_at
+from ..patches.masks import resize_mask, tokens_inside
+from ..patches.sites import Site
+from .frozen import Frozen
+from .samples import Sample
+from .symbiotic import KeysAndValues, Slots, attention, recycling, sparse_bias
+
+# Shares of rows: those of the pass without a prompt, and of the others those without tokens (the paper drops the vision
+# model's in a tenth) and without a reference, so that each part also works alone.
+UNCONDITIONAL, NO_TOKENS, NO_REFERENCE = 0.1, 0.1, 0.15
+# The paper's tokens of a subject; it does not say the QFormer's width and heads.
+TOKENS, HEAD = 64, 64
+
+
+class SubjectEncoderTraining:
+    """Trains a subject encoder for a `frozen` checkpoint; `size` is the side in pixels of the picture that the
+    ReferenceNet reads, `tokens` how many a subject gets."""
+
+    name = "anystory"
+
+    def __init__(self, frozen: Frozen, size: int, tokens: int = TOKENS) -> None:
+        self.frozen = frozen
+        inner = frozen.denoiser.patcher.model
+        channels = inner.latent_format.latent_channels
+        width = frozen.context
+        self.form = Form(
+            shape_of(inner.model_config.unet_config, channels), int(frozen.vision.config["hidden_size"]), tokens, width,
+            max(width // HEAD, 1), size, float(inner.latent_format.scale_factor),
+        )  # fmt: skip
+        self.modules = SubjectModules(self.form, nn, comfy.ops.disable_weight_init)
+        begin(self.modules, frozen.network, channels)
+
+    @property
+    def patchers(self) -> tuple[Any, ...]:
+        return self.frozen.patchers
+
+    @property
+    def device(self) -> torch.device:
+        return self.frozen.device
+
+    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
+        """For an optimiser: all learn alike."""
+        return [{"params": list(self.modules.parameters()), "lr": rate}]
+
+    @torch.no_grad()
+    def _seen(self, subjects: Tensor, masks: Tensor, apart: Tensor) -> Tensor:
+        """What the vision model sees of subjects that are cut out; of rows that are `apart`, of an empty picture."""
+        vision = self.frozen.vision
+        pixels = torch.cat(
+            [
+                segmented(picture[None], mask[None], vision.image_size, vision.image_mean, vision.image_std)[0]
+                for picture, mask in zip(subjects, masks, strict=True)
+            ]
+        )
+        pixels = pixels * (~apart).to(pixels).view(-1, 1, 1, 1)
+        return vision.model(pixel_values=pixels.to(vision.load_device), intermediate_output=-2)[1].to(self.device)
+
+    def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor:
+        """Eq. 1 over some samples; all chance comes from the generator, on the CPU."""
+        frozen, count = self.frozen, len(samples)
+        pictures = torch.stack([each.picture for each in samples])
+        subjects = torch.stack([each.subject for each in samples])
+        masks = torch.stack([each.subject_mask for each in samples])
+        apart, tokenless, alone = (
+            (torch.rand(count, generator=generator) < share).to(self.device)
+            for share in (UNCONDITIONAL, NO_TOKENS, NO_REFERENCE)
+        )
+        context, pooled = frozen.prompts([each.caption for each in samples], apart)
+        cut = [
+            segmented(subject[None], mask[None], self.form.size) for subject, mask in zip(subjects, masks, strict=True)
+        ]
+        clean = frozen.latents(pictures)
+        reference = frozen.latents((torch.cat([each for each, _ in cut]) / 2 + 0.5).movedim(1, -1))
+        inside = resize_mask(torch.cat([each for _, each in cut]), tuple(reference.shape[-2:])).to(self.device)
+        sigmas = frozen.denoiser.levels(count, generator)
+        noisy = frozen.denoiser.noised(clean, sigmas, generator)
+        made = self.modules.references(reference, inside)
+        lent = {site: (key, value) for site, (key, value, _) in made.items()}
+        bias = {site: sparse_bias(tokens_inside(inside, made[site][2]), ~(apart | alone)) for site in lent}
+        shown = self.modules.prompts(self._seen(subjects, masks, apart).float())
+        slots = {**recycling(lent, bias), **adding(shown, apart | ~tokenless)}
+        predicted = frozen.denoiser.denoised(noisy, sigmas, context, pooled, **slots)
+        return frozen.denoiser.errors(predicted, clean, sigmas).mean()
+
+    def write(self, modules: SubjectModules, folder: Path) -> tuple[Path, ...]:
+        """Writes the encoder, for Load Subject Encoder; gives its path."""
+        path = folder / f"anystory-{self.frozen.file}.safetensors"
+        tensors = {name: each.detach().half().cpu().contiguous() for name, each in modules.state_dict().items()}
+        by = "python tools/train_subjects.py --kind anystory"
+        save_file(tensors, path, metadata(self.form, self.frozen.family.name, by))
+        return (path,)
+
+
+@torch.no_grad()
+def begin(modules: SubjectModules, network: nn.Module, channels: int) -> None:
+    """The modules before their training: what there is of the U-Net's own weights. The values of the tokens begin at
+    zero, so that they begin as nothing."""
+    modules.reference_net.load_state_dict(first_weights(network.state_dict(), channels))
+    for site in modules.delivering:
+        own = layer_at(network, site)
+        modules.reference.at(site).to_k.weight.copy_(own.to_k.weight)
+        modules.reference.at(site).to_v.weight.copy_(own.to_v.weight)
+    for site in modules.cross:
+        modules.image.at(site).to_k.weight.copy_(layer_at(network, site).to_k.weight)
+        modules.image.at(site).to_v.weight.zero_()
+
+
+def adding(shown: dict[Site, KeysAndValues], rows: Tensor) -> Slots:
+    """Eq. 5 without its maps: each cross-attention gets the attention to its keys and values in these `rows` (bool)."""
+
+    def at(site: Site) -> Any:
+        def add(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+            key, value = (each.to(q) for each in shown[site])
+            term = attention(q, key, value, extra["n_heads"]) * rows.to(q).view(-1, 1, 1)
+            return attention(q, k, v, extra["n_heads"]) + term
+
+        return add
+
+    return {"attn2": {site.key: at(site) for site in shown}}
