@@ -19,7 +19,7 @@ from subject_patches.toy.runs import Peers
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import sample_emblem, view
 from subject_patches.toy.train import CHECKPOINT
-from subject_patches.toy.train_subjects import frozen, write
+from subject_patches.toy.train_subjects import ENCODER, frozen, write
 from torch import Tensor
 
 from .models import difference, generator
@@ -188,3 +188,15 @@ def test_what_is_trained_is_what_acts(stage: subjects.Stage, modules: Any, tmp_p
     assert difference(theirs[:1], ours[:1]) < 2e-3
     assert difference(theirs[1:], ours[1:]) < 2e-3
     assert difference(ours[:1], ours[1:]) > 0.01
+
+
+@pytest.mark.skipif(not ENCODER.is_file(), reason="the toy's encoder is not in this checkout")
+@pytest.mark.usefixtures("in_inference_mode")
+def test_the_shipped_encoder_lowers_the_error_of_held_out_emblems(parts: tuple[Any, Any]) -> None:
+    """Of the noise in them, against no reference: what moves before any picture shows it."""
+    encoder = read_subject_encoder(ENCODER)
+    stage = subjects.Stage(parts[0], encoder.vision.model, subjects.Words()([""]))
+    held_out = subjects.Pairs(parts[1], np.random.default_rng((2**41, 7)), 24)
+    held_out.add(24)
+    falls = stage.fall(encoder.modules, held_out.draw(24, generator(7)))
+    assert max(falls["both at 500"], falls["both at 700"]) < -0.05
