@@ -28,7 +28,7 @@ def study(given: Given) -> None:
         for name, way in WAYS.items():
             found[name].append(given_back(given, number, *way))
         print(f"scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
-    print(f"{given.count} drawn scenes, each sampled from its own last latent, PSNR in dB:\n")
+    print(f"{given.count} drawn scenes, each sampled from where its own trajectory ends, PSNR in dB:\n")
     print("| | with the swap | without | with it, the worst |\n|---|---|---|---|")
     for name, pairs in found.items():
         swapped, plain = ([pair[row] for pair in pairs] for row in range(2))
@@ -51,12 +51,13 @@ def given_back(given: Given, number: int, own: bool, rounds: int, cfg: float) ->
     right = _decoded(given, latents)
     prompt, empty = toy.encode([scene.caption]), toy.encode([""])
     inverted_with = prompt if own else empty
-    path, last, *_ = InvertToTrajectoryNode.execute(
+    path, _, _, start = InvertToTrajectoryNode.execute(
         toy.model, {"samples": latents}, given.sigmas(), None, inverted_with, rounds
     ).args
+    noise = start.generate_noise({"samples": latents})
     swapped = MultiSourceSwapNode.execute(toy.model, path, path, prompt, blend_mask=torch.zeros(1, 128, 128)).args[0]
     errors = [
-        (_decoded(given, _sampled(given, model, last["samples"], prompt, empty, cfg)) - right).square().mean()
+        (_decoded(given, _sampled(given, model, noise, prompt, empty, cfg)) - right).square().mean()
         for model in (swapped, toy.model)
     ]
     first, second = (-10 * math.log10(float(error)) for error in errors)
@@ -67,13 +68,12 @@ def _decoded(given: Given, latents: Tensor) -> Tensor:
     return given.toy.vae.decode(latents)[..., :3].clamp(0, 1)
 
 
-def _sampled(given: Given, model: Any, latents: Tensor, positive: Any, negative: Any, cfg: float) -> Tensor:
-    """What sampling makes of a trajectory's last latents, without noise of its own."""
+def _sampled(given: Given, model: Any, noise: Tensor, positive: Any, negative: Any, cfg: float) -> Tensor:
+    """What sampling makes of a trajectory's start."""
     import comfy.samplers
-    import torch
 
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     sampler = comfy.samplers.sampler_object("euler")
-    return guider.sample(torch.zeros_like(latents), latents, sampler, given.sigmas(), disable_pbar=True, seed=0)
+    return guider.sample(noise, noise * 0, sampler, given.sigmas(), disable_pbar=True, seed=0)
