@@ -177,7 +177,7 @@ def noise_level_input() -> io.Combo.Input:
         default=USUAL,
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
         "'nearly clean': the schedule's last, one pass in all. 'fixed': that of fixed_level, one pass in all. 'usual' "
-        "is 'current' for SD 1.x and 2.x, and 'nearly clean' for SDXL and transformers.",
+        "is 'nearly clean', for routed subjects on SD 1.x and 2.x 'current'.",
         **ADVANCED,
     )
 
@@ -187,7 +187,7 @@ def level_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "fixed_level",
-            default=0.75,
+            default=0.9,
             min=0.0,
             max=1.0,
             step=0.01,

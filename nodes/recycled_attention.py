@@ -126,7 +126,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         named_sites: str = "",
         noise_level: str = USUAL,
         positions: str = USUAL,
-        fixed_level: float = 0.75,
+        fixed_level: float = 0.9,
         refresh_steps: int = 1,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
@@ -138,7 +138,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning)
         placed = positions_for(model, positions)
-        how = looked_at(model, noise_level, fixed_level, refresh_steps)
+        how = looked_at(noise_level, fixed_level, refresh_steps)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
         kept = tuple(each for s in subject for each in kept_references(model, s))
         tokens = [s.encoded.prompt for s in subject if s.encoded is not None and s.encoded.prompt is not None]

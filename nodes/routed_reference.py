@@ -19,7 +19,9 @@ from ..patches.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .inputs import (
+    CURRENT,
     ETA_MAX,
+    NEARLY_CLEAN,
     STRENGTH_MAX,
     eta_input,
     level_inputs,
@@ -186,7 +188,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         eta: float = 1.0,
         named_sites: str = "",
         positions: str = USUAL,
-        fixed_level: float = 0.75,
+        fixed_level: float = 0.9,
         refresh_steps: int = 1,
     ) -> io.NodeOutput:
         check_number("strength", strength, 0.0, STRENGTH_MAX)
@@ -213,7 +215,9 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         own_sites = [sites_of_kept(each, sites, chosen["self"]) if each else chosen["self"] for each in kept]
         acting = prompted.union(chosen["self"], *own_sites)
         routing = router.routing([subject.phrase for subject in subjects], order, acting, window)
-        how = looked_at(model, noise_level, fixed_level, refresh_steps, cross_attention == SKIPPED)
+        usual = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
+        level = usual if noise_level == USUAL else noise_level
+        how = looked_at(level, fixed_level, refresh_steps, cross_attention == SKIPPED)
         placed = positions_for(model, positions)
         shares: list[Edit] = []
         for number, subject in enumerate(subjects):

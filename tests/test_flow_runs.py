@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
@@ -83,6 +84,10 @@ def test_a_picture_is_inverted_and_retouched(model: Any) -> None:
     retouched = run(swapped(model, layout, reference, sites="usual"), start, euler)
     assert retouched.isfinite().all()
     assert difference(retouched, plain) > 1e-3
+    upper = torch.zeros(1, 8, 8)
+    upper[:, :4] = 1
+    masked = run(swapped(model, layout, replace(reference, mask=upper), sites="usual"), start, euler)
+    assert difference(masked, retouched) > 1e-5
 
 
 def test_two_models_take_turns(model: Any) -> None:

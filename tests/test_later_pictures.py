@@ -77,11 +77,10 @@ def test_later_pictures_of_sdxl_cost_what_they_do_without_a_subject(mechanism: s
         assert rows_of(patched(subject(reference(masked=False), megabytes=tight.cache.max_bytes / 2**20))) == plain + 1
 
 
-def test_what_is_usual_by_family(sdxl: Any) -> None:
-    def how(model: Any) -> bool:
-        options = recycled(model).model_options["transformer_options"]
-        (edit,) = options[KEY]
-        return edit.references[0].how.level == 1
-
-    assert how(sdxl)
-    assert not how(small_model())
+def test_what_is_usual(sdxl: Any) -> None:
+    """Nearly clean, one pass in all; of routed references where those of all steps would not fit the cache."""
+    for model, level in ((sdxl, 1), (small_model(), None)):
+        patched = recycled(model, noise_level="usual"), routed(model, (subject(),), noise_level="usual")
+        edits = [each.model_options["transformer_options"][KEY][0] for each in patched]
+        assert edits[0].references[0].how.level == 1
+        assert edits[1].shares[0].references[0].how.level == level

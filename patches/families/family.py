@@ -49,8 +49,9 @@ class Family(ABC):
         model."""
 
     def looks_nearly_clean(self) -> bool:
-        """Whether the model usually looks at a reference at the schedule's last noise level, in one pass: where the
-        features of every step of a usual run at the family's own size would be more than a subject's cache holds."""
+        """Whether the model usually looks at routed references at the schedule's last noise level, in one pass: where
+        the features of every step of a usual run at the family's own size would be more than a subject's cache
+        holds."""
         return True
 
     def dci_gain_grows(self) -> bool:
