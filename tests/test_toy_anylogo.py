@@ -117,7 +117,7 @@ def test_what_is_trained_is_what_acts(symbiosis: Symbiosis, tuning: Tuning, tmp_
         mask = torch.from_numpy(drawn.masks[:1]).float()
         who = SubjectNode.made([picture], toy.vae, size=96, margin=0.15, mask=[mask]).args[0]
         patched = SemanticInjectionNode.execute(model, who, semantics, background=picture).args[0]
-        patched = RecycledSelfAttentionNode.execute(patched, who).args[0]
+        patched = RecycledSelfAttentionNode.execute(patched, who, noise_level="current").args[0]
         patched.set_model_sampler_cfg_function(keep, disable_cfg1_optimization=True)
         comfy.sample.sample(
             patched, noise, 1, 4.0, "euler", "normal", toy.encode(["an emblem on grass"]), toy.encode([""]),

@@ -90,7 +90,8 @@ def patched_by(made: Tuned, subject: Any, tokens: bool, reference: bool, sites: 
     if tokens:
         model = SemanticInjectionNode.execute(model, subject, made.semantics).args[0]
     if reference:
-        model = RecycledSelfAttentionNode.execute(model, subject, sites=sites).args[0]
+        # As in the paper's training.
+        model = RecycledSelfAttentionNode.execute(model, subject, sites=sites, noise_level="current").args[0]
     return model
 
 
