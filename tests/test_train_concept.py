@@ -19,6 +19,7 @@ from hosting.random_models import generator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
+from subject_patches.nodes.concept_inputs import Further
 from subject_patches.nodes.train_concept import PRESETS, VERSIONS, TrainConceptNode
 from subject_patches.tests.clips import FAMILIES, small_clip
 from subject_patches.tests.models import CONTEXT, difference, sample, small_model
@@ -34,6 +35,7 @@ from subject_patches.training.loop import Training
 from subject_patches.training.regularisation import Regularisation, regularised
 from subject_patches.training.state import StateFile
 from subject_patches.training.text import TextEncoder
+from subject_patches.training.usual import UsualWords
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -281,6 +283,21 @@ def test_the_mirror() -> None:
     first, second = with_mirrored([picture])
     assert torch.equal(first, picture)
     assert torch.equal(second, picture[:, :, torch.arange(63, -1, -1)])
+
+
+def test_what_is_left_to_the_model_and_the_preset() -> None:
+    plain, written = SCHEMES["plain"], SCHEMES["fixed template"]
+    real, toys = UsualWords(True, True, True, True), UsualWords(False, False, False, False)
+    left = Further().settled(plain, real)
+    assert left.scheme(plain) == plain
+    assert (left.mirrored, left.start_token) == ("half the time", "held")
+    left = Further().settled(written, toys)
+    assert left.scheme(written) == replace(written, template=False, rare=False)
+    assert (left.mirrored, left.start_token) == ("never", "trained")
+    given = Further(words_before=6, concept_words=1, picture_words_begin="at random", mirrored="never")
+    given = given.settled(plain, real)
+    assert given.scheme(plain) == Scheme(6, 2, 1, template=False)
+    assert (given.mirrored, given.start_token) == ("never", "held")
 
 
 # A training

@@ -251,6 +251,8 @@ def test_what_is_taken_by_itself_suits_the_model(caplog: pytest.LogCaptureFixtur
     sign = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
     assert usual_side(model_of(SD20, second, hints=sign)) == 768
     assert usual_residual(toy, alone=True) == Usual(40, 8, 128, 0.1)
+    assert usual_concept(toy, batch=6) == Usual(50, 2, 128, 5e-3, 3e-2, 3e-2)
+    assert usual_words(toy) == UsualWords(False, False, False, False)
     with caplog.at_level(logging.INFO):
         assert settled(Usual(0, 3, 0, 0.0), usual_residual(toy, alone=False), "Train") == Usual(150, 3, 128, 1e-3)
     assert "Train: 150 steps of 3 pictures at 128 x 128, learning rate 0.001." in caplog.text
