@@ -59,6 +59,7 @@ def contents(family: str, context: int, **form: Any) -> tuple[dict[str, Tensor],
     return tensors_of(maps), metadata(made, family, "nobody")
 
 
+@cache
 def maps_of(family: str, context: int, **form: Any) -> SemanticMaps:
     """Maps as they come from a file."""
     with tempfile.TemporaryDirectory() as folder:
