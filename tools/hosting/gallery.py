@@ -25,6 +25,8 @@ ORDER = (
 _SIDE, _GAP, _MOST = 150, 14, 5
 _TITLE, _TEXT = 22, 15
 _TALLEST = 2000
+# Of a picture's caption.
+_LINES = 2
 _PAPER, _INK, _FAINT = "#ffffff", "#111111", "#555555"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #111; background: #fff }
@@ -61,7 +63,7 @@ def page(entries: Sequence[Entry]) -> str:
     """One HTML file that needs no other."""
     rows = "".join(map(_section, entries))
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Subject Patches</title><style>{_STYLE}</style>'
-    return f"{head}<h1>Subject Patches</h1><p>Made by the small model that comes with the pack.</p>{rows}</html>\n"
+    return f"{head}<h1>Subject Patches</h1><p>Made by the small models that come with the pack.</p>{rows}</html>\n"
 
 
 def _section(entry: Entry) -> str:
@@ -104,7 +106,7 @@ def _height_of(columns: Sequence[Sequence[Image.Image]]) -> int:
 def _row(entry: Entry, width: int) -> Image.Image:
     look = textwrap.wrap(entry.look, width // 7)
     head = _TITLE + _GAP // 2 + len(look) * (_TEXT + 4) + _GAP // 2
-    row = Image.new("RGB", (width, head + _SIDE + _TEXT + 6), _PAPER)
+    row = Image.new("RGB", (width, head + _SIDE + _LINES * _TEXT + 6), _PAPER)
     draw = ImageDraw.Draw(row)
     draw.text((0, 0), entry.title, _INK, ImageFont.load_default(_TITLE))
     for number, line in enumerate(look):
@@ -112,6 +114,6 @@ def _row(entry: Entry, width: int) -> Image.Image:
     for number, group in enumerate(entry.groups[:_MOST]):
         left = number * (_SIDE + _GAP)
         row.paste(fit(group.pictures[0], _SIDE), (left, head))
-        caption = textwrap.shorten(group.caption, 26, placeholder=" ...")
-        draw.text((left, head + _SIDE + 2), caption, _FAINT, ImageFont.load_default(12))
+        for line, words in enumerate(textwrap.wrap(group.caption, 24)[:_LINES]):
+            draw.text((left, head + _SIDE + 2 + line * _TEXT), words, _FAINT, ImageFont.load_default(12))
     return row
