@@ -1,11 +1,13 @@
-"""Write a workflow file as the page saves it, from a workflow in API or UI format.
+"""Write workflow files as the page saves them, from workflows in API or UI format.
 
     python tools/author.py FILE [--name NAME] [--note TEXT]
+    python tools/author.py workflows/*.json
 
-The page itself saves the workflow to workflows/NAME.json (by default the name of FILE). Nodes are laid out in groups,
-Input, Subject, Generate and Compare; in a UI workflow a node stays in the group that it lies in. Node titles come from
-each node's `_meta.title`. The note beside them is TEXT, Markdown, or stays as it is. Seeds are set to stay fixed, so
-that the file gives the same pictures every time. Needs Chromium and its driver, as the browser tests do.
+The page itself saves the workflow to workflows/NAME.json (by default the name of FILE). The second line is for when
+nodes have got inputs: every shipped workflow gets what a new node has there, and room for it. Nodes are laid out in
+groups, Input, Subject, Generate and Compare; in a UI workflow a node stays in the group that it lies in. Node titles
+come from each node's `_meta.title`. The note beside them is TEXT, Markdown, or stays as it is. Seeds are set to stay
+fixed, so that the file gives the same pictures every time. Needs Chromium and its driver, as the browser tests do.
 """
 
 from __future__ import annotations
@@ -29,27 +31,33 @@ _CHANGING = {"randomize", "increment", "decrement"}
 
 def main() -> int:
     """The command line; see the module's text."""
-    parser = Parser(prog="author.py", description="Write a workflow file as the page saves it.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a workflow in API or UI format")
+    parser = Parser(prog="author.py", description="Write workflow files as the page saves them.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a workflow in API or UI format")
     parser.add_argument("--note", help="what the note says, in Markdown")
     parser.add_argument("--name", help="the name in workflows/ (by default that of FILE)")
     options = parser.parse_args()
-    try:
-        workflow = json.loads(options.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{options.file} is no readable workflow ({error}); give a workflow's JSON file.") from error
+    if len(options.files) > 1 and (options.name or options.note):
+        raise ToolError("A name and a note are of one workflow; give one FILE with them.")
+    workflows = {options.name or path.stem: _read(path) for path in options.files}
     host = find_host(development=True)
     enter(host, Path(__file__), sys.argv[1:])
-    name = options.name or options.file.stem
-    with Server(host) as server, Page(server.url) as page:
-        saved = save(page, workflow, name, options.note)
-        if unknown := page.missing():
-            raise ToolError(f"No node of the host or this pack is called {', '.join(unknown)}; correct {options.file}.")
-    target = FOLDER / f"{name}.json"
     FOLDER.mkdir(exist_ok=True)
-    target.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(target)
+    with Server(host) as server, Page(server.url) as page:
+        for name, workflow in workflows.items():
+            saved = save(page, workflow, name, options.note)
+            if unknown := page.missing():
+                raise ToolError(f"No node of the host or this pack is called {', '.join(unknown)}; correct {name}.")
+            target = FOLDER / f"{name}.json"
+            target.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(target, flush=True)
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{path} is no readable workflow ({error}); give a workflow's JSON file.") from error
 
 
 def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = None) -> dict[str, Any]:
