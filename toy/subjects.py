@@ -47,11 +47,11 @@ FORM = Form(
 def scene_with(emblem: Emblem, rng: np.random.Generator) -> tuple[Picture, int]:
     """A picture of the emblem, alone or beside one or two other things, and which of its things it is."""
     count = int(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))
-    # Half of the emblems are as large as the toy's own training prefers: such that latents can hold their glyph.
+    # Half of those alone are so large that latents can hold their glyph.
     smallest = LARGE if count == 1 and rng.random() < 0.5 else 0.0
-    scene = sample_scene(rng, count, 0.0, smallest=smallest)
-    while emblem.plate_colour in scene.background.colours:
-        scene = sample_scene(rng, count, 0.0, smallest=smallest)
+    scene = sample_scene(rng, count, 0.0)
+    while scene.things[0].radius < smallest or emblem.plate_colour in scene.background.colours:
+        scene = sample_scene(rng, count, 0.0)
     place = int(rng.integers(count))
     shown = replace(scene.things[place], shape=EMBLEM, colour=emblem.plate_colour, texture="plain", emblem=emblem)
     scene = replace(scene, things=(*scene.things[:place], shown, *scene.things[place + 1 :]))
