@@ -115,6 +115,16 @@ def test_missing_node_is_seen(page: Page, solid_workflow: dict[str, Any]) -> Non
     assert page.missing() == ["Nonesuch"]
 
 
+def test_link_behind_a_node_is_seen(page: Page) -> None:
+    """Without its reroutes the checkpoint's CLIP goes to the prompts straight through the picture."""
+    workflow = load_workflow(ROOT / "workflows" / "reference_sd15.json")
+    page.load(workflow | {"extra": {}})
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    assert ("CheckpointLoaderSimple", "LoadImage") in {
+        (kinds[source], kinds[node]) for source, node in page.links_behind()
+    }
+
+
 def test_saved_workflow_is_stable(page: Page, solid_workflow: dict[str, Any]) -> None:
     """What the authoring tool writes, the page saves again unchanged; a seed that would change is fixed."""
     prompt = {
