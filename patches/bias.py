@@ -40,23 +40,23 @@ class Bias:
         more = instead - (stop - start)
         return [each for each in (before, behind and behind.moved(more)) if each is not None]
 
-    def at(self, places: Tensor | None) -> Tensor:
-        """Its values (rows or 1, queries or 1, n or 1) for some queries; None are all."""
-        values = self.values.expand(*(1,) * (3 - self.values.ndim), *self.values.shape)
+    def at(self, places: Tensor | None, device: torch.device) -> Tensor:
+        """Its values (rows or 1, queries or 1, n or 1) on a device, for some queries; None are all."""
+        values = self.values.expand(*(1,) * (3 - self.values.ndim), *self.values.shape).to(device)
         return values if places is None or values.shape[1] == 1 else values[:, places]
 
 
-def summed(biases: Sequence[Bias], keys: int) -> Tensor | None:
-    """The sum of biases over so many keys, as one tensor broadcastable to (rows, queries, keys) in float32; None
-    without any."""
-    return mask_of([(each, None) for each in biases], keys, torch.empty(0)) if biases else None
+def summed(biases: Sequence[Bias], keys: int, device: torch.device) -> Tensor | None:
+    """The sum of biases over so many keys, as one tensor broadcastable to (rows, queries, keys) in float32 on a device;
+    None without any."""
+    return mask_of([(each, None) for each in biases], keys, torch.empty(0, device=device)) if biases else None
 
 
 def mask_of(biases: Sequence[tuple[Bias, Tensor | None]], keys: int, like: Tensor) -> Tensor:
     """What an attention over so many keys adds to its logits, of biases at some queries each (`Bias.at`): broadcastable
     to (rows, queries, keys), one for all heads, and with one row or query where no bias has more. In the type and on
     the device of `like`."""
-    parts = [(each, each.at(places)) for each, places in biases]
+    parts = [(each, each.at(places, like.device)) for each, places in biases]
     rows, queries = (max(values.shape[dimension] for _, values in parts) for dimension in (0, 1))
     spans = sorted((each.start, each.stop) for each, _ in parts)
     # Sums are exact before they are rounded to a half precision.
@@ -64,5 +64,5 @@ def mask_of(biases: Sequence[tuple[Bias, Tensor | None]], keys: int, like: Tenso
     dtype = torch.float32 if overlap else like.dtype
     mask = torch.zeros(rows, queries, -(-keys // _ALIGNED) * _ALIGNED, dtype=dtype, device=like.device)
     for each, values in parts:
-        mask[..., each.start : each.stop] += values.to(like.device)
+        mask[..., each.start : each.stop] += values
     return mask.to(like.dtype)[..., :keys]

@@ -228,7 +228,7 @@ class AttentionCall:
         keys) in float32, None for nothing."""
         start, stop, _ = keys.indices(self.key.shape[1])
         parts = [part.moved(-start) for each in self.biases if (part := each.part(start, stop)) is not None]
-        return summed(parts, stop - start)
+        return summed(parts, stop - start, self.query.device)
 
     @property
     def own_bias(self) -> Tensor | None:

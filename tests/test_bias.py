@@ -21,6 +21,7 @@ from subject_patches.tests.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.models import difference, generator, sample, small_model
 from torch import Tensor
 
+CPU = torch.device("cpu")
 SHAPES = [(), (1,), (1, 1, 1), (1, 1, 3), (1, 4, 3), (2, 4, 3), (2, 1, 1)]
 
 
@@ -32,7 +33,7 @@ def test_a_mask_is_the_sum_of_biases_at_their_keys(shape: tuple[int, ...]) -> No
     full[..., 2:5] += one
     full[..., 4:6] += other
     biases = (Bias(one, 2, 5), Bias(other, 4, 6))
-    torch.testing.assert_close(summed(biases, 9).expand_as(full), full)
+    torch.testing.assert_close(summed(biases, 9, CPU).expand_as(full), full)
     places = torch.tensor([3, 1])
     mask = mask_of([(each, places) for each in biases], 9, torch.empty(0, dtype=torch.float16))
     assert mask.dtype == torch.float16
@@ -48,9 +49,9 @@ def test_one_vector_over_keys_stays_one() -> None:
 def test_keys_come_and_go_with_their_biases() -> None:
     bias = Bias(torch.arange(6.0), 1, 7)
     left = bias.without(3, 5, instead=4)
-    assert summed(left, 10).flatten().tolist() == [0, 0, 1, 0, 0, 0, 0, 4, 5, 0]
-    assert summed(bias.without(0, 9), 3) is None
-    assert summed(bias.without(7, 9), 7).flatten().tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert summed(left, 10, CPU).flatten().tolist() == [0, 0, 1, 0, 0, 0, 0, 4, 5, 0]
+    assert summed(bias.without(0, 9), 3, CPU) is None
+    assert summed(bias.without(7, 9), 7, CPU).flatten().tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert bias.part(0, 1) is None
     assert bias.part(4, 20).values.tolist() == [3, 4, 5]
 
