@@ -89,7 +89,9 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert LoadAnyStoryNode.fingerprint_inputs("small.safetensors") != before
     with pytest.raises(ValueError, match=r"small\.safetensors cannot be loaded as AnyStory's weights"):
         LoadAnyStoryNode.execute("small.safetensors")
-    with pytest.raises(ValueError, match=r"no file 'gone\.safetensors' in the models folder subject_encoders"):
+    with pytest.raises(
+        ValueError, match=r"There is no safetensors file 'gone\.safetensors' in the models folder subject_encoders"
+    ):
         LoadAnyStoryNode.execute("gone.safetensors")
 
 
