@@ -57,7 +57,8 @@ def test_entries_are_true() -> None:
 
 def test_every_weight_file_has_one_entry() -> None:
     """No weight file is shipped without an entry, and none has two."""
-    shipped = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/weights/*.safetensors"))
+    found = (path for name in ("weights", "encoders", "loras") for path in ROOT.glob(f"*/{name}/*.safetensors"))
+    shipped = sorted(path.relative_to(ROOT).as_posix() for path in found)
     assert sorted(entry["path"] for entry in ENTRIES if entry["path"]) == shipped
     assert len({entry["id"] for entry in ENTRIES}) == len(ENTRIES)
 
