@@ -73,6 +73,15 @@ def test_refused_workflow_names_the_node(server: Server) -> None:
         server.queue(_solid(24) | {"1": {"class_type": "Nonesuch", "inputs": {}}})
 
 
+def test_one_refused_output_of_two_is_a_refusal(server: Server) -> None:
+    """The host would run the other one and say nothing more."""
+    other = _solid(-1)
+    prompt = _solid(24) | {"3": other["1"], "4": {**other["2"], "inputs": {**other["2"]["inputs"], "images": ["3", 0]}}}
+    with pytest.raises(WorkflowError, match=r"refused EmptyImage \(node 3\): .*width"):
+        server.queue(prompt)
+    assert "2" in server.queue(_solid(24))
+
+
 def test_failing_node_is_named(server: Server) -> None:
     """An exception in a node arrives with the node and its message, and the server goes on."""
     (server.base / "input" / "broken.png").write_bytes(b"no picture")

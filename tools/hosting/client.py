@@ -56,6 +56,11 @@ async def follow(
                 if response.status != 200:
                     raise _refusal(answer)
             prompt_id = answer["prompt_id"]
+            if answer.get("node_errors"):
+                # The host runs what it does not refuse of a workflow with several outputs, as if that were all of it.
+                await session.post(f"http://{address}/queue", json={"delete": [prompt_id]})
+                await session.post(f"http://{address}/interrupt", json={"prompt_id": prompt_id})
+                raise _refusal(answer)
             try:
                 await asyncio.wait_for(_watch(socket, prompt, prompt_id, progress), seconds)
             except asyncio.TimeoutError as error:
