@@ -9,7 +9,7 @@ from host import Server
 from hosting.graphs import FAMILIES
 from hosting.paths import ROOT
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
-from real_workflows import WORKFLOWS
+from real_workflows import REGULARISING, WORKFLOWS
 
 SIDE = 64
 
@@ -53,7 +53,7 @@ def _make_small(prompt: dict[str, Any], family: str) -> None:
         if node["class_type"] == "CheckpointLoaderSimple":
             node["class_type"], node["inputs"] = "SmallCheckpoint", {"family": family}
         elif node["class_type"] == "PrimitiveInt":
-            inputs["value"] = SIDE
+            inputs["value"] = {FAMILIES[family].side: SIDE, REGULARISING: 2}.get(inputs["value"], inputs["value"])
         elif node["class_type"] == "EmptyLatentImage":
             inputs |= {name: SIDE for name in ("width", "height") if not isinstance(inputs[name], list)}
         elif node["class_type"] == "SubjectPatchesTrainConcept":
