@@ -10,16 +10,14 @@ class SubjectPatches(ComfyExtension):
 
     async def on_load(self) -> None:
         """Makes the host know the toys, the example pictures, and its folders for the pack's files."""
-        from .nodes import anystory_subject, image_prompt, residual
+        from .nodes.model_files import register_folders
         from .nodes.shipped_files import register_shipped_files
         from .toy import dit_family, family
 
         family.register()
         dit_family.register()
         register_shipped_files()
-        residual.register_folder()
-        image_prompt.register_folder()
-        anystory_subject.register_folder()
+        register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""

@@ -15,19 +15,12 @@ from ..patches.masks import resize_mask
 from ..patches.subject import MEGABYTE, composite, encoded
 from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
 from .inputs import CACHE_MEGABYTES, cache_input, vae_input
-from .model_files import add_folder, path_of, state_of
-from .shipped_files import PACK
+from .model_files import SUBJECT_ENCODERS
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
-FOLDER = "subject_encoders"
 SQUARE, NONE = "square around the mask", "none"
 # The side of a reference's picture is given in steps of what one token of FLUX covers.
 TOKEN = 16
-
-
-def register_folder() -> None:
-    """Makes the host know the models folder of subject encoders, and the toy's. Calling it again changes nothing."""
-    add_folder(FOLDER, PACK / "toy" / "encoders")
 
 
 class LoadAnyStoryNode(io.ComfyNode):
@@ -35,8 +28,6 @@ class LoadAnyStoryNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="SubjectPatchesLoadAnyStory",
             display_name="Load AnyStory",
@@ -45,11 +36,9 @@ class LoadAnyStoryNode(io.ComfyNode):
             "tools/convert.py.",
             search_aliases=["AnyStory", "flux ip adapter", "subject", "multi subject", "load encoder"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip=f"A file in the models folder {FOLDER} that python tools/convert.py made of the authors' "
-                    "anystory_flux.bin.",
+                SUBJECT_ENCODERS.file_input(
+                    f"A file in the models folder {SUBJECT_ENCODERS.name} that python tools/convert.py made of the "
+                    "authors' anystory_flux.bin."
                 )
             ],
             outputs=[AnyStoryType.Output(display_name="anystory", tooltip="For AnyStory Subject and AnyStory.")],
@@ -57,11 +46,11 @@ class LoadAnyStoryNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        return state_of(FOLDER, file)
+        return SUBJECT_ENCODERS.state(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(read_anystory(path_of(FOLDER, file)))
+        return io.NodeOutput(read_anystory(SUBJECT_ENCODERS.path(file)))
 
 
 class AnyStorySubjectNode(io.ComfyNode):

@@ -17,17 +17,11 @@ from ..patches.sites import Site
 from ..patches.subject import Reference, Subject
 from .checks import check_choice, prompt_in
 from .inputs import subject_input
-from .model_files import add_folder, path_of, state_of
+from .model_files import ADAPTERS
 from .types import SEVERAL, AdapterType, SubjectType
 
-FOLDER = "ipadapter"
 KEPT, REMOVED = "kept", "removed"
 CROPS = ("center", "none")
-
-
-def register_folder() -> None:
-    """Makes the host know the models folder of adapters. Calling it again changes nothing."""
-    add_folder(FOLDER)
 
 
 class LoadImagePromptAdapterNode(io.ComfyNode):
@@ -35,9 +29,6 @@ class LoadImagePromptAdapterNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
-        files = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
         return io.Schema(
             node_id="SubjectPatchesLoadImagePromptAdapter",
             display_name="Load Image Prompt Adapter",
@@ -45,10 +36,8 @@ class LoadImagePromptAdapterNode(io.ComfyNode):
             description="Loads an IP-Adapter file (plain, plus or full; SD 1.x or SDXL) for Encode Image Prompt.",
             search_aliases=["IP-Adapter", "ipadapter", "image prompt", "AnyStory", "load adapter"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=files,
-                    tooltip=f"A safetensors file in the models folder {FOLDER}, for the checkpoint's family.",
+                ADAPTERS.file_input(
+                    f"A safetensors file in the models folder {ADAPTERS.name}, for the checkpoint's family."
                 )
             ],
             outputs=[AdapterType.Output(display_name="adapter", tooltip="For Encode Image Prompt.")],
@@ -56,13 +45,13 @@ class LoadImagePromptAdapterNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        return state_of(FOLDER, file)
+        return ADAPTERS.state(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         import comfy.utils
 
-        path = path_of(FOLDER, file)
+        path = ADAPTERS.path(file)
         try:
             tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
         except Exception as error:

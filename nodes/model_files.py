@@ -1,37 +1,70 @@
-"""Files in the host's folders of models, for nodes that load one by its name."""
+"""The pack's folders of models, and how a node loads a file of one by its name."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comfy_api.latest import io
 
-def add_folder(folder: str, *further: Path) -> None:
-    """Makes the host know a folder of models, for safetensors files, and `further` places of such. Calling it again
-    changes nothing."""
-    import folder_paths
+from .shipped_files import PACK
 
-    for place in (Path(folder_paths.models_dir) / folder, *further):
-        folder_paths.add_model_folder_path(folder, str(place))
-    folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+ENDING = ".safetensors"
 
 
-def state_of(folder: str, file: str) -> Any:
-    """What changes with a file's content: another file under the same name has other weights."""
-    import folder_paths
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder of safetensors files among the host's folders of models; `further` are other places of such."""
 
-    path = folder_paths.get_full_path(folder, file)
-    if path is None:
-        return file
-    state = Path(path).stat()
-    return (file, state.st_size, state.st_mtime_ns)
+    name: str
+    further: tuple[Path, ...] = ()
+
+    def register(self) -> None:
+        """Makes the host know it. Calling it again changes nothing."""
+        import folder_paths
+
+        for place in (Path(folder_paths.models_dir) / self.name, *self.further):
+            folder_paths.add_model_folder_path(self.name, str(place))
+        folder_paths.folder_names_and_paths[self.name][1].add(ENDING)
+
+    def file_input(self, tooltip: str) -> io.Combo.Input:
+        """The file of a node that loads one."""
+        import folder_paths
+
+        # Another pack may keep files of other endings in a folder of this name.
+        files = [name for name in folder_paths.get_filename_list(self.name) if name.endswith(ENDING)]
+        return io.Combo.Input("file", options=files, tooltip=tooltip)
+
+    def state(self, file: str) -> Any:
+        """What changes with a file's content, for `fingerprint_inputs`: another file under the same name has other
+        weights."""
+        import folder_paths
+
+        path = folder_paths.get_full_path(self.name, file)
+        if path is None:
+            return file
+        state = Path(path).stat()
+        return (file, state.st_size, state.st_mtime_ns)
+
+    def path(self, file: str) -> Path:
+        """Where a file is. Raises ValueError where the folder has none of its name."""
+        import folder_paths
+
+        path = folder_paths.get_full_path(self.name, file)
+        if path is None or not file.endswith(ENDING):
+            raise ValueError(f"There is no safetensors file '{file}' in the models folder {self.name}; choose another.")
+        return Path(path)
 
 
-def path_of(folder: str, file: str) -> Path:
-    """Where a file is. Raises ValueError where the folder has none of its name."""
-    import folder_paths
+RESIDUAL_TOKENS = ModelFolder("residual_tokens")
+# Where IP-Adapter's packs have theirs.
+ADAPTERS = ModelFolder("ipadapter")
+# Encoders of both kinds, AnyLogo's maps, and the toy's.
+SUBJECT_ENCODERS = ModelFolder("subject_encoders", (PACK / "toy" / "encoders",))
 
-    path = folder_paths.get_full_path(folder, file)
-    if path is None or not file.endswith(".safetensors"):
-        raise ValueError(f"There is no safetensors file '{file}' in the models folder {folder}; choose another.")
-    return Path(path)
+
+def register_folders() -> None:
+    """Makes the host know all of them. Calling it again changes nothing."""
+    for folder in (RESIDUAL_TOKENS, ADAPTERS, SUBJECT_ENCODERS):
+        folder.register()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,10 @@ from ..patches.graph import lost
 from ..patches.prompt import SPANS_KEY
 from ..patches.residual import FORMAT, ResidualToken, add_residual, family_of, file_contents, subject_positions
 from .checks import check_number, prompt_in
+from .model_files import RESIDUAL_TOKENS
 from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
-FOLDER = "residual_tokens"
-
-
-def register_folder() -> None:
-    """Makes the host know the models folder of residual tokens. Calling it again changes nothing."""
-    import folder_paths
-
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 class ApplyResidualTokens(io.ComfyNode):
@@ -101,7 +92,7 @@ class SaveResidualToken(io.ComfyNode):
             node_id="SubjectPatchesSaveResidualToken",
             display_name="Save Residual Token",
             category=CONCEPT,
-            description=f"Saves a residual token, a few kilobytes, into the models folder {FOLDER}.",
+            description=f"Saves a residual token, a few kilobytes, into the models folder {RESIDUAL_TOKENS.name}.",
             search_aliases=["Cones 2", "export residual"],
             is_output_node=True,
             inputs=[
@@ -120,7 +111,7 @@ class SaveResidualToken(io.ComfyNode):
         import folder_paths
         from safetensors.torch import save_file
 
-        top = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        top = Path(folder_paths.get_folder_paths(RESIDUAL_TOKENS.name)[0])
         top.mkdir(parents=True, exist_ok=True)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(top))
         file = f"{name}_{counter:05}_.safetensors"
@@ -135,19 +126,15 @@ class LoadResidualToken(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="SubjectPatchesLoadResidualToken",
             display_name="Load Residual Token",
             category=CONCEPT,
-            description=f"Loads a residual token from the models folder {FOLDER}.",
+            description=f"Loads a residual token from the models folder {RESIDUAL_TOKENS.name}.",
             search_aliases=["Cones 2", "import residual"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip=f"A file of the models folder {FOLDER}, where Save Residual Token puts them.",
+                RESIDUAL_TOKENS.file_input(
+                    f"A file of the models folder {RESIDUAL_TOKENS.name}, where Save Residual Token puts them."
                 ),
                 io.Clip.Input(
                     "clip",
@@ -160,17 +147,12 @@ class LoadResidualToken(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, clip: Any = None) -> str:
-        import folder_paths
-
-        path = Path(folder_paths.get_full_path_or_raise(FOLDER, file))
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def fingerprint_inputs(cls, file: str, clip: Any = None) -> Any:
+        return RESIDUAL_TOKENS.state(file)
 
     @classmethod
     def execute(cls, file: str, clip: Any = None) -> io.NodeOutput:
-        import folder_paths
-
-        residual = read_residual_token(Path(folder_paths.get_full_path_or_raise(FOLDER, file)))
+        residual = read_residual_token(RESIDUAL_TOKENS.path(file))
         if clip is not None:
             width = clip.encode_from_tokens(clip.tokenize("")).shape[-1]
             if width != residual.width:

@@ -14,10 +14,9 @@ from ..patches.semantic_injection import SemanticInjection, grouped, tokens_of
 from ..patches.sites import USUAL
 from ..patches.subject import Subject, composite
 from ..patches.window import Window
-from .anystory_subject import FOLDER
 from .checks import check_choice, check_number, pictures_in
 from .inputs import model_input, model_output, subject_input, window_inputs
-from .model_files import path_of, state_of
+from .model_files import SUBJECT_ENCODERS
 from .types import SUBJECT, SemanticsType
 
 STRENGTH_MAX = 10.0
@@ -29,9 +28,6 @@ class LoadSemanticInjectionNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
-        files = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
         return io.Schema(
             node_id="SubjectPatchesLoadSemanticInjection",
             display_name="Load Semantic Injection",
@@ -39,11 +35,9 @@ class LoadSemanticInjectionNode(io.ComfyNode):
             description="Loads the trained maps of AnyLogo's semantic injection, for Semantic Injection.",
             search_aliases=["AnyLogo", "DINOv2", "semantic", "load maps"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=files,
-                    tooltip=f"An anylogo-FAMILY.safetensors of the models folder {FOLDER}, for the family at hand. "
-                    "The U-Net that was tuned with it is a LoRA: load that with Load LoRA.",
+                SUBJECT_ENCODERS.file_input(
+                    f"An anylogo-FAMILY.safetensors of the models folder {SUBJECT_ENCODERS.name}, for the family at "
+                    "hand. The U-Net that was tuned with it is a LoRA: load that with Load LoRA."
                 )
             ],
             outputs=[SemanticsType.Output(display_name="semantics", tooltip="For Semantic Injection.")],
@@ -51,11 +45,11 @@ class LoadSemanticInjectionNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        return state_of(FOLDER, file)
+        return SUBJECT_ENCODERS.state(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(read_semantic_maps(path_of(FOLDER, file)))
+        return io.NodeOutput(read_semantic_maps(SUBJECT_ENCODERS.path(file)))
 
 
 class SemanticInjectionNode(io.ComfyNode):

@@ -13,7 +13,8 @@ PICTURES = PACK / "workflows" / "input"
 
 
 def register_shipped_files() -> None:
-    """Makes the host's loaders list the toy's checkpoints and LoRA, and puts example pictures into the input folder.
+    """Makes the host's loaders list the toy's checkpoints and the LoRA that `toy.train_anylogo` writes, and puts
+    example pictures into the input folder.
 
     The host knows further folders of models, but one of pictures alone. A picture that is there already, also one that
     somebody has painted on, stays as it is. Calling it again changes nothing."""

@@ -14,10 +14,9 @@ from ..patches.encoded_subject import EncodedSubject, KeptReference
 from ..patches.image_prompt import AdaptedPrompt
 from ..patches.masks import resize_mask
 from ..patches.subject import Reference, Subject, encoded
-from .anystory_subject import FOLDER
 from .checks import check_choice, check_loaded
 from .inputs import subject_input, vae_input
-from .model_files import path_of, state_of
+from .model_files import SUBJECT_ENCODERS
 from .types import SUBJECT, SubjectEncoderType, SubjectType
 
 BOTH, TOKENS, REFERENCES = "tokens and references", "tokens", "references"
@@ -28,8 +27,6 @@ class LoadSubjectEncoderNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="SubjectPatchesLoadSubjectEncoder",
             display_name="Load Subject Encoder",
@@ -37,11 +34,9 @@ class LoadSubjectEncoderNode(io.ComfyNode):
             description="Loads a trained subject encoder (AnyStory's QFormer and ReferenceNet) for Encode Subjects.",
             search_aliases=["AnyStory", "ReferenceNet", "QFormer", "image prompt", "load encoder"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip=f"A file in the models folder {FOLDER} that the pack's training wrote, for the "
-                    "checkpoint's family. anystory-toy is for the small checkpoint that comes with the pack.",
+                SUBJECT_ENCODERS.file_input(
+                    f"A file in the models folder {SUBJECT_ENCODERS.name} that the pack's training wrote, for the "
+                    "checkpoint's family. anystory-toy is for the small checkpoint that comes with the pack."
                 )
             ],
             outputs=[SubjectEncoderType.Output(display_name="encoder", tooltip="For Encode Subjects.")],
@@ -49,11 +44,11 @@ class LoadSubjectEncoderNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        return state_of(FOLDER, file)
+        return SUBJECT_ENCODERS.state(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(read_subject_encoder(path_of(FOLDER, file)))
+        return io.NodeOutput(read_subject_encoder(SUBJECT_ENCODERS.path(file)))
 
 
 class EncodeSubjectsNode(io.ComfyNode):

@@ -15,7 +15,8 @@ from comfy.t2i_adapter.adapter import StyleAdapter
 from subject_patches.encoders.anystory import AnyStory
 from subject_patches.encoders.preprocessing import latent_pixels, places, to_bytes
 from subject_patches.nodes.anystory import AnyStoryNode
-from subject_patches.nodes.anystory_subject import FOLDER, NONE, AnyStorySubjectNode, LoadAnyStoryNode, register_folder
+from subject_patches.nodes.anystory_subject import NONE, AnyStorySubjectNode, LoadAnyStoryNode
+from subject_patches.nodes.model_files import SUBJECT_ENCODERS, register_folders
 from subject_patches.patches.anystory_subject import AnyStorySubject
 from torch import Tensor
 
@@ -75,13 +76,14 @@ def subjects() -> tuple[AnyStorySubject, ...]:
 
 def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the models folder that the pack made the host know; another file under the name is another value."""
-    register_folder()
-    register_folder()
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    assert len([path for path in paths if Path(path).name == FOLDER]) == 1
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], {".safetensors"}))
+    folder = SUBJECT_ENCODERS.name
+    register_folders()
+    register_folders()
+    paths, _ = folder_paths.folder_names_and_paths[folder]
+    assert len([path for path in paths if Path(path).name == folder]) == 1
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path)], {".safetensors"}))
     convert.convert(publish(tmp_path / "small.bin"), tmp_path / "small.safetensors")
-    assert folder_paths.get_filename_list(FOLDER) == ["small.safetensors"]
+    assert folder_paths.get_filename_list(folder) == ["small.safetensors"]
     (anystory,) = LoadAnyStoryNode.execute("small.safetensors").args
     assert anystory.form == golden_anystory().form
     before = LoadAnyStoryNode.fingerprint_inputs("small.safetensors")

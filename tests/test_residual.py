@@ -10,13 +10,8 @@ import pytest
 import torch
 from hosting.random_models import generator
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
-from subject_patches.nodes.residual import (
-    FOLDER,
-    ApplyResidualTokens,
-    LoadResidualToken,
-    SaveResidualToken,
-    register_folder,
-)
+from subject_patches.nodes.model_files import RESIDUAL_TOKENS
+from subject_patches.nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
 from subject_patches.patches.prompt import SPANS_KEY
 from subject_patches.patches.residual import (
     ResidualToken,
@@ -35,8 +30,9 @@ WIDTH = SMALL["hidden_size"]
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    register_folder()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path / "tokens")], {".safetensors"}))
+    RESIDUAL_TOKENS.register()
+    places = ([str(tmp_path / "tokens")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, RESIDUAL_TOKENS.name, places)
     return tmp_path
 
 

@@ -15,7 +15,7 @@ from subject_patches.encoders.reference_net import ENTRANCE, build, delivering, 
 from subject_patches.encoders.segmented import segmented
 from subject_patches.encoders.subject_encoder import SubjectEncoder, read_subject_encoder
 from subject_patches.encoders.vision import seen
-from subject_patches.nodes.anystory_subject import FOLDER, register_folder
+from subject_patches.nodes.model_files import SUBJECT_ENCODERS
 from subject_patches.nodes.subject_encoder import (
     REFERENCES,
     TOKENS,
@@ -188,14 +188,11 @@ def test_a_shape_that_no_unet_has_is_refused() -> None:
 # The nodes
 
 
-def test_the_nodes_load_and_encode(model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nodes_load_and_encode(model: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in the models folder is loaded, and a subject gets, for the model's layers, tokens of what the vision
     model sees and keys and values of what the VAE sees, both cut out, at the places of its mask."""
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    register_folder()
-    place = tmp_path / FOLDER / path.name
-    place.parent.mkdir()
-    place.write_bytes(path.read_bytes())
+    places = ([str(path.parent)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, SUBJECT_ENCODERS.name, places)
     encoder = LoadSubjectEncoderNode.execute(path.name).args[0]
     assert LoadSubjectEncoderNode.fingerprint_inputs(path.name)[0] == path.name
     with pytest.raises(ValueError, match=r"There is no safetensors file 'none.safetensors'"):

@@ -9,7 +9,7 @@ import comfy.sd
 from host import ROOT
 from hosting.server import Server
 from PIL import Image
-from subject_patches.nodes.anystory_subject import FOLDER
+from subject_patches.nodes.model_files import SUBJECT_ENCODERS
 from subject_patches.toy.family import register
 
 from .subject_encoders import file_for, written
@@ -46,7 +46,7 @@ def test_over_the_queue(server: Server) -> None:
     """The picture changes with an encoded subject, comes again bit for bit, and at strength 0 is the plain one."""
     register()
     model = comfy.sd.load_checkpoint_guess_config(str(TOY), output_vae=False, output_clip=False)[0]
-    folder = server.base / "models" / FOLDER
+    folder = server.base / "models" / SUBJECT_ENCODERS.name
     folder.mkdir(parents=True, exist_ok=True)
     written(folder / FILE, *file_for(model))
 

@@ -122,7 +122,8 @@ def _train(given: Given, server: Any, number: int) -> Learned:
 
 def _trained(server: Any, prompt: dict[str, Any]) -> tuple[Any, float]:
     """The residual token that a workflow saves, and how many seconds its steps took."""
-    from subject_patches.nodes.residual import FOLDER, read_residual_token
+    from subject_patches.nodes.model_files import RESIDUAL_TOKENS
+    from subject_patches.nodes.residual import read_residual_token
 
     # Loading the models is no part of a training's time.
     started: list[float] = []
@@ -134,7 +135,7 @@ def _trained(server: Any, prompt: dict[str, Any]) -> tuple[Any, float]:
     outputs = server.queue(prompt, progress=begun, seconds=3600)
     seconds = time.monotonic() - started[0]
     (file,) = outputs["4"]["text"]
-    return read_residual_token(Path(server.base) / "models" / FOLDER / file), seconds
+    return read_residual_token(Path(server.base) / "models" / RESIDUAL_TOKENS.name / file), seconds
 
 
 def _workflow(images: dict[str, Any], captions: Sequence[str], tunes: str, name: str) -> dict[str, Any]:
