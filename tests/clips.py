@@ -9,13 +9,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import comfy.sd
 import comfy.sd1_clip
@@ -74,7 +72,7 @@ def mistral_vocabulary(data: Any) -> dict[str, Any]:
     """What the host makes of Mistral's vocabulary, also with transformers 5.15 and newer, whose converter takes a file
     where the host gives it a dictionary."""
     try:
-        return _HOSTS(data)
+        return flux.load_mistral_tokenizer(data)
     except TypeError as error:
         if "vocab_file" not in str(error):
             raise
@@ -86,15 +84,17 @@ def mistral_vocabulary(data: Any) -> dict[str, Any]:
         return {"tokenizer_object": MistralConverter(str(path)).converted(), "legacy": False}
 
 
-_HOSTS: Callable[[Any], dict[str, Any]] = flux.load_mistral_tokenizer
+class MistralTokenizer(flux.Mistral3Tokenizer):
+    """The host's, with its settings, over that vocabulary. The host takes it by its place in the tokenizer's data."""
 
-
-class MistralTokenizer(flux.Flux2Tokenizer):
-    """FLUX.2 dev's, but for that."""
-
-    def __init__(self, **given: Any) -> None:
-        with patch.object(flux, "load_mistral_tokenizer", mistral_vocabulary):
-            super().__init__(**given)
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+        self.tekken_data = tokenizer_data["tekken_model"]
+        comfy.sd1_clip.SDTokenizer.__init__(
+            self, "", pad_with_end=False, embedding_directory=embedding_directory, embedding_size=5120,
+            embedding_key="mistral3_24b", tokenizer_class=flux.MistralTokenizerClass, has_end_token=False,
+            pad_to_max_length=False, pad_token=11, start_token=1, max_length=99999999, min_length=1, pad_left=True,
+            disable_weights=True, tokenizer_args=mistral_vocabulary(self.tekken_data), tokenizer_data=tokenizer_data,
+        )  # fmt: skip
 
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2}
@@ -118,7 +118,7 @@ ENCODERS: dict[str, Encoders] = {
     "FLUX.1": Encoders(flux.FluxTokenizer, flux.flux_clip(), {"clip_l": SMALL, "t5xxl": T5}),
     "Chroma": Encoders(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5}),
     "FLUX.2": Encoders(
-        MistralTokenizer,
+        flux.Flux2Tokenizer,
         flux.flux2_te(),
         {"mistral3_24b": {**_LLAMA, "num_hidden_layers": 40}},
         data="tekken_model",
@@ -143,12 +143,14 @@ _SENTENCE = "a red umbrella and a small corgi on the green grass, it said"
 
 
 @cache
-def tokenizer_data(kind: str) -> dict[str, torch.Tensor]:
-    """What a text encoder's weights bring along of its tokenizer: a small sentencepiece, or Mistral's vocabulary."""
+def tokenizer_data(kind: str) -> dict[str, Any]:
+    """What a text encoder's weights bring along of its tokenizer: a small sentencepiece, or Mistral's vocabulary and
+    what reads it."""
     if not kind:
         return {}
     made = {"spiece_model": _sentencepiece, "tekken_model": _tekken}[kind]()
-    return {kind: torch.frombuffer(bytearray(made), dtype=torch.uint8)}
+    data: dict[str, Any] = {kind: torch.frombuffer(bytearray(made), dtype=torch.uint8)}
+    return data | ({"mistral3_24b_tokenizer_class": MistralTokenizer} if kind == "tekken_model" else {})
 
 
 def _sentencepiece() -> bytes:
@@ -195,13 +197,15 @@ def clip_of(family: str) -> Any:
 
 
 @torch.inference_mode()
-def small_encoder(family: str, seed: int = 0, mixing: bool = True, **options: Any) -> Any:
+def small_encoder(
+    family: str, seed: int = 0, mixing: bool = True, kind: type[comfy.sd.CLIP] = comfy.sd.CLIP, **options: Any
+) -> Any:
     """A CLIP of a transformer family, of random weights; without `mixing` no token sees another, so that a position of
     the context tells of its own token alone."""
     encoders = ENCODERS[family]
     sizes = {f"{name}_model_config": config for name, config in encoders.small.items()}
     target = ClipTarget(encoders.tokenizer, encoders.model)
-    clip = comfy.sd.CLIP(target, tokenizer_data=tokenizer_data(encoders.data), model_options={**sizes, **options})
+    clip = kind(target, tokenizer_data=tokenizer_data(encoders.data), model_options={**sizes, **options})
     source = generator(seed)
     for name, weight in clip.cond_stage_model.named_parameters():
         if ".visual." in name:

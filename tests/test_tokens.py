@@ -9,14 +9,14 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
-from comfy.text_encoders import flux
+from comfy.text_encoders import flux, sd3_clip
 from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer
 from host import ROOT
 from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.prompt import SPANS_KEY, find_spans, positions_of, prompt_spans
 from subject_patches.patches.tokens import read_tokens
-from subject_patches.tests.clips import ENCODERS, clip_of, mistral_vocabulary, small_encoder, tokenizer_data
+from subject_patches.tests.clips import ENCODERS, SMALL, T5, clip_of, mistral_vocabulary, small_encoder, tokenizer_data
 
 TEXT = "An old umbrella, and a small corgi by the blue umbrella."
 
@@ -195,7 +195,7 @@ def test_mistral_without_the_template() -> None:
 def test_the_hosts_mistral_loads_or_says_why() -> None:
     """With transformers up to 5.14 the host's own loading gives the vocabulary that is tested here. From 5.15 on it
     stops in the host's loader, before any node of this pack, with the words that the help page quotes."""
-    (data,) = tokenizer_data("tekken_model").values()
+    data = tokenizer_data("tekken_model")["tekken_model"]
     told = (ROOT / "web" / "docs" / "SubjectPatchesEncodePrompt.md").read_text(encoding="utf-8")
     (words,) = re.findall(r"`(missing [^`]+)`", told)
     wanted = mistral_vocabulary(data)["tokenizer_object"].get_vocab()
@@ -218,23 +218,28 @@ def test_a_vocabulary_of_another_kind() -> None:
 
 def test_only_what_is_loaded_of_sd3() -> None:
     clip = clip_of.__wrapped__("SD 3.5")
+    sizes = {"clip_l_model_config": SMALL, "t5xxl_model_config": T5}
 
-    class Loaded:
-        clip_l = clip_g = None
-        t5xxl = object()
+    def spans(**loaded: bool) -> Any:
+        clip.cond_stage_model = sd3_clip.sd3_clip(clip_g=False, **loaded)(model_options=sizes)
+        return find_spans(clip, "a dog", ["dog"])["dog"]
 
     both = find_spans(clip, "a dog", ["dog"])["dog"]
-    clip.cond_stage_model = Loaded()
-    (alone,) = find_spans(clip, "a dog", ["dog"])["dog"]
+    (alone,) = spans(clip_l=False)
     assert both == ((2, 3), (alone[0] + 77, alone[1] + 77))
-    Loaded.clip_l, Loaded.t5xxl = object(), None
-    assert find_spans(clip, "a dog", ["dog"]) == {"dog": ((2, 3),)}
+    assert spans(clip_l=True) == both
+    assert spans(t5=False) == ((2, 3),)
 
 
-def test_a_context_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = small_encoder("Chroma")
-    whole = clip.encode_from_tokens_scheduled
-    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", lambda *a, **k: [[whole(*a, **k)[0][0][:, 1:], {}]])
+class Shorter(comfy.sd.CLIP):
+    """Another pack's CLIP, which gives a token less than its encoder made."""
+
+    def encode_from_tokens_scheduled(self, *args: Any, **named: Any) -> list[list[Any]]:
+        return [[context[:, 1:], values] for context, values in super().encode_from_tokens_scheduled(*args, **named)]
+
+
+def test_a_context_of_another_length() -> None:
+    clip = small_encoder("Chroma", kind=Shorter)
     with pytest.raises(ValueError, match="made 3 tokens of the prompt where 4 were expected"):
         EncodePromptWithSubjects.execute(clip, "a dog", "dog")
     EncodePromptWithSubjects.execute(clip, "a dog", "")
