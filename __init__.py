@@ -42,7 +42,8 @@ class SubjectPatches(ComfyExtension):
         from .nodes.subject_encoder import EncodeSubjectsNode, LoadSubjectEncoderNode
         from .nodes.train_concept import TrainConceptNode
         from .nodes.train_residual import TrainResidualToken
-        from .nodes.trajectory import InvertToTrajectoryNode, LoadTrajectoryNode, SaveTrajectoryNode
+        from .nodes.trajectory import InvertToTrajectoryNode
+        from .nodes.trajectory_files import LoadTrajectoryNode, SaveTrajectoryNode
 
         return [
             SubjectNode,

@@ -1,15 +1,12 @@
-"""Invert to Trajectory, and its file: a picture's way back to noise with every latent kept (Layout-and-Retouch)."""
+"""Invert to Trajectory: a picture's way back to noise with every latent kept (Layout-and-Retouch)."""
 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
 from comfy.samplers import CFGGuider, Sampler
@@ -17,7 +14,7 @@ from comfy_api.latest import io
 
 from ..patches.cache import FeatureCache
 from ..patches.families import family_of
-from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, read_trajectory, replayed, to_file
+from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, replayed
 from ..patches.process import Process
 from ..patches.subject import MEGABYTE, mask_bounds
 from .checks import MEGABYTES_MAX, check_number, latents_in, masks_in, prompt_in, tell, upside_down
@@ -25,7 +22,6 @@ from .inputs import cache_input, model_input
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
-FOLDER = "trajectories"
 
 
 class InvertToTrajectoryNode(io.ComfyNode):
@@ -237,84 +233,3 @@ class _Inverting(Sampler):
         if self.measure:
             self.replay = replayed(predict, states[0], sigmas, told).float().cpu()
         return states[0]
-
-
-class SaveTrajectoryNode(io.ComfyNode):
-    """Writes a TRAJECTORY to the output folder."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SubjectPatchesSaveTrajectory",
-            display_name="Save Inversion Trajectory",
-            category=RETOUCH,
-            search_aliases=["DDIM inversion", "export trajectory"],
-            description="Saves a trajectory as a safetensors file, so that a picture need not be inverted again.",
-            inputs=[
-                TrajectoryType.Input("trajectory", tooltip="From Invert to Trajectory."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FOLDER}/trajectory",
-                    tooltip=f"The file's name in the output folder's {FOLDER}, where Load Inversion Trajectory looks; "
-                    "a number is added, as for pictures. May name a subfolder.",
-                ),
-            ],
-            outputs=[],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, trajectory: Inversion, filename_prefix: str) -> io.NodeOutput:
-        prefix = Path(filename_prefix.replace("\\", "/"))
-        # Elsewhere it could be saved but never be chosen.
-        inside = prefix if prefix.parts[:1] == (FOLDER,) else FOLDER / prefix
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            inside.as_posix(), folder_paths.get_output_directory()
-        )
-        tensors, metadata = to_file(trajectory)
-        file = f"{name}_{counter:05}_.safetensors"
-        comfy.utils.save_torch_file(tensors, str(Path(folder) / file), metadata=metadata)
-        return io.NodeOutput(ui={"text": ((Path(subfolder) / file).as_posix(),)})
-
-
-def _saved() -> list[str]:
-    """The trajectory files of the input and output folders and their subfolders, as the host annotates names."""
-    found = []
-    for base, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
-        top = Path(base)
-        files = sorted(path.relative_to(top).as_posix() for path in (top / FOLDER).rglob("*.safetensors"))
-        found += [f"{file}{mark}" for file in files]
-    return found
-
-
-class LoadTrajectoryNode(io.ComfyNode):
-    """Reads a TRAJECTORY."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SubjectPatchesLoadTrajectory",
-            display_name="Load Inversion Trajectory",
-            category=RETOUCH,
-            search_aliases=["DDIM inversion", "import trajectory"],
-            description="Loads what Save Inversion Trajectory wrote.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=_saved(),
-                    tooltip=f"A file of the folder {FOLDER} or below it, in the input folder or in the output folder.",
-                ),
-                cache_input(CACHE_MEGABYTES),
-            ],
-            outputs=[TrajectoryType.Output(display_name="trajectory", tooltip="The trajectory as it was saved.")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, cache_megabytes: int = CACHE_MEGABYTES) -> Any:
-        found = os.stat(folder_paths.get_annotated_filepath(file))
-        return (file, found.st_mtime_ns, found.st_size, cache_megabytes)
-
-    @classmethod
-    def execute(cls, file: str, cache_megabytes: int = CACHE_MEGABYTES) -> io.NodeOutput:
-        check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
-        return io.NodeOutput(read_trajectory(folder_paths.get_annotated_filepath(file), file, cache_megabytes))

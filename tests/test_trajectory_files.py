@@ -11,7 +11,7 @@ import torch
 from host import Server
 from safetensors import safe_open
 from safetensors.torch import save_file
-from subject_patches.nodes.trajectory import LoadTrajectoryNode, SaveTrajectoryNode
+from subject_patches.nodes.trajectory_files import LoadTrajectoryNode, SaveTrajectoryNode
 from subject_patches.patches.inversion import from_file, to_file
 
 from .models import randn, small_model
