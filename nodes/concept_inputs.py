@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .checks import check_choice, check_number
-from .training_inputs import rate_input
+from .training_inputs import CAPTION, rate_input
 
 if TYPE_CHECKING:
     from ..training.concept_words import Scheme
@@ -109,20 +109,6 @@ class Further:
         )
 
 
-def captions_of(text: str, noun: str, count: int) -> list[str]:
-    """A caption for each of `count` regularisation pictures, of the lines of a text. Raises ValueError when there are
-    neither so many nor one for all."""
-    from ..training.residual import SLOT, filled
-
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [f"a photo of a {SLOT}"]
-    if len(lines) not in (1, count):
-        raise ValueError(
-            f"There are {len(lines)} regularisation captions for {count} regularisation pictures; write one line for "
-            "all, or one for each."
-        )
-    return [filled(line, noun) for line in (lines * count if len(lines) == 1 else lines)]
-
-
 def further_inputs() -> list[Any]:
     """The node's last inputs, of which none has to be given."""
     return [
@@ -137,11 +123,11 @@ def further_inputs() -> list[Any]:
             "regularisation_captions",
             multiline=True,
             default="",
-            placeholder="a photo of a {}",
+            placeholder=CAPTION,
             optional=True,
             advanced=True,
             tooltip="What those pictures show, with {} for the noun: one line for all, or one for each. Nothing is "
-            "'a photo of a {}'.",
+            f"'{CAPTION}'.",
         ),
         *_count_inputs(),
         rate_input(

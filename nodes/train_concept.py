@@ -10,11 +10,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.families import family_of
-from ..patches.graph import Place, here, text_of
+from ..patches.graph import here
 from .checks import check_choice, check_loaded, check_number, single, tell
-from .concept_inputs import AUTO, CHOICES, Further, captions_of, further_inputs, told
+from .concept_inputs import AUTO, CHOICES, Further, further_inputs, told
+from .concept_names import check_name, check_unwritten, files_state
 from .training_inputs import (
     batch_input,
+    captions_of,
     check_learns,
     check_training,
     checked_noun,
@@ -147,20 +149,7 @@ class TrainConceptNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        """The files belong to what the node gives. While they are those of a training with these settings, they stand
-        for it; without them, or with those of another training, the node runs again."""
-        from ..training.concept_files import ConceptFiles
-
-        given = {name: values[0] for name, values in inputs.items() if values and values[0] is not None}
-        try:
-            files = ConceptFiles(str(given.get("name", "")).strip())
-            about = files.about()
-            if about is not None and all(about.get(name) == value for name, value in told(given).items()):
-                return files.state()
-        except (ValueError, OSError):
-            # For `execute` to say.
-            pass
-        return float("nan")
+        return files_state(inputs)
 
     @classmethod
     def execute(
@@ -231,7 +220,7 @@ class TrainConceptNode(io.ComfyNode):
         ).settled(SCHEMES[preset], usual_words(model))  # fmt: skip
         noun, files, place = checked_noun(noun), ConceptFiles(name.strip()), here()
         if place is not None:
-            _check_name(files.name, place)
+            check_name(files.name, place)
         usual = usual_concept(model, batch_size, learning_rate)
         # A rate that is given for the words alone is that of all of them.
         concept_rate = words.concept_learning_rate or word_learning_rate
@@ -240,7 +229,7 @@ class TrainConceptNode(io.ComfyNode):
         words = replace(words, concept_learning_rate=taken.concept)
         pictures = training_pictures(images, taken.side)
         others = squares("regularisation_images", regularisation_images, taken.side)
-        captions = captions_of(regularisation_captions, noun, len(others)) if others else []
+        captions = captions_of(regularisation_captions, noun, len(others), "regularisation ") if others else []
         about = {
             "family": family_of(model).name,
             **told({"noun": noun, "preset": preset, "seed": seed}),
@@ -259,11 +248,8 @@ class TrainConceptNode(io.ComfyNode):
         about |= {**told({"steps": taken.steps, "rank": rank}), "model, CLIP and VAE": f"{weights} {seen}".strip()}
         concept = files.load(about)
         if concept is None:
-            if place is not None and files.made_in() == place.run:
-                raise ValueError(
-                    f"Another Train ICO Concept has just written the concept '{files.name}' in this run; give one of "
-                    "the two another name."
-                )
+            if place is not None:
+                check_unwritten(files, place)
             source = torch.Generator().manual_seed(seed)
             versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
             twice = words.mirrored == CHOICES["mirrored"][0]
@@ -287,20 +273,3 @@ class TrainConceptNode(io.ComfyNode):
             )  # fmt: skip
         patched, _ = comfy.sd.load_lora_for_models(model, None, dict(concept.difference), 1.0, 0.0)
         return io.NodeOutput(patched, clip, f"embedding:{files.name} {noun}", concept.losses)
-
-
-def _check_name(name: str, place: Place) -> None:
-    """Raises ValueError when another node of the workflow trains another concept of this name."""
-    workflow = place.workflow
-    own = workflow[place.node]
-    for number, node in workflow.items():
-        if number == place.node or node["class_type"] != own["class_type"] or node["inputs"] == own["inputs"]:
-            continue
-        theirs, mine = node["inputs"].get("name"), own["inputs"].get("name")
-        text = text_of(workflow, theirs)
-        # A file system may not tell letter case apart.
-        if theirs == mine or (text is not None and text.strip().casefold() == name.casefold()):
-            raise ValueError(
-                f"The nodes {place.node} and {number} both train a concept of the name '{name}', and one would write "
-                "over the other's files; give each a name of its own."
-            )

@@ -10,11 +10,14 @@ from comfy_api.latest import io
 
 from .checks import check_choice, check_loaded, check_number, single, tell
 from .training_inputs import (
+    CAPTION,
     batch_input,
+    captions_of,
     check_learns,
     check_training,
     checked_noun,
     digest,
+    lines_of,
     loss_output,
     material_inputs,
     rate_input,
@@ -77,7 +80,7 @@ class TrainResidualToken(io.ComfyNode):
                 io.String.Input(
                     "captions",
                     multiline=True,
-                    default="a photo of a {}",
+                    default=CAPTION,
                     tooltip="What the pictures show, with {} for the noun: one line for all, or one for each. Words "
                     "for what is not the subject, like its ground, keep that out of the residual.",
                 ),
@@ -139,7 +142,7 @@ class TrainResidualToken(io.ComfyNode):
         steps: int = 0,
         learning_rate: float = 0.0,
         size: int = 0,
-        captions: str = "a photo of a {}",
+        captions: str = CAPTION,
         batch_size: int = 0,
         preservation: float = 0.1,
         more_templates: str = "",
@@ -174,12 +177,8 @@ class TrainResidualToken(io.ComfyNode):
                 "Train Residual Token has one picture: it will learn the ground and the view along with the subject. "
                 "Give 3 to 5 from different sides if you can."
             )
-        lines = _templates(captions, "captions") or ["a photo of a {}"]
-        if len(lines) not in (1, len(squares)):
-            raise ValueError(
-                f"There are {len(lines)} captions for {len(squares)} pictures; write one line for all, or one for each."
-            )
-        shown = [filled(line, noun) for line in (lines * len(squares) if len(lines) == 1 else lines)]
+        _templates(captions, "captions")
+        shown = captions_of(captions, noun, len(squares))
         templates = shipped_templates() + _templates(more_templates, "more_templates")
         _check_widths(model, clip)
         dtype = compute_dtype(precision, model.load_device)
@@ -219,7 +218,8 @@ class TrainResidualToken(io.ComfyNode):
 
 
 def _templates(text: str, name: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """The lines of the text field `name`. Raises ValueError for one without a place for the noun, or with several."""
+    lines = lines_of(text)
     for line in lines:
         if line.count("{}") != 1:
             raise ValueError(f"The line '{line}' of {name} needs the place of the noun once, written as {{}}.")

@@ -26,6 +26,8 @@ BATCH_MAX = 64
 # Pixels: the least and the greatest side of a training picture.
 SIDE = (64, 4096)
 AUTO = "0 is what suits the model; the log says what was taken."
+# What a picture shows where nothing is said of it.
+CAPTION = "a photo of a {}"
 NOT_IN_A_NOUN = re.compile(r"[(){}:;,\r\n]")
 
 
@@ -135,6 +137,25 @@ def checked_noun(text: str) -> str:
     if NOT_IN_A_NOUN.search(noun):
         raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
     return noun
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text field; empty ones are left out."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def captions_of(text: str, noun: str, count: int, kind: str = "") -> list[str]:
+    """A caption for each of `count` pictures, of the lines of a text field. Raises ValueError, naming the `kind` of
+    pictures, when there are neither so many nor one for all."""
+    from ..training.residual import filled
+
+    lines = lines_of(text) or [CAPTION]
+    if len(lines) not in (1, count):
+        raise ValueError(
+            f"There are {len(lines)} {kind}captions for {count} {kind}pictures; write one line for all, or one for "
+            "each."
+        )
+    return [filled(line, noun) for line in (lines * count if len(lines) == 1 else lines)]
 
 
 def training_inputs() -> list[Any]:
