@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import folder_paths
 import pytest
 import torch
 from host import Host, Server, ToolError, find_host
@@ -74,6 +75,15 @@ def flux_server(small_server: Server) -> Server:
     write_flux(models)
     write_anystory(models)
     return small_server
+
+
+@pytest.fixture
+def host_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with those in which the host saves: its output, and its embeddings."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    embeddings = ([str(tmp_path / "embeddings")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", embeddings)
+    return tmp_path
 
 
 @pytest.fixture

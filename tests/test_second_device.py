@@ -172,10 +172,8 @@ def test_a_residual_token(tunes: str, toy: Toy, tmp_path: Path, monkeypatch: pyt
     assert not torch.equal(shifted[0][0], conditioning[0][0])
 
 
-@pytest.mark.usefixtures("in_inference_mode")
-def test_a_concept(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / name)])
+@pytest.mark.usefixtures("in_inference_mode", "host_folders")
+def test_a_concept(toy: Toy) -> None:
     pictures = torch.rand(2, 128, 128, 3, generator=generator(2)).to(DEVICE)
     given = {"noun": "emblem", "name": "there", "preset": "plain", "steps": 2, "size": 128}
     given |= {"precision": "fp32", "resume_name": "there", "regularisation_images": [pictures]}
