@@ -20,6 +20,11 @@ DIT_CHECKPOINT = CHECKPOINT.with_name("subject-patches-toy-dit.safetensors")
 NOISE_SHAPE = (8, SIZE // 8, SIZE // 8)
 
 
+def noise_of(seeds: Sequence[int]) -> Tensor:
+    """The noise (n, 8, 16, 16) that pictures of these seeds start from, each row of its seed alone."""
+    return torch.stack([torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 @dataclass(frozen=True)
 class Toy:
     """A toy as the host's checkpoint loader gives it. Sample and encode in inference mode, as the host's server does:
@@ -59,7 +64,7 @@ class Toy:
 
         `model` is a patched one to use instead; `latents` (n, 8, 16, 16) and `noise_mask` (n, 128, 128) are an
         inpainting's start and the place it may change."""
-        noise = torch.stack([torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        noise = noise_of(seeds)
         start = torch.zeros_like(noise) if latents is None else latents
         positive, negative = self.encode(captions), self.encode([""] * len(captions))
         samples = comfy.sample.sample(

@@ -9,12 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from .emblems import NOUN, alike, places
 from .given import Given, share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VIEWS, NOUN = 4, "emblem"
+# Of an emblem, and of each view for a training.
+VIEWS, VERSIONS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,30 @@ class Pictured:
     @classmethod
     def sampled(cls, judge: Any, rng: Any) -> Pictured:
         """A random emblem on plain backgrounds of other colours than its own plate."""
-        import torch
         from subject_patches.toy.drawing import draw
-        from subject_patches.toy.scenes import Background, sample_emblem, view
+        from subject_patches.toy.scenes import sample_emblem, view
 
         emblem = sample_emblem(rng)
-        colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour][:VIEWS]
-        drawn = [draw(view(emblem, rng, Background("plain", (colour,)))) for colour in colours]
-        views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
-        boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in drawn]).float()
+        return cls.drawn(judge, emblem, [draw(view(emblem, rng, ground)) for ground in plain_grounds(emblem)])
+
+    @classmethod
+    def drawn(cls, judge: Any, emblem: Any, scenes: Sequence[Any]) -> Pictured:
+        """An emblem in drawn scenes, of each of which it is the first thing."""
+        import torch
+
+        views = torch.stack([torch.from_numpy(each.image) for each in scenes]).float() / 255
+        boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in scenes]).float()
         return cls(emblem, views, torch.nn.functional.normalize(judge.identity(views, boxes).mean(0), dim=0))
 
-    def latents(self, vae: Any, seed: int) -> Tensor:
-        """What Train ICO Concept learns from, by its defaults for the toy: latents of versions of each view."""
+    def latents(self, vae: Any, seed: int, mirrored: bool = False) -> Tensor:
+        """What Train ICO Concept learns from, by its defaults for the toy: latents of versions of each view, and then,
+        where asked for, of the mirrored ones."""
         import torch
-        from subject_patches.training.images import latents_of, varied
+        from subject_patches.training.images import varied, version_latents
 
         source = torch.Generator().manual_seed(seed)
-        return torch.stack([latents_of(vae, varied(each[None], 8, 0.75, 0.02, source)) for each in self.views])
+        versions = [varied(each[None], VERSIONS, 0.75, 0.02, source) for each in self.views]
+        return version_latents(vae, versions, mirrored)
 
 
 @dataclass(frozen=True)
@@ -68,23 +76,22 @@ class Concept(Pictured):
 
     def scores(self, judge: Any, images: Tensor, grounds: Sequence[Any]) -> list[Score]:
         """A score for each picture (n, 128, 128, 3), whose prompts name these backgrounds."""
-        import torch
-
         readings = judge.findings(images)
-        emblems = [[found for found in reading.objects if found.shape == NOUN] for reading in readings]
-        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
-        boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
-        alike = (judge.identity(images, torch.tensor(boxes, dtype=torch.float32)) @ self.identity).tolist()
+        boxes, seen = places(readings)
+        likeness = alike(judge, images, boxes, self.identity[None])[:, 0].tolist()
         scores = []
-        for likeness, found, box, reading, ground in zip(alike, emblems, boxes, readings, grounds, strict=True):
+        for identity, found, box, reading, ground in zip(likeness, seen, boxes, readings, grounds, strict=True):
             centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) if found else None
-            scores.append(Score(likeness, bool(found), reading.background == ground.kind, centre))
+            scores.append(Score(identity, found, reading.background == ground.kind, centre))
         return scores
 
 
-def first_box(objects: Sequence[Any]) -> tuple[float, float, float, float]:
-    """The first object's box, or the whole picture's."""
-    return objects[0].box if objects else (0.0, 0.0, 128.0, 128.0)
+def plain_grounds(emblem: Any) -> list[Any]:
+    """As many plain backgrounds as there are views, of other colours than the emblem's plate."""
+    from subject_patches.toy.scenes import Background
+
+    colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour]
+    return [Background("plain", (colour,)) for colour in colours[:VIEWS]]
 
 
 def followed(scores: Sequence[Score]) -> str:
@@ -144,9 +151,17 @@ def training_settings(
 def learnt(given: Given, number: int, folder: Path, steps: int, rates: tuple[float, float]) -> Concept:
     """Trains emblem `number` with Train ICO Concept's plain preset."""
     import numpy as np
-    from subject_patches.training.concept_run import train_concept
 
     pictured = Pictured.sampled(given.judge, np.random.default_rng((2**44, number)))
+    return learnt_of(given, pictured, number, folder, steps, rates)
+
+
+def learnt_of(
+    given: Given, pictured: Pictured, number: int, folder: Path, steps: int, rates: tuple[float, float]
+) -> Concept:
+    """The same of these views, with the seed `number`."""
+    from subject_patches.training.concept_run import train_concept
+
     toy, settings = given.toy, training_settings(given.toy, "plain", steps, rates, number)
     concept = train_concept(toy.model, toy.clip, pictured.latents(toy.vae, number), settings)
     model = in_use(toy.model, concept, folder / f"study_{number}.safetensors")

@@ -5,13 +5,14 @@ diverse layouts are where a concept's views all share one place."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, Concept, Pictured, Score, followed, in_use, learnt, spread, training_settings, workplace
-from .given import Given, paired
-from .retouch import CFG, EMBLEMS, LAMBDA1, PROMPTS, ROWS, TRAINING, VANILLA, Cases
+from .concepts import Concept, Pictured, Score, learnt, learnt_of, plain_grounds, workplace
+from .emblems import place_masks
+from .given import Given
+from .given_back import CFG
+from .retouch import EMBLEMS, LAMBDA1, PROMPTS, ROWS, TRAINING, VANILLA, Cases, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +61,9 @@ def study(given: Given) -> None:
             for name in (ALONE, *EARLY_SWAPS):
                 along.setdefault(f"{name}, {TRAINING['steps']} steps", []).append(rows[name][-1])
     print(f"{emblems} emblems, {len(prompts)} prompts each; concepts of {TRAINING['steps']} steps:\n")
-    _table(rows, dict.fromkeys(rows, ALONE))
+    table(rows)
     print("\nThe reference's swap along the training, against the concept alone of as many steps:\n")
-    _table(along, {name: f"{ALONE}, {name.rsplit(', ', 1)[1]}" for name in along})
+    table(along, {name: f"{ALONE}, {name.rsplit(', ', 1)[1]}" for name in along})
 
 
 def diversity(given: Given) -> None:
@@ -79,7 +80,7 @@ def diversity(given: Given) -> None:
                 _add(rows, name, concept, cases, cases.blended(vanilla))
             print(f"emblem {number + 1} of {emblems}", file=sys.stderr, flush=True)
     print(f"{emblems} emblems whose views all stand in the middle, {count // emblems} prompts each:\n")
-    _table(rows, dict.fromkeys(rows, ALONE))
+    table(rows)
 
 
 class CutCases(Cases):
@@ -91,7 +92,7 @@ class CutCases(Cases):
 
         path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
         layout = {"layout": path, "layout_conditioning": self.personal}
-        places = self._segmented(self.layouts)
+        places = place_masks(self.given.judge, self.layouts)
         mask = AdaptiveBlendMaskNode.execute(mask=places, phrase=self.concept.words).args[0]
         swapped = MultiSourceSwapNode.execute(self.concept.model, **layout).args[0]
         found = {VANILLA: self.blended(1.0), ALONE: self.blended(0.0), BLENDED: self.layouts}
@@ -131,7 +132,7 @@ class CutCases(Cases):
         if cut != "whole":
             where = places if cut in ("aligned", "white") else None
             background = "white" if cut == "white" else "keep"
-            view, mask = AlignReferenceNode.execute(view, self._segmented(view), where, background).args
+            view, mask = AlignReferenceNode.execute(view, place_masks(self.given.judge, view), where, background).args
         path, _ = self.inverted(self.given.toy.vae.encode(view), self.negative)
         return replace(path, mask=mask)
 
@@ -141,41 +142,17 @@ def learnt_in_one_place(given: Given, number: int, folder: Path) -> Concept:
     from dataclasses import replace
 
     import numpy as np
-    import torch
     from subject_patches.toy.drawing import draw
-    from subject_patches.toy.scenes import Background, view
-    from subject_patches.training.concept_run import train_concept
+    from subject_patches.toy.scenes import view
 
     rng = np.random.default_rng((2**44, number))
-    pictured = Pictured.sampled(given.judge, rng)
-    emblem, drawn = pictured.emblem, []
-    colours = [each for each in ("white", "gray", "yellow", "cyan", "pink") if each != emblem.plate_colour]
-    for colour in colours[: len(pictured.views)]:
-        scene = view(emblem, rng, Background("plain", (colour,)))
-        drawn.append(draw(replace(scene, things=(replace(scene.things[0], x=64.0, y=64.0, radius=30.0),))))
-    views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
-    centred = replace(pictured, views=views)
-    toy, settings = given.toy, training_settings(given.toy, "plain", TRAINING["steps"], TRAINING["rates"], number)
-    concept = train_concept(toy.model, toy.clip, centred.latents(toy.vae, number), settings)
-    name = f"study_{number}"
-    model = in_use(toy.model, concept, folder / f"{name}.safetensors")
-    return Concept(emblem, views, centred.identity, model, f"embedding:{name} {NOUN}")
+    pictured, scenes = Pictured.sampled(given.judge, rng), []
+    for ground in plain_grounds(pictured.emblem):
+        scene = view(pictured.emblem, rng, ground)
+        scenes.append(draw(replace(scene, things=(replace(scene.things[0], x=64.0, y=64.0, radius=30.0),))))
+    centred = replace(pictured, views=Pictured.drawn(given.judge, pictured.emblem, scenes).views)
+    return learnt_of(given, centred, number, folder, **TRAINING)
 
 
 def _add(rows: dict[str, list[list[Score]]], name: str, concept: Concept, cases: Cases, images: Tensor) -> None:
     rows.setdefault(name, []).append(concept.scores(cases.given.judge, images, cases.grounds))
-
-
-def _table(rows: dict[str, list[list[Score]]], bases: dict[str, str]) -> None:
-    """Rows of scores, a list for each emblem, paired with the rows that `bases` names."""
-
-    def identity(name: str) -> Sequence[float]:
-        return [score.identity for group in rows[name] for score in group]
-
-    print("| | identity | against I, paired | emblem found | background right | both | variance of centres |")
-    print("|---|---|---|---|---|---|---|")
-    for name, groups in rows.items():
-        mean = sum(identity(name)) / len(identity(name))
-        against = "" if bases[name] == name else paired(identity(bases[name]), identity(name))
-        scores = [score for group in groups for score in group]
-        print(f"| {name} | {mean:.3f} | {against} | {followed(scores)} | {spread(groups)} |")

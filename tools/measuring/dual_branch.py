@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, VIEWS, Pictured, in_use, training_settings, workplace
+from .concepts import VIEWS, Pictured, in_use, training_settings, workplace
+from .emblems import NOUN, most_alike
 from .given import Given, Shape, concept_tokens
 from .tradeoff import Score, table
 
@@ -95,13 +96,12 @@ class Case:
 
     def __init__(self, given: Given, number: int, cases: int, folder: Path) -> None:
         import numpy as np
-        from subject_patches.toy.scenes import COLOURS, TEXTURED_BACKGROUNDS, Background, describe_background
+        from subject_patches.toy.scenes import TEXTURED_BACKGROUNDS, Background, describe_background
 
         pictured = Pictured.sampled(given.judge, np.random.default_rng((2**45, number)))
         self.identity, self.latents = pictured.identity, pictured.latents(given.toy.vae, 0)
         self.given, self.number, self.folder, self.emblem = given, number, folder, pictured.emblem
-        own = [COLOURS[name] for name in (self.emblem.plate_colour, self.emblem.glyph_colour)]
-        self.beside = max(COLOURS_BESIDE, key=lambda name: min(math.dist(COLOURS[name], each) for each in own))
+        self.beside = colour_beside(self.emblem)
         self.ring = f"{self.beside} {BESIDE}"
         self.asked = []
         for case in range(cases):
@@ -151,22 +151,23 @@ class Case:
 
     def score(self, image: Tensor, reading: Any, asked: Asked) -> Score:
         """The score of a scene's picture (1, 128, 128, 3), in which the judge finds `reading`."""
-        import torch
-
         beside = any((found.colour, found.shape) == (self.beside, BESIDE) for found in reading.objects)
         emblems = [found for found in reading.objects if found.shape == NOUN and found.colour != self.beside]
-        identity = 0.0
-        if emblems:
-            boxes = torch.tensor([found.box for found in emblems], dtype=torch.float32)
-            vectors = self.given.judge.identity(image.expand(len(emblems), -1, -1, -1), boxes)
-            identity = float((vectors @ self.identity).max())
+        identity = most_alike(self.given.judge, image, emblems, self.identity)
         return Score(identity, bool(emblems), reading.background == asked.ground, beside)
+
+
+def colour_beside(emblem: Any) -> str:
+    """The colour of what is beside an emblem: of the possible ones that furthest from its own."""
+    from subject_patches.toy.scenes import COLOURS
+
+    own = [COLOURS[name] for name in (emblem.plate_colour, emblem.glyph_colour)]
+    return max(COLOURS_BESIDE, key=lambda name: min(math.dist(COLOURS[name], each) for each in own))
 
 
 def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
     from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
     from subject_patches.patches.dual_branch import DualBranchIntegration
-    from subject_patches.patches.engine import KEY, add_edit
     from subject_patches.patches.families import attention_sites
 
     given = {**DEFAULTS, **SETTINGS[name]}
@@ -182,8 +183,16 @@ def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
         def mix(self, concept: Tensor, auxiliary: Tensor, weight: Tensor) -> Tensor:
             return (concept + auxiliary) / 2
 
+    return integrated_by(Unmasked, model, patched)
+
+
+def integrated_by(kind: type, model: Any, patched: Any, **more: Any) -> Any:
+    """The model with an edit of another kind, of the same fields, than the one that it was `patched` with."""
+    from subject_patches.patches.engine import KEY, add_edit
+
     edit = patched.model_options["transformer_options"][KEY][-1]
-    return add_edit(model, Unmasked(**{f.name: getattr(edit, f.name) for f in fields(edit) if f.name[0] != "_"}))
+    same = {each.name: getattr(edit, each.name) for each in fields(edit) if each.name[0] != "_"}
+    return add_edit(model, kind(**same, **more))
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:

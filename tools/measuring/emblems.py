@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Box = tuple[float, float, float, float]
+NOUN = "emblem"
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,66 @@ class Likeness:
     blended: bool
 
 
+def first_box(objects: Sequence[Any]) -> Box:
+    """The first object's box, or the whole picture's."""
+    return objects[0].box if objects else (0.0, 0.0, 128.0, 128.0)
+
+
+def places(readings: Sequence[Any]) -> tuple[list[Box], list[bool]]:
+    """Of each picture the box of its emblem, and whether the judge sees one: where it sees none, what it sees best
+    stands in its place, or the whole picture."""
+    emblems = [[found for found in reading.objects if found.shape == NOUN] for reading in readings]
+    boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
+    return boxes, [bool(some) for some in emblems]
+
+
+def place_masks(judge: Any, images: Tensor) -> Tensor:
+    """Masks (n, 128, 128) of the boxes of `places`: in a segmenter's place."""
+    import torch
+
+    masks = torch.zeros(images.shape[:3])
+    for mask, box in zip(masks, places(judge.findings(images))[0], strict=True):
+        x0, y0, x1, y1 = (round(side) for side in box)
+        mask[max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
+    return masks
+
+
+def alike(judge: Any, images: Tensor, boxes: Sequence[Sequence[float]], identities: Tensor) -> Tensor:
+    """(boxes, identities): the cosines of what is in each box with each identity (n, 96); a box for each of the
+    pictures, or all of them in one picture."""
+    import torch
+
+    pictures = images.expand(len(boxes), -1, -1, -1)
+    return judge.identity(pictures, torch.tensor(boxes, dtype=torch.float32)) @ identities.T
+
+
+def most_alike(judge: Any, image: Tensor, found: Sequence[Any], identity: Tensor) -> float:
+    """The cosine of the most alike of the objects found in a picture (1, 128, 128, 3) with an identity (96); 0 without
+    any, because that of anything else means nothing."""
+    return float(alike(judge, image, [each.box for each in found], identity[None]).max()) if found else 0.0
+
+
 def at_boxes(
     judge: Any, image: Tensor, boxes: Sequence[Box], identities: Tensor, seen: Sequence[bool]
 ) -> list[Likeness]:
     """What is in each subject's box (x0, y0, x1, y1) of a picture (1, h, w, 3); `identities` (n, 96)."""
     import torch
 
-    vectors = judge.identity(image.expand(len(boxes), -1, -1, -1), torch.tensor(boxes, dtype=torch.float32))
-    alike = vectors @ identities.T
-    own = alike.diagonal()
-    others = alike.masked_fill(torch.eye(len(alike), dtype=torch.bool), -torch.inf).amax(1)
+    each_with_each = alike(judge, image, boxes, identities)
+    own = each_with_each.diagonal()
+    others = each_with_each.masked_fill(torch.eye(len(boxes), dtype=torch.bool), -torch.inf).amax(1)
     return [Likeness(*each) for each in zip(own.tolist(), seen, (others > own).tolist(), strict=True)]
 
 
 def matched(judge: Any, image: Tensor, reading: Any, identities: Tensor) -> list[Likeness]:
     """The same where no place is given: the emblems that the judge finds (or what else it finds best, or the whole
     picture, where there are too few) go to the subjects so that they are most alike in all."""
-    import torch
     from scipy.optimize import linear_sum_assignment
 
-    whole = (0.0, 0.0, float(image.shape[2]), float(image.shape[1]))
-    found = sorted(reading.objects, key=lambda each: (each.shape != "emblem", -each.score))
-    places = [(each.box, each.shape == "emblem") for each in found]
-    places = (places + [(whole, False)] * len(identities))[: max(len(identities), sum(e for _, e in places))]
-    boxes = torch.tensor([box for box, _ in places], dtype=torch.float32)
-    vectors = judge.identity(image.expand(len(boxes), -1, -1, -1), boxes)
-    _, chosen = linear_sum_assignment(-(identities @ vectors.T).numpy())
-    picked = [places[number] for number in chosen]
+    found = sorted(reading.objects, key=lambda each: (each.shape != NOUN, -each.score))
+    seen = [(each.box, each.shape == NOUN) for each in found]
+    seen = (seen + [(first_box(()), False)] * len(identities))[: max(len(identities), sum(e for _, e in seen))]
+    likeness = alike(judge, image, [box for box, _ in seen], identities)
+    _, chosen = linear_sum_assignment(-likeness.T.numpy())
+    picked = [seen[number] for number in chosen]
     return at_boxes(judge, image, [box for box, _ in picked], identities, [emblem for _, emblem in picked])

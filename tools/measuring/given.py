@@ -47,13 +47,11 @@ class Given:
         import comfy.sample
         import comfy.samplers
         import torch
-        from subject_patches.toy.sampling import NOISE_SHAPE
+        from subject_patches.toy.sampling import noise_of
 
-        used = model or self.toy.model
-        drawn = [torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        noise = torch.stack(drawn)
+        noise = noise_of(seeds)
         sampled = comfy.sample.sample_custom(
-            used,
+            model or self.toy.model,
             noise,
             4.0,
             sampler or comfy.samplers.sampler_object("euler"),
@@ -64,7 +62,27 @@ class Given:
             disable_pbar=True,
             seed=seeds[0],
         )
-        return self.toy.vae.decode(sampled)[..., :3].clamp(0, 1)
+        return self.decoded(sampled)
+
+    def guided(self, model: Any, positive: Any, negative: Any, cfg: float) -> Any:
+        """A GUIDER of a model by two CONDITIONINGs."""
+        import comfy.samplers
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return guider
+
+    def sampled(self, guider: Any, noise: Tensor, latents: Tensor) -> Tensor:
+        """The pictures (n, 128, 128, 3) of a GUIDER, by Euler from these latents with this noise."""
+        import comfy.samplers
+
+        sampler = comfy.samplers.sampler_object("euler")
+        return self.decoded(guider.sample(noise, latents, sampler, self.sigmas(), disable_pbar=True, seed=0))
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Latents' pictures (n, 128, 128, 3) of 0 to 1."""
+        return self.toy.vae.decode(latents)[..., :3].clamp(0, 1)
 
     def sigmas(self) -> Tensor:
         """The noise levels of a run, of the schedule "normal"."""
@@ -87,6 +105,14 @@ class Shape:
     def flux(self) -> bool:
         """Whether it is FLUX.1's."""
         return self.name.startswith("flux")
+
+    def middle(self) -> Tensor:
+        """A mask (1, size, size) of the middle half of each side."""
+        import torch
+
+        mask, inside = torch.zeros(1, self.size, self.size), slice(self.size // 4, 3 * self.size // 4)
+        mask[:, inside, inside] = 1
+        return mask
 
     def pooled(self, generator: Any) -> dict[str, Any]:
         """What a conditioning of this shape has besides its tokens, at random."""
@@ -123,6 +149,17 @@ def centred(found: Sequence[float], box: Sequence[float]) -> bool:
     """Whether the middle of a found box (x0, y0, x1, y1) lies in another."""
     x, y = (found[0] + found[2]) / 2, (found[1] + found[3]) / 2
     return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+
+
+def drawn_boxes(boxes: Iterable[Sequence[float]]) -> list[dict[str, float]]:
+    """Boxes (x0, y0, x1, y1) as Subject Layout takes them."""
+    return [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in boxes]
+
+
+def mean(values: Iterable[Any]) -> float:
+    """The mean of numbers or of truths; 0 of none."""
+    found = [float(value) for value in values]
+    return sum(found) / max(len(found), 1)
 
 
 def share(found: Sequence[bool]) -> str:

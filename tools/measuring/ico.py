@@ -14,13 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, first_box, in_use, training_settings, workplace
+from .concepts import VERSIONS, Pictured, in_use, training_settings, workplace
+from .emblems import NOUN, alike, places
 from .given import Given, paired
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBLEMS, PROMPTS, VERSIONS = 8, 20, 8
+EMBLEMS, PROMPTS = 8, 20
 STEPS, RATES = 120, (4e-3, 5e-2)
 WORDS = f"embedding:study {NOUN}"
 # The grounds of the views, the prompts' others, and what a prompt may ask for beside the emblem.
@@ -142,16 +143,12 @@ class Case:
 
     def __init__(self, given: Given, number: int, folder: Path, others: Any) -> None:
         import numpy as np
-        import torch
         from subject_patches.toy.scenes import sample_emblem
 
         rng = np.random.default_rng((2**46, number))
         self.given, self.number, self.folder, self.others = given, number, folder, others
         self.emblem = sample_emblem(rng)
-        drawn = [self._view(rng, kind) for kind in VIEWS]
-        self.views = torch.stack([torch.from_numpy(each.image) for each in drawn]).float() / 255
-        boxes = torch.cat([torch.from_numpy(each.boxes[:1]) for each in drawn]).float()
-        self.identity = torch.nn.functional.normalize(given.judge.identity(self.views, boxes).mean(0), dim=0)
+        self.pictured = Pictured.drawn(given.judge, self.emblem, [self._view(rng, kind) for kind in VIEWS])
         colours = {self.emblem.plate_colour, self.emblem.glyph_colour}
         free = [each for each in BESIDE if each[0] not in colours]
         self.asked = []
@@ -193,38 +190,32 @@ class Case:
         """The toy's MODEL with a concept trained so, which is in the prompts from then on."""
         from dataclasses import replace
 
+        settings = training_settings(self.given.toy, preset, STEPS, RATES, self.number, held=held, **rates)
+        settings = replace(settings, scheme=replace(settings.scheme, template=template, rare=rare))
+        return self.learnt(settings, mirrored, others=self.others if others else None)
+
+    def learnt(self, settings: Any, mirrored: bool = False, **more: Any) -> Any:
+        """The same with these settings of a training, and `more` that it is given."""
         from subject_patches.training.concept_run import train_concept
 
-        toy = self.given.toy
-        settings = training_settings(toy, preset, STEPS, RATES, self.number, held=held, **rates)
-        settings = replace(settings, scheme=replace(settings.scheme, template=template, rare=rare))
-        beside = self.others if others else None
-        latents = self.latents if mirrored else self.latents[:, :VERSIONS]
-        concept = train_concept(toy.model, toy.clip, latents, settings, others=beside)
+        toy, latents = self.given.toy, self.latents if mirrored else self.latents[:, :VERSIONS]
+        concept = train_concept(toy.model, toy.clip, latents, settings, **more)
         return in_use(toy.model, concept, self.folder / "study.safetensors")
 
     @cached_property
     def latents(self) -> Tensor:
-        """Those of versions of each view, as Train ICO Concept makes them, and then of the mirrored ones."""
-        import torch
-        from subject_patches.training.images import varied, version_latents
-
-        source = torch.Generator().manual_seed(self.number)
-        versions = [varied(each[None], VERSIONS, 0.75, 0.02, source) for each in self.views]
-        return version_latents(self.given.toy.vae, versions, mirrored=True)
+        """Those of versions of each view, and then of the mirrored ones."""
+        return self.pictured.latents(self.given.toy.vae, self.number, mirrored=True)
 
     def means(self, subject: str, model: Any) -> Means:
         """What comes of the prompts with the emblem under this name."""
         import numpy as np
-        import torch
 
         toy, judge, seeds = self.given.toy, self.given.judge, range(PROMPTS * self.number, PROMPTS * (self.number + 1))
         images = toy.sample([each.text(subject) for each in self.asked], list(seeds), model, self.given.steps)
         readings = judge.findings(images)
-        emblems = [[each for each in reading.objects if each.shape == NOUN] for reading in readings]
-        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
-        boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
-        alike = judge.identity(images, torch.tensor(boxes, dtype=torch.float32)) @ self.identity
+        boxes, seen = places(readings)
+        identity = float(alike(judge, images, boxes, self.pictured.identity[None]).mean())
         grounds, things, strays = [], [], []
         for asked, reading in zip(self.asked, readings, strict=True):
             right = reading.background == asked.background.kind
@@ -235,5 +226,4 @@ class Case:
                 things.append(any((each.colour, each.shape) == asked.beside for each in reading.objects))
         ground, thing = float(np.mean(grounds)), float(np.mean(things))
         followed = (sum(grounds) + sum(things)) / (len(grounds) + len(things))
-        found = float(np.mean([bool(each) for each in emblems]))
-        return Means(float(alike.mean()), followed, found, ground, thing, float(np.mean(strays)))
+        return Means(identity, followed, float(np.mean(seen)), ground, thing, float(np.mean(strays)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .given import PHRASES, Given, Shape, centred, paired, share
+from .given import PHRASES, Given, Shape, centred, drawn_boxes, paired, share
 
 # Strengthening alone and weakening alone are the paper's Figure 6.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,8 +73,7 @@ class Case:
         phrases = "\n".join(phrase(thing) for thing in scene.things)
         self.given, self.scene, self.seed = given, scene, number
         self.boxes = draw(scene).boxes.tolist()
-        drawn = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in self.boxes]
-        self.layout = LayoutNode.execute(SIZE, SIZE, phrases, boxes=drawn).args[0]
+        self.layout = LayoutNode.execute(SIZE, SIZE, phrases, boxes=drawn_boxes(self.boxes)).args[0]
         self.positive = EncodePromptWithSubjects.execute(given.toy.clip, describe(scene), phrases).args[0]
 
     def scores(self, name: str, settings: dict[str, Any] | None) -> tuple[list[Score], bool]:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hosting.errors import ToolError
 
+from .emblems import alike, places
 from .given import Given, paired, share
 from .recycled_attention import UNPATCHED, Pair
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SIBLINGS = 9
-UNTRAINED = "untrained, nearly clean"
-# Of each row, the parts that an encoder gives the subject (None: it is not encoded), and the node's settings.
-ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "untrained, the node's default": (None, {}),
-    UNTRAINED: (None, {"noise_level": "nearly clean"}),
-    "tokens only": ("tokens", {}),
-    "ReferenceNet only": ("references", {}),
-    "tokens and ReferenceNet": ("tokens and references", {}),
+UNTRAINED = "untrained, the node's default, nearly clean"
+# Of each row, the parts that an encoder gives the subject; None: it is not encoded.
+ROWS: dict[str, str | None] = {
+    UNTRAINED: None,
+    "tokens only": "tokens",
+    "ReferenceNet only": "references",
+    "tokens and ReferenceNet": "tokens and references",
 }
 
 
@@ -54,12 +51,12 @@ class Case(Pair):
         rng = np.random.default_rng((2**42, number, 1))
         own = sample_emblem(np.random.default_rng((2**42, number)))
         ground = Background("plain", ("gray",))
-        alike = [draw(view(replace(own, cells=sample_emblem(rng).cells), rng, ground)) for _ in range(SIBLINGS)]
-        pictures = torch.from_numpy(np.stack([each.image for each in alike])).float() / 255
-        boxes = torch.from_numpy(np.stack([each.boxes[0] for each in alike])).float()
+        drawn = [draw(view(replace(own, cells=sample_emblem(rng).cells), rng, ground)) for _ in range(SIBLINGS)]
+        pictures = torch.from_numpy(np.stack([each.image for each in drawn])).float() / 255
+        boxes = torch.from_numpy(np.stack([each.boxes[0] for each in drawn])).float()
         self.alike = torch.cat([self.identity[None], self.judge.identity(pictures, boxes)])
 
-    def shown(self, encoder: Any, parts: str | None, settings: dict[str, Any]) -> Shown:
+    def shown(self, encoder: Any, parts: str | None) -> Shown:
         """The score of a row."""
         from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
         from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
@@ -67,21 +64,16 @@ class Case(Pair):
         who = self.subject
         if parts is not None:
             who = EncodeSubjectsNode.execute(who, encoder, self.toy.vae, parts).args[0]
-        return self.seen(RecycledSelfAttentionNode.execute(self.toy.model, who, **settings).args[0])
+        return self.seen(RecycledSelfAttentionNode.execute(self.toy.model, who).args[0])
 
     def seen(self, model: Any) -> Shown:
         """The score of a picture of the prompt by a model; None is the unpatched one."""
-        import torch
-
         image = self.toy.sample([self.prompt], [self.seed], model, self.steps)
-        reading = self.judge.findings(image)[0]
-        emblems = [found for found in reading.objects if found.shape == "emblem"]
-        # As recycled attention's study does where no emblem is seen.
-        best = (emblems or list(reading.objects))[:1]
-        box = best[0].box if best else (0, 0, image.shape[2], image.shape[1])
-        scores: Tensor = self.alike @ self.judge.identity(image, torch.tensor([box], dtype=torch.float32))[0]
+        (reading,) = self.judge.findings(image)
+        boxes, (seen,) = places([reading])
+        (scores,) = alike(self.judge, image, boxes, self.alike)
         ground = reading.background == self.scene.scene.background.kind
-        return Shown(float(scores[0]), int(scores.argmax()) == 0, bool(emblems), ground)
+        return Shown(float(scores[0]), int(scores.argmax()) == 0, seen, ground)
 
 
 def study(given: Given) -> None:
@@ -91,8 +83,8 @@ def study(given: Given) -> None:
     for number in range(given.count):
         case = Case(given, number)
         rows[UNPATCHED].append(case.seen(None))
-        for name, (parts, settings) in ROWS.items():
-            rows[name].append(case.shown(encoder, parts, settings))
+        for name, parts in ROWS.items():
+            rows[name].append(case.shown(encoder, parts))
         print(f"case {number + 1} of {given.count}", file=sys.stderr, flush=True)
     print(
         "| | identity | rise over unpatched | over the best untrained | nearest of ten | emblem found | ground right |"

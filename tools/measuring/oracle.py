@@ -8,15 +8,14 @@ and the paper's mask does not, it is the mask; if neither does, it is the toy.""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import NOUN, first_box, in_use, training_settings, workplace
-from .dual_branch import ALONE, AUXILIARY, DEFAULTS, LENGTHS, OTHER, RATES, UNTRAINED, WORDS
-from .given import Given, paired, share
-from .ico import VERSIONS
+from .concepts import training_settings, workplace
+from .dual_branch import ALONE, AUXILIARY, DEFAULTS, LENGTHS, OTHER, RATES, UNTRAINED, WORDS, integrated_by
+from .emblems import NOUN, alike, place_masks, places
+from .given import Given, mean, paired, share
 from .ico import Case as Views
 from .tradeoff import Score, above, following, identities
 
@@ -60,7 +59,7 @@ def study(given: Given) -> None:
         "| following, paired | above the curve |\n|---|---|---|---|---|---|---|---|---|"
     )
     for name, scores in rows.items():
-        cells = [f"{sum(identities(scores)) / len(scores):.3f}", f"{sum(following(scores)) / len(scores):.0%}"]
+        cells = [f"{mean(identities(scores)):.3f}", f"{mean(following(scores)):.0%}"]
         cells += [share([getattr(each, part) for each in scores]) for part in ("emblem", "background", "beside")]
         base = rows[ALONE] if name in MIXED else scores
         cells += [paired(of(base), of(scores)) if name in MIXED else "" for of in (identities, following)]
@@ -77,7 +76,7 @@ class Case:
     def __init__(self, given: Given, number: int, prompts: int, folder: Path) -> None:
         from subject_patches.toy.scenes import Background
 
-        self.given, self.number, self.folder = given, number, folder
+        self.given, self.number = given, number
         self.views = Views(given, number, folder, None)
         free = [each for each in GROUNDS if self.views.emblem.plate_colour not in each]
         chosen = [free[place % len(free)] for place in range(prompts)]
@@ -99,14 +98,11 @@ class Case:
 
     def _trained(self, steps: int) -> Any:
         """The toy's MODEL with a concept of so many steps, which goes on from the shorter training."""
-        from subject_patches.training.concept_run import train_concept
         from subject_patches.training.state import StateFile
 
-        toy, name = self.given.toy, f"oracle {self.number}"
-        settings = training_settings(toy, "for dual-branch", steps, RATES)
-        latents = self.views.latents[:, :VERSIONS]
-        concept = train_concept(toy.model, toy.clip, latents, settings, StateFile(name, {"training": name}))
-        return in_use(toy.model, concept, self.folder / "study.safetensors")
+        name = f"oracle {self.number}"
+        settings = training_settings(self.given.toy, "for dual-branch", steps, RATES)
+        return self.views.learnt(settings, state=StateFile(name, {"training": name}))
 
     def _text(self, place: int, subject: str) -> str:
         from subject_patches.toy.scenes import describe_background
@@ -134,13 +130,11 @@ class Case:
 
     def _mixed(self, place: int, name: str, model: Any, alone: Tensor) -> tuple[Any, Any]:
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
-        from subject_patches.patches.engine import KEY, add_edit
 
         concept, auxiliary = self._prompts(place, name)
         patched = DualBranchIntegrationNode.execute(model, concept, auxiliary, **{**DEFAULTS, **MIXED[name]}).args[0]
         if name == ORACLE:
-            edit = patched.model_options["transformer_options"][KEY][-1]
-            patched = add_edit(model, _by_a_mask()(**_given(edit), boxes=boxes_of(self.given.judge, alone)))
+            patched = integrated_by(_by_a_mask(), model, patched, boxes=place_masks(self.given.judge, alone))
         return concept, patched
 
     def _scored(self, made: Callable[[int], tuple[Any, Any]]) -> list[Score]:
@@ -155,39 +149,16 @@ class Case:
         return self.given.pictures(positive, range(first, first + SEEDS), model)
 
     def _scores(self, images: Tensor, place: int) -> list[Score]:
-        import torch
-
         judge, ground = self.given.judge, self.grounds[place]
         readings = judge.findings(images)
-        boxes = torch.tensor(_places(readings), dtype=torch.float32)
-        alike = (judge.identity(images, boxes) @ self.views.identity).tolist()
+        boxes, seen = places(readings)
+        likeness = alike(judge, images, boxes, self.views.pictured.identity[None])[:, 0].tolist()
         scores = []
-        for likeness, reading in zip(alike, readings, strict=True):
+        for identity, emblem, reading in zip(likeness, seen, readings, strict=True):
             right = reading.background == ground.kind
             coloured = right and reading.background_colours == ground.colours
-            scores.append(Score(likeness, any(each.shape == NOUN for each in reading.objects), right, coloured))
+            scores.append(Score(identity, emblem, right, coloured))
         return scores
-
-
-def _places(readings: Sequence[Any]) -> list[Any]:
-    """The emblem's box in each picture; without one that of what the judge sees best, or the whole picture."""
-    emblems = [[each for each in reading.objects if each.shape == NOUN] for reading in readings]
-    return [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
-
-
-def boxes_of(judge: Any, images: Tensor) -> Tensor:
-    """Masks (n, 128, 128) of where the emblems of pictures are, to the box."""
-    import torch
-
-    masks = torch.zeros(images.shape[:3])
-    for mask, box in zip(masks, _places(judge.findings(images)), strict=True):
-        x0, y0, x1, y1 = (round(side) for side in box)
-        mask[max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
-    return masks
-
-
-def _given(edit: Any) -> dict[str, Any]:
-    return {each.name: getattr(edit, each.name) for each in fields(edit) if each.name[0] != "_"}
 
 
 def _by_a_mask() -> type:

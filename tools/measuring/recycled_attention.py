@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .emblems import known
-from .given import Given, Shape, centred, paired, share
+from .emblems import alike, known, places
+from .given import Given, Shape, centred, mean, paired, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,9 +64,9 @@ def study(given: Given, settings_of: dict[str, dict[str, Any]] = SETTINGS, insid
             region[name].append(pair.placed(name))
         print(f"pair {number + 1} of {given.count}", file=sys.stderr, flush=True)
     print("An emblem carried into a prompt's scene:\n")
-    _table(whole)
+    table(whole)
     print("\nAn emblem placed into a painted region of a scene:\n")
-    _table(region)
+    table(region)
 
 
 class Pair:
@@ -95,12 +95,9 @@ class Pair:
     def score_of(self, model: Any) -> Score:
         """The score of a picture of the prompt by a patched model, or by the toy itself where it is None."""
         image = self.toy.sample([self.prompt], [self.seed], model, self.steps)
-        reading = self.judge.findings(image)[0]
-        emblems = [f for f in reading.objects if f.shape == "emblem"]
-        # Where the judge sees no emblem, what it sees best stands in its place, or the whole picture.
-        best = (emblems or list(reading.objects))[:1]
-        box = best[0].box if best else (0, 0, image.shape[2], image.shape[1])
-        return self._score(image, box, bool(emblems), reading)
+        (reading,) = self.judge.findings(image)
+        (box,), (seen,) = places([reading])
+        return self._score(image, box, seen, reading)
 
     def placed(self, name: str) -> Score:
         """The score of an emblem painted into the scene's region."""
@@ -136,11 +133,8 @@ class Pair:
         return RecycledSelfAttentionNode.execute(self.toy.model, self.subject, **settings).args[0]
 
     def _score(self, image: Tensor, box: Sequence[float], emblem: bool, reading: Any) -> Score:
-        import torch
-
-        vector = self.judge.identity(image, torch.tensor([box], dtype=torch.float32))
         background = reading.background == self.scene.scene.background.kind
-        return Score(float((vector * self.identity).sum()), emblem, background)
+        return Score(float(alike(self.judge, image, [box], self.identity[None])), emblem, background)
 
 
 def _free_region(taken: Any, rng: Any) -> Tensor:
@@ -153,20 +147,18 @@ def _free_region(taken: Any, rng: Any) -> Tensor:
     return torch.from_numpy(min(discs, key=lambda disc: int((disc & taken).sum()))).float()
 
 
-def _table(scores: dict[str, list[Score]]) -> None:
-    import numpy as np
-
-    print(
-        "| | identity | rise, paired | emblem found | background right | outside, of 255 |\n|---|---|---|---|---|---|"
-    )
+def table(scores: dict[str, list[Score]]) -> None:
+    """Prints rows of scores, paired with the unpatched ones; what is outside only where there is a region."""
+    regional = any(score.outside is not None for score in scores[UNPATCHED])
+    columns = ["identity", "rise, paired", "emblem found", "background right"]
+    columns += ["outside, of 255"] if regional else []
+    print(f"| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
     identity = {name: [s.identity for s in rows] for name, rows in scores.items()}
     for name, rows in scores.items():
-        outside = [s.outside for s in rows if s.outside is not None]
-        print(
-            f"| {name} | {np.mean(identity[name]):.3f} | {paired(identity['unpatched'], identity[name])} "
-            f"| {share([s.emblem for s in rows])} | {share([s.background for s in rows])} "
-            f"| {f'{np.mean(outside):.2f}' if outside else ''} |"
-        )
+        cells = [f"{mean(identity[name]):.3f}", paired(identity[UNPATCHED], identity[name])]
+        cells += [share([s.emblem for s in rows]), share([s.background for s in rows])]
+        cells += [f"{mean(s.outside for s in rows):.2f}"] if regional else []
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
@@ -176,8 +168,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     from subject_patches.patches.subject import Reference, Subject
 
     generator = torch.Generator().manual_seed(1)
-    region = torch.zeros(1, shape.size, shape.size)
-    region[:, shape.size // 4 : 3 * shape.size // 4, shape.size // 4 : 3 * shape.size // 4] = 1
+    region = shape.middle()
 
     def recycled(**settings: Any) -> Callable[[Any], Any]:
         def patch(model: Any) -> Any:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .emblems import known
+from . import dual_branch
+from .dual_branch import AUXILIARY, BESIDE, DEFAULTS, Asked, colour_beside
+from .emblems import NOUN, known, most_alike
 from .given import Given, paired, share
 
-# What stands for the emblem in the auxiliary prompt, and what is beside it in every prompt, of one of these colours.
-AUXILIARY, BESIDE, COLOURS_BESIDE = "gray circle", "ring", ("red", "yellow", "blue")
 UNPATCHED, ALONE = "unpatched", "the reference alone"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lambda -1": {"injection_strength": -1.0},
-    "lambda 0": {"injection_strength": 0.0},
-    "lambda 1": {},
-    "lambda 2": {"injection_strength": 2.0},
-    "lambda 1, 15% of the schedule": {"end_percent": 0.15},
-    "lambda 1, noise of its own": {"noise": "own"},
+    name: dual_branch.SETTINGS[name]
+    for name in (
+        *("lambda -1", "lambda 0", "lambda 1", "lambda 2"),
+        *("lambda 1, 15% of the schedule", "lambda 1, noise of its own"),
+    )
 }
-DEFAULTS = {"injection_strength": 1.0, "strength": 1.0, "end_percent": 0.5, "noise": "the concept's"}
 
 Row = tuple[float, bool, float, bool]
 
@@ -54,42 +52,27 @@ class Case:
     """One emblem as a subject, and a prompt of it and a ring on a ground."""
 
     def __init__(self, given: Given, number: int) -> None:
-        import math
-
         import numpy as np
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
-        from subject_patches.toy.scenes import (
-            COLOURS,
-            TEXTURED_BACKGROUNDS,
-            Background,
-            describe_background,
-            sample_emblem,
-        )
+        from subject_patches.toy.scenes import TEXTURED_BACKGROUNDS, Background, describe_background, sample_emblem
 
         rng = np.random.default_rng((2**47, number))
         emblem = sample_emblem(rng)
         self.given, self.seed, self.known = given, number, known(given, emblem, rng)
-        own = [COLOURS[name] for name in (emblem.plate_colour, emblem.glyph_colour)]
-        self.beside = max(COLOURS_BESIDE, key=lambda name: min(math.dist(COLOURS[name], each) for each in own))
+        self.beside = colour_beside(emblem)
         self.ground = TEXTURED_BACKGROUNDS[number % len(TEXTURED_BACKGROUNDS)]
         ring = f"{self.beside} {BESIDE}"
-        text = f"an emblem and a {ring} {describe_background(Background(self.ground))}"
+        asked = Asked(self.ground, f"and a {ring} {describe_background(Background(self.ground))}", number)
         self.concept, self.auxiliary, _ = AuxiliaryPromptNode.execute(
-            given.toy.clip, text, "emblem", noun=AUXILIARY, phrases=ring
+            given.toy.clip, asked.text(NOUN), NOUN, noun=AUXILIARY, phrases=ring
         ).args
 
     def row(self, name: str) -> Row:
         """Identity of the most alike emblem (0 without one), whether there is an emblem, the ring, the ground."""
-        import torch
-
         image = self.given.picture(self.concept, self.seed, self._patched(name))
         reading = self.given.judge.findings(image)[0]
-        emblems = [found for found in reading.objects if found.shape == "emblem"]
-        identity = 0.0
-        if emblems:
-            boxes = torch.tensor([found.box for found in emblems], dtype=torch.float32)
-            vectors = self.given.judge.identity(image.expand(len(emblems), -1, -1, -1), boxes)
-            identity = float((vectors @ self.known.identity).max())
+        emblems = [found for found in reading.objects if found.shape == NOUN]
+        identity = most_alike(self.given.judge, image, emblems, self.known.identity)
         ring = any((found.colour, found.shape) == (self.beside, BESIDE) for found in reading.objects)
         return identity, bool(emblems), float(ring), reading.background == self.ground
 

@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .concepts import first_box
-from .emblems import known
-from .given import Given, centred, paired, share
-from .recycled_attention import Pair
+from .emblems import alike, known, places
+from .given import Given, centred, mean, paired, share
+from .recycled_attention import UNPATCHED, Pair
 from .routed_reference import ALONE, Case
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNPATCHED, CURRENT = "unpatched", "current"
+CURRENT = "current"
 SEEDS = 4
 # After so many cases the table so far is told.
 EVERY = 5
@@ -130,14 +129,14 @@ def routed(given: Given) -> None:
             readings = given.judge.findings(images)
             own, blended, seen = [], [], []
             for one, box in enumerate(scene.boxes):
-                alike = _alike(given, images, [box] * SEEDS, scene.identities)
-                own.append(float(alike[:, one].mean()))
-                blended.append(float((alike[:, 1 - one] > alike[:, one]).float().mean()))
+                likeness = alike(given.judge, images, [box] * SEEDS, scene.identities)
+                own.append(float(likeness[:, one].mean()))
+                blended.append(float((likeness[:, 1 - one] > likeness[:, one]).float().mean()))
                 emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
-                seen.append(_mean(any(centred(each.box, box) for each in some) for some in emblems))
+                seen.append(mean(any(centred(each.box, box) for each in some) for some in emblems))
             for values, found in ((row.identity, own), (row.blended, blended), (row.emblem, seen)):
-                values.append(_mean(found))
-            row.ground.append(_mean(each.background == scene.ground for each in readings))
+                values.append(mean(found))
+            row.ground.append(mean(each.background == scene.ground for each in readings))
             for subject in scene.subjects:
                 subject.cache.clear()
 
@@ -150,11 +149,10 @@ def _carried(given: Given, row: Row, pair: Pair, model: Any, number: int) -> Non
     """Adds what a model makes of an emblem's prompt to a row."""
     images = _sampled(given, row, model, pair.prompt, number)
     readings = given.judge.findings(images)
-    emblems = [[each for each in reading.objects if each.shape == "emblem"] for reading in readings]
-    boxes = [first_box(some or reading.objects) for some, reading in zip(emblems, readings, strict=True)]
-    row.identity.append(float(_alike(given, images, boxes, pair.identity[None]).mean()))
-    row.emblem.append(_mean(map(bool, emblems)))
-    row.ground.append(_mean(each.background == pair.scene.scene.background.kind for each in readings))
+    boxes, seen = places(readings)
+    row.identity.append(float(alike(given.judge, images, boxes, pair.identity[None]).mean()))
+    row.emblem.append(mean(seen))
+    row.ground.append(mean(each.background == pair.scene.scene.background.kind for each in readings))
 
 
 def _measured(what: str, names: Sequence[str], given: Given, case: Callable[[int], Callable[[str, Row], None]]) -> None:
@@ -181,13 +179,6 @@ def _sampled(given: Given, row: Row, model: Any, prompt: Any, number: int) -> Te
     return images
 
 
-def _alike(given: Given, images: Tensor, boxes: Sequence[Sequence[float]], identities: Tensor) -> Tensor:
-    """(pictures, identities): the cosines of what is in each picture's box with each identity (n, 96)."""
-    import torch
-
-    return given.judge.identity(images, torch.tensor(boxes, dtype=torch.float32)) @ identities.T
-
-
 @contextmanager
 def counted(model: Any) -> Iterator[list[int]]:
     """The rows of every call of a MODEL's network, those over references too, while it lasts."""
@@ -197,11 +188,6 @@ def counted(model: Any) -> Iterator[list[int]]:
         yield seen
     finally:
         handle.remove()
-
-
-def _mean(values: Any) -> float:
-    found = [float(value) for value in values]
-    return sum(found) / max(len(found), 1)
 
 
 def _table(rows: dict[str, Row], file: TextIO | None = None) -> None:
@@ -215,8 +201,8 @@ def _table(rows: dict[str, Row], file: TextIO | None = None) -> None:
         # Besides the first, rows are compared with the second.
         against = "" if row.identity is first else paired(list(rows.values())[1].identity, row.identity)
         print(
-            f"| {name} | {_mean(row.identity):.3f} | {paired(first, row.identity)} | {against} | {share(row.emblem)} "
-            f"| {share(row.blended) if row.blended else ''} | {share(row.ground)} | {_mean(row.passes):.0f} |",
+            f"| {name} | {mean(row.identity):.3f} | {paired(first, row.identity)} | {against} | {share(row.emblem)} "
+            f"| {share(row.blended) if row.blended else ''} | {share(row.ground)} | {mean(row.passes):.0f} |",
             file=file,
             flush=True,
         )

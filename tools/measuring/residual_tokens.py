@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .given import Given, centred, paired, share
+from .given import Given, centred, drawn_boxes, paired, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,8 +176,7 @@ class Case:
         text = f"an emblem {ground}"
         if things > 1:
             text = f"{', '.join(f'a {phrase}' for phrase in self.phrases[:-1])} and a {self.phrases[-1]} {ground}"
-            drawn = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in self.boxes]
-            layout = LayoutNode.execute(SIDE, SIDE, "\n".join(self.phrases), boxes=drawn).args[0]
+            layout = LayoutNode.execute(SIDE, SIDE, "\n".join(self.phrases), boxes=drawn_boxes(self.boxes)).args[0]
             self.model = LayoutBiasNode.execute(given.toy.model, layout, **DEFAULTS).args[0]
         phrases = "\n".join(["emblem", *self.phrases])
         self.positive = EncodePromptWithSubjects.execute(given.toy.clip, text, phrases).args[0]

@@ -5,20 +5,21 @@ batch, which gives what each alone would."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .concepts import Concept, Score, first_box, followed, learnt, spread, workplace
-from .given import Given, Shape, paired
+from .concepts import Concept, Score, followed, learnt, spread, workplace
+from .emblems import place_masks
+from .given import Given, Shape, mean, paired
+from .given_back import CFG, WAYS, Back, given_back
+from .given_back import table as given_back_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EMBLEMS, PROMPTS = 8, 20
-CFG = 4.0
 TRAINING = {"steps": 200, "rates": (2e-3, 5e-2)}
 VANILLA = "the vanilla model"
 ROWS = (
@@ -33,14 +34,6 @@ LAMBDA1 = 0.1
 SWEPT = (0.2, 0.35, 0.5)
 # The sweep takes every fourth prompt, and every tenth gives a picture to be given back.
 EVERY, BACK_EVERY = 4, 10
-# How a layout is given back: whether it is inverted with its own prompt and how many fixed-point rounds, whether it is
-# sampled again with its own prompt or with the neutral one, and the guidance.
-GIVEN_BACK = {
-    "its own prompt, no guidance, 5 fixed-point rounds": (True, 5, True, 1.0),
-    "its own prompt, no guidance": (True, 0, True, 1.0),
-    "inverted with the empty prompt, sampled with its own and guidance": (False, 0, True, CFG),
-    "the paper: inverted with the empty prompt, sampled with the neutral one and guidance": (False, 0, False, CFG),
-}
 
 
 def study(given: Given) -> None:
@@ -51,7 +44,7 @@ def study(given: Given) -> None:
     # A list of scores for each emblem.
     scores: dict[str, list[list[Score]]] = {name: [] for name in (VANILLA, *ROWS)}
     sweep: dict[float, list[list[Score]]] = {part: [] for part in SWEPT}
-    back: dict[str, list[tuple[float, float]]] = {name: [] for name in GIVEN_BACK}
+    back: dict[str, list[Back]] = {name: [] for name in WAYS}
     with workplace(given.toy.clip) as folder:
         for number in range(emblems):
             concept = learnt(given, number, folder, **TRAINING)
@@ -64,28 +57,24 @@ def study(given: Given) -> None:
                 found.append(concept.scores(given.judge, some.blended(part), some.grounds))
             few = Cases(given, concept, range(0, prompts, BACK_EVERY), number)
             for name, pairs in back.items():
-                pairs += few.given_back(*GIVEN_BACK[name])
+                pairs += few.given_back(*WAYS[name])
             print(f"emblem {number + 1} of {emblems}: {prompts} prompts", file=sys.stderr, flush=True)
     print(f"{emblems} emblems, {prompts} prompts each; concepts of {TRAINING['steps']} steps:\n")
-    _table(scores)
+    table(scores)
     known = {0.0: ROWS[0], LAMBDA1: ROWS[1], 1.0: VANILLA}
     swept = sweep | {part: [rows[::EVERY] for rows in scores[name]] for part, name in known.items()}
     print(f"\nlambda1, the vanilla model's steps of {given.steps}, over {len(_all(swept[0.0]))} pictures:\n")
     _sweep(swept, given.steps)
     print("\nLayout and reference one picture and an empty mask, sampled from its last latent, PSNR in dB:\n")
-    print("| | with the swap | without | with it, the worst |\n|---|---|---|---|")
-    for name, pairs in back.items():
-        swapped, plain = zip(*pairs, strict=True)
-        print(f"| {name} | {_mean(swapped):.1f} | {_mean(plain):.1f} | {min(swapped):.1f} |")
+    given_back_table(back)
 
 
 class Cases:
     """One emblem with some of the prompts, each with a seed of its own; pictures are (prompts, 128, 128, 3)."""
 
     def __init__(self, given: Given, concept: Concept, prompts: Sequence[int], number: int) -> None:
-        import torch
         from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
-        from subject_patches.toy.sampling import NOISE_SHAPE
+        from subject_patches.toy.sampling import noise_of
         from subject_patches.toy.scenes import describe_background
 
         self.given, self.concept = given, concept
@@ -96,9 +85,7 @@ class Cases:
         self.negative = given.toy.encode([""])
         neutral = f"an {concept.words}"
         self.neutral = EncodePromptWithSubjects.execute(given.toy.clip, neutral, concept.words).args[0]
-        seeds = [number * PROMPTS + prompt for prompt in prompts]
-        noises = [torch.randn(NOISE_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.noise = torch.stack(noises)
+        self.noise = noise_of([number * PROMPTS + prompt for prompt in prompts])
 
     def pictures(self) -> dict[str, Tensor]:
         """Pictures for each row of the table, and the vanilla model's."""
@@ -109,7 +96,9 @@ class Cases:
         path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
         details = {"reference": reference, "reference_conditioning": self.neutral, "sites": "decoder"}
         both = {**details, "layout": path, "layout_conditioning": self.personal}
-        mask = AdaptiveBlendMaskNode.execute(mask=self._segmented(self.layouts), phrase=self.concept.words).args[0]
+        mask = AdaptiveBlendMaskNode.execute(
+            mask=place_masks(self.given.judge, self.layouts), phrase=self.concept.words
+        ).args[0]
         alone = MultiSourceSwapNode.execute(model, **details, lambda2=0.0).args[0]
         multi = MultiSourceSwapNode.execute(model, **both).args[0]
         masked = MultiSourceSwapNode.execute(model, **both, blend_mask=mask).args[0]
@@ -137,26 +126,15 @@ class Cases:
         guider = StepBlendedGuiderNode.execute(
             model, self.plain, other, self.personal, self.negative, steps, CFG, CFG
         ).args[0]
-        return self._sample(guider, self.noise, torch.zeros_like(self.noise))
+        return self.given.sampled(guider, self.noise, torch.zeros_like(self.noise))
 
-    def given_back(self, known: bool, rounds: int, own: bool, cfg: float) -> list[tuple[float, float]]:
-        """PSNR in dB of layouts sampled from their own last latents with the swap of themselves, and without; see
-        `GIVEN_BACK`."""
-        import torch
-        from subject_patches.nodes.retouch import MultiSourceSwapNode
-
+    def given_back(self, known: bool, rounds: int, own: bool, cfg: float) -> list[Back]:
+        """What comes back of the layouts; see `WAYS`."""
+        inverted_with, prompt = self.personal if known else self.negative, self.personal if own else self.neutral
         latents = self.given.toy.vae.encode(self.layouts)
-        right = self.given.toy.vae.decode(latents)[..., :3].clamp(0, 1)
-        path, last = self.inverted(latents, self.personal if known else self.negative, rounds)
-        model, nowhere = self.concept.model, torch.zeros(1, 128, 128)
-        swapped = MultiSourceSwapNode.execute(
-            model, path, path, self.personal, blend_mask=nowhere, sites="decoder"
-        ).args[0]
-        found = []
-        for each in (swapped, model):
-            wrong = self._from(last, each, self.personal if own else self.neutral, cfg) - right
-            found.append([-10 * math.log10(error) for error in wrong.square().flatten(1).mean(1).tolist()])
-        return list(zip(*found, strict=True))
+        return given_back(
+            self.given, self.concept.model, latents, inverted_with, rounds, self.personal, prompt, cfg, sites="decoder"
+        )
 
     def inverted(self, latents: Tensor, prompt: Any, rounds: int = 0) -> tuple[Any, Tensor]:
         """The trajectory of latents with the personalised model, as Algorithm 1 has it, and the noisiest of it."""
@@ -166,33 +144,12 @@ class Cases:
         path, last, *_ = InvertToTrajectoryNode.execute(model, {"samples": latents}, sigmas, None, prompt, rounds).args
         return path, last["samples"]
 
-    def _segmented(self, images: Tensor) -> Tensor:
-        """In a segmenter's place: the box of what the judge takes for the emblem, or for anything; all without one."""
-        import torch
-
-        masks = torch.zeros(images.shape[:3])
-        for mask, reading in zip(masks, self.given.judge.findings(images), strict=True):
-            objects = sorted(reading.objects, key=lambda each: each.shape != "emblem")
-            x0, y0, x1, y1 = (round(side) for side in first_box(objects))
-            mask[max(y0, 0) : max(y1, 1), max(x0, 0) : max(x1, 1)] = 1
-        return masks
-
     def _from(self, latents: Tensor, model: Any, positive: Any, cfg: float) -> Tensor:
         """Pictures sampled from noisy latents, without noise of their own."""
-        import comfy.samplers
         import torch
 
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, self.negative)
-        guider.set_cfg(cfg)
-        return self._sample(guider, torch.zeros_like(latents), latents)
-
-    def _sample(self, guider: Any, noise: Tensor, latents: Tensor) -> Tensor:
-        import comfy.samplers
-
-        sampler = comfy.samplers.sampler_object("euler")
-        result = guider.sample(noise, latents, sampler, self.given.sigmas(), disable_pbar=True, seed=0)
-        return self.given.toy.vae.decode(result)[..., :3].clamp(0, 1)
+        guider = self.given.guided(model, positive, self.negative, cfg)
+        return self.given.sampled(guider, torch.zeros_like(latents), latents)
 
 
 def _ground(prompt: int, plate: str) -> Any:
@@ -207,22 +164,19 @@ def _ground(prompt: int, plate: str) -> Any:
     return ground
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
 def _all(groups: Sequence[Sequence[Score]]) -> list[Score]:
     return [score for group in groups for score in group]
 
 
-def _table(scores: dict[str, list[list[Score]]]) -> None:
-    first = [score.identity for score in _all(scores[ROWS[0]])]
+def table(scores: Mapping[str, list[list[Score]]], bases: Mapping[str, str] | None = None) -> None:
+    """Prints rows of scores, a list for each emblem, paired with the rows that `bases` names, by default the first of
+    the paper's."""
+    identity = {name: [score.identity for score in _all(groups)] for name, groups in scores.items()}
     print("| | identity | against I, paired | emblem found | background right | both | variance of centres |")
     print("|---|---|---|---|---|---|---|")
     for name, groups in scores.items():
-        rows = _all(groups)
-        identity = first if name == ROWS[0] else [score.identity for score in rows]
-        print(f"| {name} | {_mean(identity):.3f} | {paired(first, identity)} | {followed(rows)} | {spread(groups)} |")
+        against = paired(identity[bases[name] if bases else ROWS[0]], identity[name])
+        print(f"| {name} | {mean(identity[name]):.3f} | {against} | {followed(_all(groups))} | {spread(groups)} |")
 
 
 def _sweep(scores: dict[float, list[list[Score]]], steps: int) -> None:
@@ -230,7 +184,7 @@ def _sweep(scores: dict[float, list[list[Score]]], steps: int) -> None:
     print("|---|---|---|---|---|---|")
     for part, groups in sorted(scores.items()):
         rows = _all(groups)
-        identity = _mean([score.identity for score in rows])
+        identity = mean(score.identity for score in rows)
         print(f"| {round(part * steps)} | {identity:.3f} | {followed(rows)} | {spread(groups)} |")
 
 
@@ -244,8 +198,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     from .given import PHRASES
 
     generator = torch.Generator().manual_seed(1)
-    region = torch.zeros(1, shape.size, shape.size)
-    region[:, shape.size // 4 : 3 * shape.size // 4, shape.size // 4 : 3 * shape.size // 4] = 1
+    region = shape.middle()
 
     def path(model: Any) -> Inversion:
         sigmas = torch.linspace(1 if shape.flux else 20, 0, 20)

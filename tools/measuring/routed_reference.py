@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .emblems import Likeness, at_boxes, known, matched
-from .given import PHRASES, Given, Shape, centred, paired, share
+from .given import PHRASES, Given, Shape, centred, drawn_boxes, paired, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,7 @@ class Case:
         self.identities = torch.stack([each.identity for each in references])
         drawn = draw(scene)
         self.boxes = [tuple(box) for box in drawn.boxes.tolist()]
-        boxes = [{"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0} for x0, y0, x1, y1 in self.boxes]
-        self.layout = LayoutNode.execute(SIZE, SIZE, "\n".join(phrases), boxes=boxes).args[0]
+        self.layout = LayoutNode.execute(SIZE, SIZE, "\n".join(phrases), boxes=drawn_boxes(self.boxes)).args[0]
         masks = torch.from_numpy(drawn.masks)
         # Of two that touch, the earlier one has the place.
         self.masks = masks & ~(masks.cumsum(0) > 1)

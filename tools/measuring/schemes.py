@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from .concepts import in_use, training_settings, workplace
+from .concepts import training_settings, workplace
 from .given import Given
-from .ico import EMBLEMS, PROMPTS, RATES, STEPS, VERSIONS, WORDS, Case, Means, table
+from .ico import EMBLEMS, PROMPTS, RATES, STEPS, WORDS, Case, Means, table
 
 if TYPE_CHECKING:
     from subject_patches.training.concept_words import Scheme
@@ -53,10 +53,6 @@ class Schemes(Case):
 
     def by(self, scheme: Scheme) -> Any:
         """The toy's MODEL with a concept trained so, which is in the prompts from then on."""
-        from subject_patches.training.concept_run import train_concept
-
-        toy = self.given.toy
-        usual = training_settings(toy, "plain", STEPS, RATES, self.number)
-        settings = replace(usual, scheme=replace(scheme, template=usual.scheme.template, rare=usual.scheme.rare))
-        concept = train_concept(toy.model, toy.clip, self.latents[:, :VERSIONS], settings)
-        return in_use(toy.model, concept, self.folder / "study.safetensors")
+        usual = training_settings(self.given.toy, "plain", STEPS, RATES, self.number)
+        words = replace(scheme, template=usual.scheme.template, rare=usual.scheme.rare)
+        return self.learnt(replace(usual, scheme=words))

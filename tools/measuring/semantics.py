@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .given import Given, paired, share
-from .recycled_attention import Pair, Score
+from .given import Given
+from .recycled_attention import UNPATCHED, Pair, Score, table
 
 # What each row was trained as, by the folder of its run, and whether it is shown the tokens and the reference.
 TABLES: dict[str, dict[str, tuple[str, bool, bool]]] = {
@@ -34,7 +34,6 @@ TABLES: dict[str, dict[str, tuple[str, bool, bool]]] = {
     },
 }
 SITES = {"anylogo-encoder": "encoder", "anylogo-both": "encoder and decoder"}
-UNPATCHED = "unpatched"
 
 
 @dataclass
@@ -64,7 +63,7 @@ def tuned(given: Given, run: str) -> Tuned | None:
 
 def study(given: Given) -> None:
     """Prints the tables, over `given.count` emblem-and-scene pairs; rows of runs that have not been are left out."""
-    rows = {row for table in TABLES.values() for row in table.values()}
+    rows = {row for named in TABLES.values() for row in named.values()}
     models = {run: tuned(given, run) for run in {run for run, _, _ in rows}}
     scores: dict[Any, list[Score]] = {row: [] for row in (UNPATCHED, *rows)}
     for number in range(given.count):
@@ -76,9 +75,9 @@ def study(given: Given) -> None:
                 patched = patched_by(made, pair.subject, tokens, reference, SITES.get(run, "decoder"))
                 scores[row].append(pair.score_of(patched))
         print(f"pair {number + 1} of {given.count}", file=sys.stderr, flush=True)
-    for title, table in TABLES.items():
+    for title, named in TABLES.items():
         print(f"\n{title}:\n")
-        _table({UNPATCHED: scores[UNPATCHED], **{name: scores[row] for name, row in table.items() if scores[row]}})
+        table({UNPATCHED: scores[UNPATCHED], **{name: scores[row] for name, row in named.items() if scores[row]}})
 
 
 def patched_by(made: Tuned, subject: Any, tokens: bool, reference: bool, sites: str) -> Any:
@@ -93,15 +92,3 @@ def patched_by(made: Tuned, subject: Any, tokens: bool, reference: bool, sites: 
         # As in the paper's training.
         model = RecycledSelfAttentionNode.execute(model, subject, sites=sites, noise_level="current").args[0]
     return model
-
-
-def _table(scores: dict[str, list[Score]]) -> None:
-    import numpy as np
-
-    print("| | identity | rise, paired | emblem found | background right |\n|---|---|---|---|---|")
-    identity = {name: [s.identity for s in rows] for name, rows in scores.items()}
-    for name, rows in scores.items():
-        print(
-            f"| {name} | {np.mean(identity[name]):.3f} | {paired(identity[UNPATCHED], identity[name])} "
-            f"| {share([s.emblem for s in rows])} | {share([s.background for s in rows])} |"
-        )
