@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
@@ -155,10 +153,9 @@ def test_subjects_prompts_and_guiders(device: torch.device, toy: Toy) -> None:
     assert difference(picture_by_all(toy, device), picture_by_all(Toy.load(), CPU)) < 1e-3
 
 
-@pytest.mark.usefixtures("in_inference_mode")
+@pytest.mark.usefixtures("in_inference_mode", "host_folders")
 @pytest.mark.parametrize("tunes", ["text encoder", "residual alone"])
-def test_a_residual_token(tunes: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+def test_a_residual_token(tunes: str, toy: Toy) -> None:
     given = {
         "images": torch.rand(2, 128, 128, 3, generator=generator(2)).to(DEVICE),
         **{"model": toy.model, "clip": toy.clip, "vae": toy.vae, "noun": "emblem", "steps": 1, "learning_rate": 1e-3},
