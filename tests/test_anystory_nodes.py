@@ -18,6 +18,7 @@ from subject_patches.nodes.anystory import AnyStoryNode
 from subject_patches.nodes.anystory_subject import NONE, AnyStorySubjectNode, LoadAnyStoryNode
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS, register_folders
 from subject_patches.patches.anystory_subject import AnyStorySubject
+from subject_patches.tests.small_vaes import noting_vae, small_vae
 from torch import Tensor
 
 from .anystory_files import publish
@@ -32,15 +33,6 @@ from .test_anystory_runs import sample
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
-class Vae:
-    """Encodes to four channels, an eighth of the size; keeps what it saw."""
-
-    def encode(self, image: Tensor) -> Tensor:
-        self.seen = image
-        planes = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
-        return torch.cat([planes, planes[:, :1]], 1)
-
-
 def picture(seed: int = 3, channels: int = 3) -> Tensor:
     image = torch.rand(1, 60, 90, channels, generator=torch.Generator().manual_seed(seed))
     return (image * 255).round() / 255
@@ -53,7 +45,7 @@ def mask() -> Tensor:
 
 
 def encoded(seed: int = 3, **values: Any) -> tuple[AnyStorySubject, ...]:
-    given = {"image": picture(seed), "mask": mask(), "vae": Vae(), "clip_vision": siglip(), "size": 64, **values}
+    given = {"image": picture(seed), "mask": mask(), "vae": small_vae(), "clip_vision": siglip(), "size": 64, **values}
     given = {"anystory": golden_anystory(), "style_model": comfy.sd.StyleModel(redux()), **given}
     return AnyStorySubjectNode.execute(**given).args[0]
 
@@ -99,11 +91,11 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_subject_without_cropping_is_the_authors_preprocessing() -> None:
     """The VAE sees their pixels; tokens, router tokens and the mask have their shapes."""
-    vae = Vae()
+    vae = noting_vae()
     grey = mask() * 0.5
     (subject,) = encoded(vae=vae, crop=NONE, mask=grey)
     pixels, shares = latent_pixels(to_bytes(picture()[0]), to_bytes(grey[0]), 64)
-    assert difference(2 * vae.seen.movedim(-1, 1) - 1, pixels) < 1e-6
+    assert difference(2 * vae.given[0].movedim(-1, 1) - 1, pixels) < 1e-6
     assert torch.equal(subject.inside, places(shares, (4, 4)))
     assert subject.tokens.shape == (1, 81, 32)
     assert subject.router.shape == (1, 9, 32)
@@ -204,12 +196,7 @@ def test_subject_sentences() -> None:
     refused("vision model gives 36 tokens of 16 channels", clip_vision=siglip(16))
     wide = comfy.sd.StyleModel(type(redux())(12, 40))
     refused("Redux model makes 40 channels of 12, but AnyStory's weights are for 32 of 12", style_model=wide)
-
-    class Sixteen(Vae):
-        def encode(self, image: Tensor) -> Tensor:
-            return super().encode(image).repeat(1, 4, 1, 1)
-
-    refused("VAE gives 16 latent channels but AnyStory's FLUX takes 4", vae=Sixteen())
+    refused("VAE gives 16 latent channels but AnyStory's FLUX takes 4", vae=small_vae(16))
 
 
 def test_model_sentences(model: Any, subjects: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.sample
@@ -14,15 +14,16 @@ import torch
 from subject_patches.nodes.references import reference_streams
 from subject_patches.patches.attention import Attention
 from subject_patches.patches.call import BATCH, PLACES, AttentionCall
+from subject_patches.patches.chunk import Chunk
 from subject_patches.patches.edit import Edit, Request
 from subject_patches.patches.engine import add_edit
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.layout_regions import Layout, Region
 from subject_patches.patches.openings import Opening
 from subject_patches.patches.prompt import SPANS_KEY
-from subject_patches.patches.session import Forward
+from subject_patches.patches.session import Forward, Session
 from subject_patches.patches.streams import Features, Stream
-from subject_patches.patches.window import Window
+from subject_patches.patches.window import Levels, Window
 from subject_patches.tests import dense
 from subject_patches.tests.dense_dit import ByHand, begins_at
 from subject_patches.tests.dit_models import PATCHED, dit_model
@@ -223,16 +224,26 @@ def test_a_mask_of_truth_values_is_a_bias_of_the_queries_type() -> None:
     assert bias.flatten().tolist() == [0.0, -math.inf]
 
 
-def test_it_is_told_what_another_pack_changed() -> None:
-    model, left = dit_model("HiDream"), []
+class Named(Edit):
+    """One that warnings name."""
+
+    node = "A node"
+
+
+def test_it_is_told_what_another_pack_changed(caplog: pytest.LogCaptureFixture) -> None:
+    model = dit_model("HiDream")
     family, sites = family_of(model), attention_sites(model)
-    session = SimpleNamespace(leave=lambda site, forward, what: left.append((site, what)))
-    opening = Opening(session, family, sites, Forward(1, (), frozenset(sites)), None, SIZE, 7, 1, None)
+    session = Session((Named(frozenset(sites), Window()),), "tests", family, Levels())
+    session.active = session.edits
+    chunk = Chunk(slice(0, 1), "positive", True, {}, SIZE)
+    opening = Opening(session, family, sites, Forward(1, (chunk,), frozenset(sites)), None, SIZE, 7, 1, None)
     count = math.prod(family.grid(SIZE)) + 7
     for rows, tokens in ((1, count - 1), (2, count)):
         query = torch.zeros(rows, tokens, 8)
         opening(lambda q, *_, **__: q, query, query, query, 2)
-    assert left == [(sites[0], PLACES), (sites[1], BATCH)]
+    with caplog.at_level(logging.WARNING):
+        session.warn_of_left()
+    assert f"A node in 1 ({BATCH} changed); A node in 1 ({PLACES} changed)" in caplog.text
 
 
 def test_the_context_of_animas_adapter() -> None:

@@ -29,6 +29,7 @@ from subject_patches.tests.models import (
     through,
     trajectory,
 )
+from subject_patches.tests.small_vaes import small_vae
 from torch import Tensor
 
 # What CLIPTextEncodeSDXL writes into a prompt.
@@ -110,20 +111,10 @@ def test_a_branch_is_told_what_the_generation_is(model: Any) -> None:
         torch.testing.assert_close(numbers, told(model, **SIZES))
 
 
-class Vae:
-    """Eight times smaller, as the host's."""
-
-    def spacial_compression_encode(self) -> int:
-        return 8
-
-    def encode(self, image: Tensor) -> Tensor:
-        return torch.zeros(len(image), 4, image.shape[1] // 8, image.shape[2] // 8)
-
-
 def test_the_subject_node_remembers_the_size_before_it_resized() -> None:
     image, mask = torch.rand(1, 300, 400, 3), torch.zeros(1, 300, 400)
     mask[:, 50:150, 100:300] = 1
-    given = {"image": [image], "vae": [Vae()], "size": [64], "margin": [0.0]}
+    given = {"image": [image], "vae": [small_vae()], "size": [64], "margin": [0.0]}
     ((whole,),) = (made.references for made in SubjectNode.execute(**given).args[0])
     ((cropped,),) = (made.references for made in SubjectNode.execute(**given, mask=[mask]).args[0])
     assert whole.pixels == (300, 400)

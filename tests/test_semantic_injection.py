@@ -24,6 +24,7 @@ from subject_patches.patches.window import Window
 from subject_patches.tests.dit_models import dit_model
 from subject_patches.tests.models import CONTEXT, difference, prompt, randn, sample, small_model, subject
 from subject_patches.tests.semantics import FEATURES, VISION, contents, maps_of, semantics_for, told, vision
+from subject_patches.tests.small_vision import siglip
 from torch import Tensor
 from torch.nn import functional
 
@@ -258,9 +259,8 @@ def test_the_vision_model_is_refused(model: Any) -> None:
         told(model, (subject(),), clip_vision=None)
     with pytest.raises(ValueError, match=f"reads a DINOv2 of {FEATURES} channels, but the one connected has 32; load"):
         told(model, (subject(),), clip_vision=vision(32))
-    other = type("Vision", (), {"model_type": "clip_vision_model"})()
-    with pytest.raises(ValueError, match="the vision model connected is a clip_vision_model; load a DINOv2"):
-        told(model, (subject(),), clip_vision=other)
+    with pytest.raises(ValueError, match="the vision model connected is a siglip_vision_model; load a DINOv2"):
+        told(model, (subject(),), clip_vision=siglip())
 
 
 def test_numbers_are_refused(model: Any) -> None:

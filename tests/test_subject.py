@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,27 +9,14 @@ import torch
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.patches.subject import MEGABYTE, Reference, Subject, composite, fit, fitted_size, mask_bounds
 from subject_patches.tests.models import generator
+from subject_patches.tests.small_vaes import NotingVae, noting_vae, small_vae
 from torch import Tensor
 
 
-@dataclass
-class Vae:
-    """Latents by averages of 8 x 8 pixels; keeps what it was given."""
-
-    seen: list[Tensor] = field(default_factory=list)
-
-    def spacial_compression_encode(self) -> int:
-        return 8
-
-    def encode(self, picture: Tensor) -> Tensor:
-        self.seen.append(picture)
-        return torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
-
-
-def made(image: Tensor, vae: Vae | None = None, **values: Any) -> tuple[Subject, ...]:
+def made(image: Tensor, vae: NotingVae | None = None, **values: Any) -> tuple[Subject, ...]:
     given = {"phrase": "", "size": 64, "margin": 0.0, **values}
     mask = given.pop("mask", None)
-    return SubjectNode.made([image], vae or Vae(), mask=() if mask is None else [mask], **given).args[0]
+    return SubjectNode.made([image], vae or small_vae(), mask=() if mask is None else [mask], **given).args[0]
 
 
 def references(image: Tensor, **values: Any) -> tuple[Reference, ...]:
@@ -49,12 +35,12 @@ def painted(height: int, width: int, y0: int, y1: int, x0: int, x1: int) -> Tens
 
 
 def test_a_picture_of_the_right_size_is_encoded_as_it_is() -> None:
-    vae, image = Vae(), pictures(2, 64, 48)
+    vae, image = noting_vae(), pictures(2, 64, 48)
     found = made(image, vae)[0].references
-    assert [torch.equal(seen, image[row : row + 1]) for row, seen in enumerate(vae.seen)] == [True, True]
+    assert [torch.equal(seen, image[row : row + 1]) for row, seen in enumerate(vae.given)] == [True, True]
     for row, each in enumerate(found):
         assert torch.equal(each.image, image[row : row + 1])
-        assert torch.equal(each.latents, Vae().encode(each.image))
+        assert torch.equal(each.latents, small_vae().encode(each.image))
         assert each.mask is None
 
 
@@ -143,7 +129,7 @@ def test_a_list_of_pictures_is_one_subject() -> None:
     """As the host gives lists, of pictures that differ in size, each with its mask."""
     images = [pictures(1, 64, 48), pictures(2, 40, 64)]
     masks = [painted(64, 48, 0, 32, 0, 48), painted(40, 64, 0, 40, 0, 32).expand(2, -1, -1)]
-    (subject,) = SubjectNode.execute(images, masks, vae=[Vae()], size=[64], phrase=["dog"]).args[0]
+    (subject,) = SubjectNode.execute(images, masks, vae=[small_vae()], size=[64], phrase=["dog"]).args[0]
     alone = [references(image, mask=mask, margin=0.1) for image, mask in zip(images, masks, strict=True)]
     assert len(subject.references) == 3
     for found, right in zip(subject.references, [*alone[0], *alone[1]], strict=True):

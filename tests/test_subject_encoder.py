@@ -29,6 +29,7 @@ from subject_patches.patches.subject import Reference, Subject
 from torch import Tensor
 
 from .models import difference, generator, randn, small_model
+from .small_vaes import noting_vae, small_vae
 from .subject_encoders import SIZE, VISION, file_for, form_for, written
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -47,18 +48,6 @@ def path(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(path: Path) -> SubjectEncoder:
     return read_subject_encoder(path)
-
-
-class Vae:
-    """As much of the host's VAE as the node uses: each latent the mean colour of its 8 x 8 pixels, and their sum."""
-
-    def __init__(self, channels: int = 4) -> None:
-        self.channels, self.given = channels, []
-
-    def encode(self, picture: Tensor) -> Tensor:
-        self.given.append(picture)
-        cells = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
-        return torch.cat([cells, cells.sum(1, keepdim=True)], 1)[:, : self.channels]
 
 
 def pictured(seed: int = 0, size: tuple[int, int] = (40, 64)) -> Subject:
@@ -195,7 +184,7 @@ def test_the_nodes_load_and_encode(model: Any, path: Path, monkeypatch: pytest.M
     assert LoadSubjectEncoderNode.fingerprint_inputs(path.name)[0] == path.name
     with pytest.raises(ValueError, match=r"There is no safetensors file 'none.safetensors'"):
         LoadSubjectEncoderNode.execute("none.safetensors")
-    who, vae = pictured(), Vae()
+    who, vae = pictured(), noting_vae()
     made = EncodeSubjectsNode.execute((who,), encoder, vae).args[0][0]
     (picture,) = vae.given
     reference = who.references[0]
@@ -221,17 +210,17 @@ def test_what_cannot_be_encoded_is_said(model: Any, encoder: SubjectEncoder) -> 
     """In one sentence each: no mask, no vision model, another one, and a VAE of another kind."""
     plain = Subject((Reference(torch.rand(1, 32, 32, 3), randn(1, 4, 4, 4), None),), "")
     with pytest.raises(ValueError, match="Picture 1 of subject 2 has no mask"):
-        EncodeSubjectsNode.execute((pictured(), plain), encoder, Vae())
+        EncodeSubjectsNode.execute((pictured(), plain), encoder, small_vae())
     blind = replace(encoder, vision=None)
     with pytest.raises(ValueError, match=r"'small.safetensors' brings no vision model, and none is connected"):
-        EncodeSubjectsNode.execute((pictured(),), blind, Vae())
-    assert EncodeSubjectsNode.execute((pictured(),), blind, Vae(), REFERENCES).args[0][0].encoded.references
+        EncodeSubjectsNode.execute((pictured(),), blind, small_vae())
+    assert EncodeSubjectsNode.execute((pictured(),), blind, small_vae(), REFERENCES).args[0][0].encoded.references
     with pytest.raises(ValueError, match=r"reads pictures of 4 channels; connect the VAE"):
-        EncodeSubjectsNode.execute((pictured(),), encoder, Vae(3))
+        EncodeSubjectsNode.execute((pictured(),), encoder, small_vae(3))
     with pytest.raises(ValueError, match="The vae input is None"):
         EncodeSubjectsNode.execute((pictured(),), encoder, None)
     with pytest.raises(ValueError, match="parts is 'all'; choose one of"):
-        EncodeSubjectsNode.execute((pictured(),), encoder, Vae(), "all")
+        EncodeSubjectsNode.execute((pictured(),), encoder, small_vae(), "all")
     wide = replace(encoder, form=replace(encoder.form, features=64))
     with pytest.raises(ValueError, match=r"reads 64 channels of a vision model, but the one connected gives 32"):
-        EncodeSubjectsNode.execute((pictured(),), wide, Vae())
+        EncodeSubjectsNode.execute((pictured(),), wide, small_vae())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from comfy.supported_models import SD20, SDXL
@@ -27,18 +25,13 @@ from subject_patches.patches.residual import (
 )
 from subject_patches.tests.clips import FAMILIES, SMALL, small_clip
 from subject_patches.tests.models import CONTEXT, sample, small_model
+from subject_patches.tests.small_vaes import small_vae
 from subject_patches.toy.family import UNET, ToyDiffusion
 from subject_patches.training.residual import Tuned, filled, shipped_templates
 from subject_patches.training.usual import Usual, UsualWords, usual_concept, usual_residual, usual_side, usual_words
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("in_inference_mode")
-
-
-@pytest.fixture(autouse=True)
-def _output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a training's state goes."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("in_inference_mode", "host_folders")
 
 
 # Sentences
@@ -56,14 +49,6 @@ def test_the_shipped_sentences() -> None:
 # Training
 
 
-class Vae:
-    """As much of a VAE as the node uses: averages of 8 x 8 pixels."""
-
-    def encode(self, picture: Tensor) -> Tensor:
-        planes = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
-        return torch.cat([planes, planes[:, :1]], 1)
-
-
 def small_xl() -> Any:
     # The host's SDXL adds six numbers of 256 each to the pooled output of the second encoder.
     config = {
@@ -79,7 +64,7 @@ def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualT
     given: dict[str, Any] = {
         "model": model or small_model(),
         "clip": clip or small_clip("SD 1.x", hidden_size=CONTEXT),
-        "vae": Vae(),
+        "vae": small_vae(),
         "noun": "dog",
         "steps": 3,
         "learning_rate": 1e-3,

@@ -22,6 +22,7 @@ from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.tests.clips import small_clip
 from subject_patches.tests.models import CONTEXT, difference, sample, small_model, subject
 from subject_patches.tests.semantics import VISION, contents, told, vision
+from subject_patches.tests.small_vaes import small_vae
 from subject_patches.toy.sampling import CHECKPOINT
 from subject_patches.training.samples import Batches, Folder, Shards, decoded, source_of
 from torch import Tensor
@@ -133,28 +134,13 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
 # What is trained
 
 
-class Vae:
-    """Stands for a VAE: the picture itself, coarser, with a fourth channel."""
-
-    patcher: Any = None
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        small = torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), 8) * 2 - 1
-        return torch.cat([small, small.mean(1, keepdim=True)], 1)
-
-
 def frozen_of(checkpointing: bool = False) -> Any:
     from subject_patches.training.copies import with_gradients
     from subject_patches.training.frozen import Frozen
 
-    class Parts(Frozen):
-        @property
-        def patchers(self) -> tuple[Any, ...]:
-            return (self.denoiser.patcher, self.clip.patcher, self.vision.patcher)
-
     clip = small_clip("SD 1.x", 0, hidden_size=CONTEXT)
     with with_gradients():
-        return Parts(small_model(), clip, Vae(), vision(), torch.float32, checkpointing)
+        return Frozen(small_model(), clip, small_vae(), vision(), torch.float32, checkpointing)
 
 
 def kind_of(checkpointing: bool = False) -> Any:

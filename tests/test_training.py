@@ -19,6 +19,7 @@ from hosting.random_models import generator
 from subject_patches.nodes.training_inputs import check_learns
 from subject_patches.tests.clips import ENCODERS, FAMILIES, SMALL, small_clip
 from subject_patches.tests.models import CONTEXT, sample, small_model
+from subject_patches.tests.small_vaes import noting_vae, small_vae
 from subject_patches.training.copies import loaded, private_copy, with_gradients
 from subject_patches.training.denoising import Denoiser
 from subject_patches.training.images import latents_of, pictures_of, square
@@ -313,12 +314,10 @@ def test_a_training_does_not_go_back(output: Path) -> None:
 
 
 def test_a_vae_that_gives_no_numbers_is_not_trained_with() -> None:
-    class Broken:
-        def encode(self, picture: Tensor) -> Tensor:
-            return picture / 0 * 0
-
+    vae = noting_vae()
+    vae.first_stage_model.encoder.conv_in.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="The VAE gave values that are no numbers for training picture 1; use another"):
-        latents_of(Broken(), [torch.ones(1, 8, 8, 3)])
+        latents_of(vae, [torch.ones(1, 32, 32, 3)])
 
 
 def test_master_weights_are_float32_and_learn() -> None:
@@ -366,12 +365,8 @@ def test_pictures_of_any_kind_become_squares() -> None:
 
 
 def test_latents_may_be_trained_with() -> None:
-    class Vae:
-        def encode(self, picture: Tensor) -> Tensor:
-            return picture.movedim(-1, 1)[..., ::8, ::8]
-
-    latents = latents_of(Vae(), [torch.rand(1, 32, 32, 3)] * 2)
-    assert latents.shape == (2, 3, 4, 4)
+    latents = latents_of(small_vae(), [torch.rand(1, 32, 32, 3)] * 2)
+    assert latents.shape == (2, 4, 4, 4)
     with with_gradients():
         weight = torch.ones(1, requires_grad=True)
         (latents.clone() * weight).sum().backward()
