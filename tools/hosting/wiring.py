@@ -63,6 +63,12 @@ class _Net:
     lane: int = 0
 
     @property
+    def ways(self) -> tuple[list[int], list[int]]:
+        """The gutters that it stops in, in order: those ahead of where it begins, and those behind."""
+        ahead = sorted(gutter for gutter in self.stops if gutter >= self.gutter)
+        return ahead, sorted((gutter for gutter in self.stops if gutter < self.gutter), reverse=True)
+
+    @property
     def ends(self) -> tuple[int, int]:
         return min(self.gutter, *self.stops), max(self.gutter, *self.stops)
 
@@ -86,9 +92,7 @@ def wire(columns: Sequence[Sequence[Node]], links: Sequence[Link]) -> Wired:
         if abs(net.start[1] + wired.height - lane) > _STEEP:
             parent = wired.add((x, net.start[1] + wired.height), every, parent)
         first = parent = wired.add((x, lane), every, parent)
-        ahead = sorted(gutter for gutter in net.stops if gutter >= net.gutter)
-        behind = sorted((gutter for gutter in net.stops if gutter < net.gutter), reverse=True)
-        for way in (ahead, behind):
+        for way in net.ways:
             parent = first
             for number, gutter in enumerate(way):
                 x = places.pop(0)
@@ -162,8 +166,7 @@ def _places(columns: Sequence[Sequence[Node]], nets: Sequence[_Net]) -> list[flo
     edges = [(column[0]["pos"][0], column[0]["pos"][0] + column[0]["size"][0]) for column in columns]
     used = []
     for net in nets:
-        ahead = sorted(gutter for gutter in net.stops if gutter >= net.gutter)
-        behind = sorted((gutter for gutter in net.stops if gutter < net.gutter), reverse=True)
+        ahead, behind = net.ways
         used += [net.gutter, *ahead, *behind]
     many = {gutter: used.count(gutter) for gutter in used}
     seen = dict.fromkeys(many, 0)
