@@ -22,19 +22,10 @@ from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 from subject_patches.patches.families import family_of
 from torch import Tensor
 
+from .small_vision import dinov2_sizes
+
 FEATURES = 16
-VISION: dict[str, Any] = {
-    "model_type": "dinov2",
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": FEATURES,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 2,
-    "layer_norm_eps": 1e-6,
-    "use_swiglu_ffn": False,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+VISION = dinov2_sizes(FEATURES, 8, 32, 8, [0.5] * 3, [0.5] * 3)
 
 
 @cache

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import comfy.sd
 import comfy.supported_models
 import folder_paths
-import torch
 from clips import small_clip
-from comfy.taesd.taesd import TAESD
-from hosting.random_models import SMALL, generator, model_of
+from hosting.random_models import SMALL, model_of
+from small_vaes import tiny_weights
 
 WIDTH = 48
 # What the host adds to an SDXL's pooled output: six numbers of 256 each.
@@ -34,10 +33,10 @@ class SmallCheckpoint:
         """SDXL's context is both its encoders' side by side."""
         if family == "sd15":
             model = model_of(comfy.supported_models.SD15, {**SMALL, "context_dim": WIDTH})
-            return model, _reading(small_clip("SD 1.x", **self.sizes)), _vae()
+            return model, _reading(small_clip("SD 1.x", **self.sizes)), comfy.sd.VAE(sd=tiny_weights(4))
         config = {**SMALL, "model_channels": 64, "num_classes": "sequential", "context_dim": 2 * WIDTH}
         model = model_of(comfy.supported_models.SDXL, {**config, "adm_in_channels": SIX + WIDTH})
-        return model, _reading(small_clip("SDXL", **self.sizes)), _vae()
+        return model, _reading(small_clip("SDXL", **self.sizes)), comfy.sd.VAE(sd=tiny_weights(4))
 
 
 def _reading(clip: Any) -> Any:
@@ -48,12 +47,3 @@ def _reading(clip: Any) -> Any:
             tokenizer.embedding_directory = folder_paths.get_folder_paths("embeddings")
             tokenizer.embedding_size = WIDTH
     return clip
-
-
-def _vae() -> Any:
-    source = generator(3)
-    weights = TAESD(latent_channels=4).state_dict()
-    for name, weight in weights.items():
-        fan = weight[0].numel() if weight.ndim > 1 else 1
-        weights[name] = torch.randn(weight.shape, generator=source) / fan**0.5 if weight.ndim else weight
-    return comfy.sd.VAE(sd=weights)

@@ -10,12 +10,12 @@ from typing import Any
 import comfy.supported_models
 import convert
 import torch
-from comfy.taesd.taesd import TAESD
-from hosting.random_models import FLUX, fill, generator, model_of
+from hosting.random_models import FLUX, generator, model_of
 from safetensors.torch import save_file
 from subject_patches.encoders.anystory_file import Form
 
 from .clips import SMALL, T5
+from .small_vaes import tiny_weights
 from .small_vision import VISION
 
 # As wide as the host's detection allows: heads of 128 channels.
@@ -39,10 +39,7 @@ def write_flux(models: Path) -> None:
 
 def write_vae(models: Path) -> None:
     """A VAE of 16 channels, as FLUX.1 and Z-Image have one."""
-    vae = TAESD(latent_channels=16)
-    fill(vae, 3)
-    vae.vae_scale.data.fill_(1)
-    _save(vae.state_dict(), models / "vae" / "ae.safetensors")
+    _save(tiny_weights(16), models / "vae" / "ae.safetensors")
 
 
 def write_anystory(models: Path, name: str = "anystory_flux", **sizes: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.sd
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.taesd.taesd import TAESD
 from hosting.random_models import fill
 from torch import Tensor
 
@@ -31,6 +32,14 @@ def noting_vae(channels: int = 4, seed: int = 3) -> NotingVae:
     network = AutoencoderKL(**params)
     fill(network, seed)
     return NotingVae(sd=network.state_dict(), config={"params": params})
+
+
+def tiny_weights(channels: int) -> dict[str, Tensor]:
+    """Those of a TAESD, which the host takes for a VAE of as many channels."""
+    network = TAESD(latent_channels=channels)
+    fill(network, 3)
+    network.vae_scale.data.fill_(1)
+    return network.state_dict()
 
 
 @cache

@@ -17,19 +17,9 @@ from subject_patches.patches.subject import Subject
 from torch import Tensor, nn
 
 from .models import generator
+from .small_vision import dinov2_sizes
 
-VISION: dict[str, Any] = {
-    "model_type": "dinov2",
-    "image_size": 48,
-    "patch_size": 16,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "layer_norm_eps": 1e-6,
-    "use_swiglu_ffn": False,
-    "image_mean": [0.5, 0.4, 0.5],
-    "image_std": [0.5, 0.5, 0.3],
-}
+VISION = dinov2_sizes(32, 2, 48, 16, [0.5, 0.4, 0.5], [0.5, 0.5, 0.3])
 SIZE = 64
 Tensors = dict[str, Tensor]
 

@@ -120,8 +120,8 @@ def test_a_file_is_read_as_it_was_written(model: Any, path: Path, encoder: Subje
     assert encoder.modules.state_dict().keys() == own.keys()
     again = read_subject_encoder(path)
     latents, mask = randn(1, 4, 8, 8, seed=1), torch.ones(1, 8, 8)
-    for one, other in ((encoder.references(latents, mask), again.references(latents, mask)),):
-        assert all(torch.equal(a, b) for site in one for a, b in zip(one[site], other[site], strict=True))
+    one, other = (each.references(latents, mask) for each in (encoder, again))
+    assert all(torch.equal(a, b) for site in one for a, b in zip(one[site], other[site], strict=True))
 
 
 def without(name: str) -> Callable[..., None]:
