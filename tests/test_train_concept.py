@@ -53,6 +53,18 @@ def test_half_precision(precision: str) -> None:
     assert {each.dtype for each in rough.embedding.values()} == {torch.float32}
 
 
+@pytest.mark.usefixtures("host_folders")
+def test_choices_reach_the_training() -> None:
+    """Each changes what is learnt, by itself."""
+    plain = {"mirrored": "never", "start_token": "trained", "steps": 3}
+
+    def losses(chosen: dict[str, str]) -> tuple[float, ...]:
+        return tuple(made(small_model(), matching_clip(), **plain | chosen)[3]["loss"])
+
+    assert losses({}) == losses({})
+    assert len({losses(each) for each in ({}, {"mirrored": "half the time"}, {"start_token": "held"})}) == 3
+
+
 def test_what_learns_at_which_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     run = Training.run
