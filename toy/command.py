@@ -17,16 +17,23 @@ RUNS = Path(__file__).parent / "runs"
 
 
 def parser_of(description: str, folder: str, checkpoint: Path) -> argparse.ArgumentParser:
-    """A parser with the options of every trainer; `folder` is the run's own below RUNS."""
+    """A parser with the options of every trainer; `folder` is the run's own below RUNS. Without `on_any_device` it
+    trains on the CPU."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, default=RUNS / folder, help="where the run keeps its files")
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="the file to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--processes", type=int, default=1, help="processes that train together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a checkpoint to train on from")
     parser.add_argument("--resume", action="store_true", help="go on from the last save in the folder")
+    parser.set_defaults(device="cpu")
+    return parser
+
+
+def on_any_device(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the options of a trainer whose pictures are drawn while a device trains."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     return parser
 
 

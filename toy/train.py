@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .command import joined, parsed, parser_of, together
+from .command import joined, on_any_device, parsed, parser_of, together
 from .runs import load_tensors, save_whole
 
 CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensors"
@@ -82,7 +82,7 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0], "default", CHECKPOINT)
+    parser = on_any_device(parser_of(__doc__.splitlines()[0], "default", CHECKPOINT))
     parser.add_argument("--minutes-autoencoder", type=float, default=40, help="training time of the autoencoder")
     parser.add_argument(
         "--minutes-diffusion", type=float, default=120, help="training time of the U-Net and text encoder"

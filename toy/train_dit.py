@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .command import joined, parsed, parser_of, together
+from .command import joined, on_any_device, parsed, parser_of, together
 from .runs import load_tensors, save_whole
 from .train import CHECKPOINT as FIRST
 
@@ -76,7 +76,7 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0], "dit", CHECKPOINT)
+    parser = on_any_device(parser_of(__doc__.splitlines()[0], "dit", CHECKPOINT))
     parser.add_argument("--minutes", type=float, default=240, help="training time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")

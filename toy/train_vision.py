@@ -30,7 +30,6 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 def main() -> None:
     parser = parser_of(__doc__.splitlines()[0], "vision", FILE)
-    parser.set_defaults(device="cpu")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=32, help="pictures of a step of each process")
     parser.add_argument("--measure", action="store_true", help="only say how well a file's model tells emblems apart")
