@@ -159,7 +159,6 @@ def telling(
     groups: Mapping[Site, int],
     told: Tensor,
     background: Tensor,
-    replaces: bool = False,
 ) -> Slots:
     """The semantic injection: each cross-attention of `groups` is shown its group's tokens (rows, n, context) in the
     rows that are `told` (rows, bool), and of these the last one, the background's, where `background` (rows, bool)
@@ -176,8 +175,7 @@ def telling(
             given = tokens[group].to(q)
             term = attention(q, layer.to_k(given), layer.to_v(given), extra["n_heads"], bias)
             share = told.to(q).view(-1, 1, 1)
-            output = attention(q, k, v, extra["n_heads"])
-            return injected(output, term, share, replaces)
+            return injected(attention(q, k, v, extra["n_heads"]), term, share, replaces=False)
 
         return inject
 
