@@ -17,17 +17,17 @@ from subject_patches.encoders.semantic_injection import read_semantic_maps
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 from subject_patches.nodes.subject import SubjectNode
-from subject_patches.toy import train_anylogo, vision
+from subject_patches.toy import pair_training, train_anylogo, vision
 from subject_patches.toy.anylogo import Symbiosis, Tuning
 from subject_patches.toy.data import Words
 from subject_patches.toy.drawing import draw
-from subject_patches.toy.recycled_pairs import Batch, RecycledPairs
+from subject_patches.toy.lesson import LOGGED
+from subject_patches.toy.pair_training import frozen
+from subject_patches.toy.pairs import Batch, Pairs
 from subject_patches.toy.runs import Peers, save_whole
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import sample_emblem, view
-from subject_patches.toy.subjects import LOGGED
 from subject_patches.toy.train import CHECKPOINT
-from subject_patches.toy.train_subjects import frozen
 
 from .models import difference, generator
 
@@ -54,13 +54,13 @@ def tuning(symbiosis: Symbiosis) -> Tuning:
 
 
 @pytest.fixture(scope="module")
-def pairs(parts: tuple[Any, Any]) -> RecycledPairs:
-    made = RecycledPairs(parts[1], np.random.default_rng(5), 4)
+def pairs(parts: tuple[Any, Any]) -> Pairs:
+    made = Pairs(parts[1], np.random.default_rng(5), 4, grounds=True)
     made.add(4)
     return made
 
 
-def test_pairs_show_one_emblem(pairs: RecycledPairs) -> None:
+def test_pairs_show_one_emblem(pairs: Pairs) -> None:
     """A scene with the emblem in it and the same without, a reference with its ground, and the same cut out."""
     batch = pairs.draw(12, generator(1))
     assert batch.latents.shape == (12, 8, 16, 16)
@@ -72,7 +72,7 @@ def test_pairs_show_one_emblem(pairs: RecycledPairs) -> None:
     assert float(cells[batch.emblem > 0.99].max()) < 0.05
 
 
-def test_nothing_trained_is_the_toy_itself(symbiosis: Symbiosis, tuning: Tuning, pairs: RecycledPairs) -> None:
+def test_nothing_trained_is_the_toy_itself(symbiosis: Symbiosis, tuning: Tuning, pairs: Pairs) -> None:
     falls = symbiosis.falls(tuning, pairs.draw(4, generator(2)))
     assert set(falls) == {f"{part} at {at}" for part in ("tokens", "reference", "both", "blocked") for at in LOGGED}
     # In half precision.
@@ -82,7 +82,7 @@ def test_nothing_trained_is_the_toy_itself(symbiosis: Symbiosis, tuning: Tuning,
         assert abs(falls[f"reference at {at}"]) > 0.002
 
 
-def test_the_loss_reaches_all_that_is_trained(symbiosis: Symbiosis, tuning: Tuning, pairs: RecycledPairs) -> None:
+def test_the_loss_reaches_all_that_is_trained(symbiosis: Symbiosis, tuning: Tuning, pairs: Pairs) -> None:
     torch.manual_seed(4)
     loss = symbiosis.loss(tuning, pairs.draw(8, generator(4)))
     loss.backward()
@@ -148,7 +148,7 @@ def test_what_is_trained_is_what_acts(symbiosis: Symbiosis, tuning: Tuning, tmp_
 
 
 def test_a_short_run_writes_and_goes_on(symbiosis: Symbiosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_anylogo, "HELD_OUT", 2)
+    monkeypatch.setattr(pair_training, "HELD_OUT", 2)
     save_whole(tmp_path / "vision.safetensors", symbiosis.vision.state_dict())
     given = Namespace(
         seed=0, batch=2, start=None, folder=tmp_path, minutes=0, resume=False, checkpoint=tmp_path / "maps.safetensors",

@@ -9,17 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from subject_patches.encoders.segmented import segmented
 from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
+from subject_patches.patches.masks import resize_mask
 from subject_patches.toy import subjects, vision
+from subject_patches.toy.data import Words
 from subject_patches.toy.drawing import draw
+from subject_patches.toy.lesson import LOGGED
+from subject_patches.toy.pair_training import frozen
+from subject_patches.toy.pairs import Batch, Pairs
 from subject_patches.toy.runs import Peers
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import sample_emblem, view
 from subject_patches.toy.train import CHECKPOINT
-from subject_patches.toy.train_subjects import ENCODER, frozen, write
+from subject_patches.toy.train_diffusion import encode_text
+from subject_patches.toy.train_subjects import ENCODER, write
 from torch import Tensor
 
 from .models import difference, generator
@@ -36,7 +43,7 @@ def stage(parts: tuple[Any, Any]) -> subjects.Stage:
     torch.manual_seed(0)
     model = vision.Model()
     vision.initialise(model)
-    return subjects.Stage(parts[0], model.vision.eval().requires_grad_(False), subjects.Words()([""]))
+    return subjects.Stage(parts[0], model.vision.eval().requires_grad_(False), Words()([""]))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +53,8 @@ def modules(stage: subjects.Stage) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pairs(parts: tuple[Any, Any]) -> subjects.Pairs:
-    made = subjects.Pairs(parts[1], np.random.default_rng(5), 4)
+def pairs(parts: tuple[Any, Any]) -> Pairs:
+    made = Pairs(parts[1], np.random.default_rng(5), 4)
     made.add(4)
     return made
 
@@ -89,7 +96,7 @@ def test_training_the_vision_model_writes_and_goes_on(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "vision.state", weights_only=True)["step"] > first
 
 
-def test_pairs_show_one_emblem(pairs: subjects.Pairs) -> None:
+def test_pairs_show_one_emblem(pairs: Pairs) -> None:
     """A row is a scene with the emblem somewhere in it, a caption, and a cut-out reference of it."""
     batch = pairs.draw(16, generator(1))
     assert batch.latents.shape == (16, 8, 16, 16)
@@ -99,14 +106,14 @@ def test_pairs_show_one_emblem(pairs: subjects.Pairs) -> None:
     assert (corner.abs() < 0.01).all()
 
 
-def test_nothing_shown_is_the_toy_itself(stage: subjects.Stage, modules: Any, pairs: subjects.Pairs) -> None:
+def test_nothing_shown_is_the_toy_itself(stage: subjects.Stage, modules: Any, pairs: Pairs) -> None:
     """With tokens and references away the prediction is the U-Net's own; the tokens begin as nothing."""
     batch = pairs.draw(2, generator(2))
     timestep, noise = torch.tensor([400, 700]), torch.randn(batch.latents.shape, generator=generator(3))
     noisy = stage.noised(batch.latents, noise, timestep)
     none, every = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        context = subjects.encode_text(stage.text, batch.tokens)
+        context = encode_text(stage.text, batch.tokens)
         plain = stage.unet(noisy, timestep, context=context).float()
     with torch.no_grad():
 
@@ -119,7 +126,7 @@ def test_nothing_shown_is_the_toy_itself(stage: subjects.Stage, modules: Any, pa
         assert difference(shown(none, every), plain) > 0.05
 
 
-def test_the_loss_reaches_all_that_is_trained(stage: subjects.Stage, modules: Any, pairs: subjects.Pairs) -> None:
+def test_the_loss_reaches_all_that_is_trained(stage: subjects.Stage, modules: Any, pairs: Pairs) -> None:
     """Every part gets a gradient, and the toy none."""
     torch.manual_seed(4)
     loss = stage.loss(modules, pairs.draw(6, generator(4)))
@@ -130,8 +137,8 @@ def test_the_loss_reaches_all_that_is_trained(stage: subjects.Stage, modules: An
     assert float(modules.reference_net.input_blocks[0][0].weight.grad[:, -1].abs().sum()) > 0
     assert all(each.grad is None for each in stage.unet.parameters())
     modules.zero_grad()
-    falls = stage.fall(modules, pairs.draw(4, generator(5)))
-    assert set(falls) == {f"{part} at {at}" for part in ("tokens", "reference", "both") for at in subjects.LOGGED}
+    falls = stage.falls(modules, pairs.draw(4, generator(5)))
+    assert set(falls) == {f"{part} at {at}" for part in ("tokens", "reference", "both") for at in LOGGED}
     assert falls["tokens at 500"] == 0
 
 
@@ -172,11 +179,11 @@ def test_what_is_trained_is_what_acts(stage: subjects.Stage, modules: Any, tmp_p
         sigma = seen["sigma"].view(-1, 1, 1, 1)
         timestep = patched.get_model_object("model_sampling").timestep(seen["sigma"])
         reference = who[0].references[0]
-        planes, inside = subjects.segmented(reference.image, reference.pixel_mask, 96)
+        planes, inside = segmented(reference.image, reference.pixel_mask, 96)
         latents = toy.vae.encode((planes / 2 + 0.5).movedim(1, -1))
-        small = subjects.resize_mask(inside, (12, 12))
-        words = subjects.Words()(["an emblem on grass", ""])
-        batch = subjects.Batch(
+        small = resize_mask(inside, (12, 12))
+        words = Words()(["an emblem on grass", ""])
+        batch = Batch(
             torch.zeros(2, *NOISE_SHAPE), torch.zeros(2, 16, 16), words, latents.expand(2, -1, -1, -1),
             small.expand(2, -1, -1), planes.expand(2, -1, -1, -1),
         )  # fmt: skip
@@ -195,8 +202,8 @@ def test_what_is_trained_is_what_acts(stage: subjects.Stage, modules: Any, tmp_p
 def test_the_shipped_encoder_lowers_the_error_of_held_out_emblems(parts: tuple[Any, Any]) -> None:
     """Of the noise in them, against no reference: what moves before any picture shows it."""
     encoder = read_subject_encoder(ENCODER)
-    stage = subjects.Stage(parts[0], encoder.vision.model, subjects.Words()([""]))
-    held_out = subjects.Pairs(parts[1], np.random.default_rng((2**41, 7)), 24)
+    stage = subjects.Stage(parts[0], encoder.vision.model, Words()([""]))
+    held_out = Pairs(parts[1], np.random.default_rng((2**41, 7)), 24)
     held_out.add(24)
-    falls = stage.fall(encoder.modules, held_out.draw(24, generator(7)))
+    falls = stage.falls(encoder.modules, held_out.draw(24, generator(7)))
     assert max(falls["both at 500"], falls["both at 700"]) < -0.05

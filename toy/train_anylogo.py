@@ -15,25 +15,23 @@ each, is the fastest.
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import pack
-from .command import joined, parsed, parser_of, together
-from .runs import Peers, Run, held_rate, load_tensors, save_whole
-from .train import CHECKPOINT
-from .train_vision import FILE as VISION_FILE
+from .command import joined, together
+from .pair_training import frozen, pair_parsed, pair_parser, run_of
+from .pair_training import train as train_from_pairs
+from .runs import Peers, load_tensors, save_whole
 
 HERE = Path(__file__).parent
 # Where the host's loaders look for what comes with the pack.
 MAPS = HERE / "encoders" / "anylogo-toy.safetensors"
 LORA = HERE / "loras" / "anylogo-toy-lora.safetensors"
 TRAINED_BY = "python tools/host.py python -m toy.train_anylogo --processes 2"
-HELD_OUT = 64
 # The maps begin at nothing and harm nobody: they learn faster than the U-Net's differences.
 MAPS_TIMES = 10.0
 
@@ -42,11 +40,10 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
     """Trains for the minutes asked for and writes both files."""
     pack.load()
     from subject_patches.toy.anylogo import Symbiosis, Tuning
-    from subject_patches.toy.recycled_pairs import RecycledPairs
+    from subject_patches.toy.pairs import Pairs
 
     from . import vision
     from .data import Words
-    from .train_subjects import frozen
 
     torch.manual_seed(arguments.seed)
     model, autoencoder = frozen(arguments.toy)
@@ -59,35 +56,14 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
         {"params": list(tuning.low_ranks.parameters())},
         {"params": list(tuning.semantic.parameters()), "times": MAPS_TIMES},
     ]
-    run = Run(
-        "anylogo", tuning, arguments.folder / "anylogo.state", arguments.minutes, arguments.rate, peers,
-        warmup=100, decay=0.999, optimiser=torch.optim.AdamW(groups, arguments.rate, (0.9, 0.99), weight_decay=1e-3),
-        schedule=held_rate,
-    )  # fmt: skip
-    if arguments.resume:
-        run.resume(torch.device("cpu"))
-    held_out = RecycledPairs(autoencoder, np.random.default_rng((2**41, 5)), HELD_OUT)
-    held_out.add(HELD_OUT)
-    measured = held_out.draw(HELD_OUT, torch.Generator().manual_seed(5))
-    # From here on every peer draws for itself.
-    own = (arguments.seed * peers.count + peers.rank) * 2**20 + run.step
-    torch.manual_seed(own)
-    pairs = RecycledPairs(autoencoder, np.random.default_rng((own, 3)), arguments.store)
-    while pairs.written < 8 * arguments.batch:
-        pairs.add(arguments.batch)
-    going, said = True, time.monotonic()
-    while going:
-        # Encoding a picture costs about as much as a training step on it.
-        pairs.add(max(arguments.batch // 16, 1))
-        going = run.advance(symbiosis.loss(tuning, pairs.draw(arguments.batch)), arguments.batch)
-        if peers.rank == 0 and (not going or time.monotonic() - said > 60 * arguments.every):
-            falls = symbiosis.falls(run.average.module, measured)
-            told = ", ".join(f"{name} {share:+.1%}" for name, share in falls.items())
-            print(f"anylogo: {run.step * arguments.batch * peers.count} pairs; error: {told}", flush=True)
-            write(run.average.module, sight, arguments.folder / MAPS.name, arguments.folder / LORA.name)
-            said = time.monotonic()
-    if peers.rank == 0:
-        write(run.average.module, sight, arguments.checkpoint, arguments.lora)
+    optimiser = torch.optim.AdamW(groups, arguments.rate, (0.9, 0.99), weight_decay=1e-3)
+
+    def written(trained: Any, folder: Path | None) -> None:
+        there = (arguments.checkpoint, arguments.lora)
+        write(trained, sight, *(there if folder is None else (folder / MAPS.name, folder / LORA.name)))
+
+    run = run_of("anylogo", tuning, arguments, peers, optimiser)
+    train_from_pairs(run, symbiosis, partial(Pairs, autoencoder, grounds=True), written, arguments)
 
 
 def start(tuning: Any, path: Path, lora_path: Path) -> None:
@@ -122,26 +98,15 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0], "anylogo", MAPS)
-    parser.set_defaults(device="cpu")
+    # More than this rate harms the U-Net.
+    parser = pair_parser(__doc__.splitlines()[0], "anylogo", MAPS, minutes=60, rate=1e-4)
     parser.add_argument("--lora", type=Path, default=LORA, help="the LoRA's file to write")
     parser.add_argument("--start-lora", type=Path, help="the LoRA of --start, where it is not beside it")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--toy", type=Path, default=CHECKPOINT, help="the toy's checkpoint that is tuned")
-    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
-    parser.add_argument("--batch", type=int, default=32, help="pairs of a step of each process")
-    parser.add_argument("--rate", type=float, default=1e-4, help="of the U-Net's differences; more harms it")
     parser.add_argument("--rank", type=int, default=16, help="of the U-Net's differences")
     parser.add_argument("--sites", default="decoder", help="which layers deliver; none is semantic tokens alone")
     parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
-    parser.add_argument("--store", type=int, default=6000, help="emblems that each process keeps encoded")
-    parser.add_argument("--every", type=float, default=5.0, help="minutes from one measure to the next")
-    arguments = parsed(parser)
-    for name in ("toy", "vision"):
-        if not getattr(arguments, name).is_file():
-            parser.error(f"--{name}: there is no file {getattr(arguments, name)}")
-    together(work, arguments)
+    together(work, pair_parsed(parser))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,19 @@ def alphas_cumprod(device: torch.device) -> torch.Tensor:
     return torch.cumprod(1 - betas, 0).float().to(device)
 
 
+def noise_weights(schedule: torch.Tensor) -> torch.Tensor:
+    """How much an error of the predicted noise counts at each timestep: as v prediction's would, (SNR + 1) / SNR
+    (Salimans and Ho 2022), times min(SNR, 5) / SNR (Hang et al. 2023)."""
+    snr = schedule / (1 - schedule)
+    return (snr + 1) / snr * snr.clamp(max=SNR_CAP) / snr
+
+
+def noised(latents: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Latents (n, channels, h, w) with noise, of each row the share `alpha` (n) of the schedule."""
+    alpha = alpha.view(-1, 1, 1, 1)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
 class Model(torch.nn.Module):
     """The two trained parts under one roof, and a head that only training needs: it reads from the U-Net's second
     last block what fills each latent cell. The noise alone is slow to teach what a word's shape is."""
@@ -136,17 +149,15 @@ def thing_weights(labels: torch.Tensor) -> torch.Tensor:
 def training_loss(
     model: Model, latents: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, schedule: torch.Tensor
 ) -> torch.Tensor:
-    """The label loss, times LABEL_WEIGHT, and the denoising loss on the predicted noise, weighted by `thing_weights`,
-    as v prediction would be, (SNR + 1) / SNR (Salimans and Ho 2022), and by min(SNR, 5) / SNR (Hang et al. 2023).
+    """The label loss, times LABEL_WEIGHT, and the denoising loss on the predicted noise, weighted by `thing_weights`
+    and by `noise_weights`.
 
     Flat grounds shine through the strongest noise: there the noise is predicted to half a percent without a look at
     the caption, and unweighted its error teaches next to nothing of words."""
-    snr = schedule / (1 - schedule)
-    weights = (snr + 1) / snr * snr.clamp(max=SNR_CAP) / snr
+    weights = noise_weights(schedule)
     timestep = torch.randint(len(schedule), (len(latents),), device=latents.device)
-    alpha = schedule[timestep].view(-1, 1, 1, 1)
     noise = torch.randn_like(latents)
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    noisy = noised(latents, noise, schedule[timestep])
     with torch.autocast(latents.device.type, torch.bfloat16):
         predicted, scores = model(noisy, timestep, tokens)
     error = (thing_weights(labels) * (predicted - noise) ** 2).mean((1, 2, 3))

@@ -13,43 +13,27 @@ too, `--processes 2`, one thread each, is the fastest.
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import pack
-from .command import joined, parsed, parser_of, together
-from .runs import Peers, Run, held_rate, load_tensors, save_whole
-from .train import CHECKPOINT
-from .train_vision import FILE as VISION_FILE
+from .command import joined, together
+from .pair_training import frozen, pair_parsed, pair_parser, run_of
+from .pair_training import train as train_from_pairs
+from .runs import Peers, load_tensors, save_whole
 
 ENCODER = Path(__file__).parent / "encoders" / "anystory-toy.safetensors"
 TRAINED_BY = "python tools/host.py python -m toy.train_subjects --processes 2"
-HELD_OUT = 64
-
-
-def frozen(checkpoint: Path) -> tuple[Any, Any]:
-    """The toy's U-Net and text encoder, and its autoencoder, of a checkpoint; nothing of them is trained."""
-    from comfy.taesd.taesd import TAESD
-
-    from .family import LATENT_CHANNELS
-    from .train import parts_of
-    from .train_diffusion import Model
-
-    parts = parts_of(checkpoint)
-    model, autoencoder = Model(), TAESD(latent_channels=LATENT_CHANNELS)
-    model.load_state_dict(parts["diffusion"], strict=False)
-    autoencoder.load_state_dict(parts["autoencoder"])
-    return model.requires_grad_(False), autoencoder.requires_grad_(False)
 
 
 def train(arguments: argparse.Namespace, peers: Peers) -> None:
     """Trains as a command line asks for and writes the encoder's file."""
     pack.load()
-    from subject_patches.toy.subjects import Pairs, Stage, encoder_modules
+    from subject_patches.toy.pairs import Pairs
+    from subject_patches.toy.subjects import Stage, encoder_modules
 
     from . import vision
     from .data import Words
@@ -61,36 +45,12 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
     if arguments.start is not None:
         tensors = {name: tensor.float() for name, tensor in load_tensors(arguments.start).items()}
         modules.load_state_dict({name: each for name, each in tensors.items() if not name.startswith("vision.")})
-    run = Run(
-        "subjects", modules, arguments.folder / "subjects.state", arguments.minutes, arguments.rate, peers,
-        warmup=100, decay=0.999, schedule=held_rate,
-    )  # fmt: skip
-    if arguments.resume:
-        run.resume(torch.device("cpu"))
-    held_out = Pairs(autoencoder, np.random.default_rng((2**41, 5)), HELD_OUT)
-    held_out.add(HELD_OUT)
-    measured = held_out.draw(HELD_OUT, torch.Generator().manual_seed(5))
-    # From here on every peer draws for itself.
-    own = (arguments.seed * peers.count + peers.rank) * 2**20 + run.step
-    torch.manual_seed(own)
-    pairs = Pairs(autoencoder, np.random.default_rng((own, 3)), arguments.store)
-    while pairs.written < 8 * arguments.batch:
-        pairs.add(arguments.batch)
-    going, said = True, time.monotonic()
-    while going:
-        # Encoding a picture costs about as much as a training step on it.
-        pairs.add(max(arguments.batch // 16, 1))
-        going = run.advance(stage.loss(modules, pairs.draw(arguments.batch)), arguments.batch)
-        if peers.rank == 0 and (not going or time.monotonic() - said > 60 * arguments.every):
-            falls = stage.fall(run.average.module.eval(), measured)
-            told = ", ".join(f"{name} {share:+.1%}" for name, share in falls.items())
-            print(
-                f"subjects: {run.step * arguments.batch * peers.count} pairs; error in the emblem: {told}", flush=True
-            )
-            write(run.average.module, stage.vision, arguments.folder / ENCODER.name)
-            said = time.monotonic()
-    if peers.rank == 0:
-        write(run.average.module, stage.vision, arguments.checkpoint)
+
+    def written(trained: Any, folder: Path | None) -> None:
+        write(trained, stage.vision, arguments.checkpoint if folder is None else folder / ENCODER.name)
+
+    run = run_of("subjects", modules, arguments, peers)
+    train_from_pairs(run, stage, partial(Pairs, autoencoder), written, arguments)
 
 
 def write(modules: Any, vision: Any, path: Path) -> None:
@@ -113,20 +73,7 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0], "subjects", ENCODER)
-    parser.set_defaults(device="cpu")
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--toy", type=Path, default=CHECKPOINT, help="the toy's checkpoint that the encoder is for")
-    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
-    parser.add_argument("--batch", type=int, default=32, help="pairs of a step of each process")
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--store", type=int, default=6000, help="emblems that each process keeps encoded")
-    parser.add_argument("--every", type=float, default=5.0, help="minutes from one measure to the next")
-    arguments = parsed(parser)
-    for name in ("toy", "vision"):
-        if not getattr(arguments, name).is_file():
-            parser.error(f"--{name}: there is no file {getattr(arguments, name)}")
-    together(work, arguments)
+    together(work, pair_parsed(pair_parser(__doc__.splitlines()[0], "subjects", ENCODER, minutes=120, rate=6e-4)))
 
 
 if __name__ == "__main__":

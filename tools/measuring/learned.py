@@ -113,14 +113,16 @@ def _encoder() -> Any:
 
 
 def _falls(encoder: Any, count: int) -> dict[str, float]:
-    """See `Stage.fall`; of other pairs than the training's log."""
+    """See `Lesson.falls`; of other pairs than the training's log."""
     import numpy as np
     import torch
-    from subject_patches.toy.subjects import Pairs, Stage, Words
-    from subject_patches.toy.train_subjects import CHECKPOINT, frozen
+    from subject_patches.toy.data import Words
+    from subject_patches.toy.pair_training import CHECKPOINT, frozen
+    from subject_patches.toy.pairs import Pairs
+    from subject_patches.toy.subjects import Stage
 
     model, autoencoder = frozen(CHECKPOINT)
     stage = Stage(model, encoder.vision.model.float(), Words()([""]))
     pairs = Pairs(autoencoder, np.random.default_rng((2**41, 6)), count)
     pairs.add(count)
-    return stage.fall(encoder.modules, pairs.draw(count, torch.Generator().manual_seed(6)))
+    return stage.falls(encoder.modules, pairs.draw(count, torch.Generator().manual_seed(6)))
