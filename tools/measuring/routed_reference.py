@@ -102,15 +102,19 @@ class Case:
 
     def _referenced(self, model: Any, name: str) -> Any:
         """The model with the references, as `name` says."""
+        from subject_patches.nodes.inputs import CURRENT, NEARLY_CLEAN
         from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
         from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+        from subject_patches.patches.families import family_of
         from subject_patches.patches.map_router import MapRouter
         from subject_patches.patches.mask_router import MaskRouter
 
         if name in (UNPATCHED, ALONE):
             return model
         if "everywhere" in name:
-            return RecycledSelfAttentionNode.execute(model, self.subjects).args[0]
+            # At the level that is usual for routed ones, so that routing alone makes the difference.
+            level = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
+            return RecycledSelfAttentionNode.execute(model, self.subjects, noise_level=level).args[0]
         router = MapRouter(running_mean="running mean" in name) if "maps" in name else MaskRouter(self.masks)
         return RoutedReferenceAttentionNode.execute(model, self.subjects, router).args[0]
 
