@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.model_patcher import CoreModelPatcher
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .anystory_file import Form, Shape, by_part, form_of, form_said
+from .anystory_file import Form, by_part, form_of
+from .loading import kept_by_host, loading, opened
+from .weights import Shapes, form_said
 
 # A subject's own tokens and its router tokens lie in squares of these sides.
 TOKENS_SIDE, ROUTER_SIDE = 9, 3
@@ -41,26 +40,18 @@ class AnyStory:
 
 def read_anystory(path: Path) -> AnyStory:
     """Loads a file that tools/convert.py made. Raises ValueError with one sentence where it is none or is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        form = form_said(about)
+    remedy = "Make it again from the authors' anystory_flux.bin with python tools/convert.py."
+    with loading(path, "AnyStory's weights", remedy):
+        about, shapes = opened(path)
+        form = form_said(about, Form)
         if form_of(by_part(shapes)) != form:
             raise ValueError("its tensors are not of the sizes that its metadata tell")
         root = modules_of(shapes)
         root.load_state_dict(comfy.utils.load_torch_file(str(path)), assign=True)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().rstrip(".")
-        raise ValueError(
-            f"{path.name} cannot be loaded as AnyStory's weights: {reason}. Make it again from the authors' "
-            "anystory_flux.bin with python tools/convert.py."
-        ) from error
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return AnyStory(path.name, form, CoreModelPatcher(root.eval().requires_grad_(False), device, offload))
+    return AnyStory(path.name, form, kept_by_host(root))
 
 
-def modules_of(shapes: Mapping[str, Shape]) -> nn.Module:
+def modules_of(shapes: Shapes) -> nn.Module:
     """Linear layers at the places that their weights' names tell, still without values. They cast their weights to
     whatever they are given, as the host's do when it keeps them elsewhere."""
     root = nn.Module()

@@ -8,28 +8,32 @@ torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-FORMAT, KIND, VERSION = "subject_patches.encoder", "anystory", "1"
+from .weights import FileForm, Shape, Shapes, check_shapes
+from .weights import metadata as file_metadata
+
 PARTS = ("ref", "router", "redux")
 # What a FLUX layer has of hidden channels and a Redux model of inner ones, as multiples of its width.
 _FEED_FORWARD, _REDUX = 4, 3
 _BLOCK = re.compile(r"transformer\.(transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Mapping[str, Shape]]
+PartShapes = Mapping[str, Shapes]
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(FileForm):
     """The sizes that decide every name and shape of a file.
 
     `double` and `single` count the FLUX's blocks, `width` is that of its streams, `context` that of its prompts'
     tokens, `packed` are the channels of a latent patch and `vision` those of the vision model. The others are ranks: of
     the two LoRAs, of the maps' projections, and of the embedders."""
+
+    kind: ClassVar[str] = "anystory"
+    foreign: ClassVar[str] = "it is no file that tools/convert.py made of AnyStory's weights"
 
     double: int = 19
     single: int = 38
@@ -41,6 +45,10 @@ class Form:
     router_rank: int = 128
     map_rank: int = 128
     embedder_rank: int = 128
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Form:
+        return cls(**{each.name: int(values[each.name]) for each in fields(cls)})
 
     def model(self) -> tuple[int, int, int, int, int]:
         """What a FLUX has to have for a file of this form."""
@@ -118,7 +126,7 @@ _SINGLE = {
 FLUX_DEV = Form()
 
 
-def form_of(found: Shapes) -> Form:
+def form_of(found: PartShapes) -> Form:
     """The form of a file with these shapes, its ranks and sizes read from them.
 
     Raises ValueError with a phrase that says what is missing, unknown, or of another shape."""
@@ -127,21 +135,11 @@ def form_of(found: Shapes) -> Form:
             raise ValueError(f"it has no '{part}' among {_some(found)}")
     form = _measured(found)
     for part, expected in form.shapes().items():
-        missing = [name for name in expected if name not in found[part]]
-        unknown = [name for name in found[part] if name not in expected]
-        for names, fault in ((missing, "are missing"), (unknown, "are unknown")):
-            if names:
-                raise ValueError(f"{len(names)} tensors of its '{part}' {fault}, {names[0]} among them")
-        for name, shape in expected.items():
-            if tuple(found[part][name]) != shape:
-                raise ValueError(
-                    f"its '{part}' has {name} of shape {list(found[part][name])} where the rest of the file asks for "
-                    f"{list(shape)}"
-                )
+        check_shapes(expected, found[part], f"{part}.")
     return form
 
 
-def _measured(found: Shapes) -> Form:
+def _measured(found: PartShapes) -> Form:
     def matrix(part: str, name: str) -> Shape:
         shape = tuple(found[part].get(name, ()))
         if len(shape) != 2:
@@ -167,23 +165,7 @@ def _measured(found: Shapes) -> Form:
 
 def metadata(form: Form, source: str) -> dict[str, str]:
     """What a converted file says of itself; `source` is the SHA-256 of the file that it was made from."""
-    about = {"format": FORMAT, "kind": KIND, "version": VERSION, "family": "FLUX.1", "form": json.dumps(asdict(form))}
-    return {**about, "trained_by": "the authors of AnyStory", "source_sha256": source}
-
-
-def form_said(about: Mapping[str, str]) -> Form:
-    """The form that a converted file's metadata tell.
-
-    Raises ValueError with a phrase where it is no file of AnyStory's that this version can read."""
-    if about.get("format") != FORMAT or about.get("kind") != KIND:
-        raise ValueError("it is no file that tools/convert.py made of AnyStory's weights")
-    if about.get("version") != VERSION:
-        raise ValueError(f"it is of version {about.get('version')} where this pack reads {VERSION}")
-    try:
-        sizes = json.loads(about.get("form", ""))
-        return Form(**{each.name: int(sizes[each.name]) for each in fields(Form)})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError("its metadata are broken") from error
+    return file_metadata(form, "FLUX.1", "the authors of AnyStory", source_sha256=source)
 
 
 def by_part(named: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..patches.image_prompt import KeysAndValues
 from .resampler import Resampler
+from .weights import Shapes, check_shapes, shapes_of
 
 # The published resamplers divide their attention into heads of this width.
 HEAD = 64
 _LAYER = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
 _PROJECTION = "image_proj."
-Shapes = Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def read_adapter(tensors: Mapping[str, Tensor], name: str) -> ImagePromptAdapter
             f"'{name}' is a face adapter: it reads the embedding of a face recogniser. This node takes adapters that "
             "read a CLIP vision model, of the plain, plus or full form."
         )
-    shapes = {k: v.shape for k, v in weights.items()}
+    shapes = shapes_of(weights)
     form = next((form for form in _FORMS if form[0] in shapes), None)
     if form is None:
         raise ValueError(f"'{name}' has no projection of the plain, plus or full form; take an IP-Adapter file.")
@@ -120,17 +120,15 @@ def read_adapter(tensors: Mapping[str, Tensor], name: str) -> ImagePromptAdapter
     try:
         with torch.device("meta"):
             projection = make(shapes, layers[0][0].shape[1])
-        wanted = {k: v.shape for k, v in projection.state_dict().items()}
         features = shapes[reads][1]
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"The projection in '{name}' is not whole ({error}); download the file again.") from error
-    for key in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(key) != shapes.get(key):
-            is_, should = (tuple(side[key]) if key in side else "missing" for side in (shapes, wanted))
-            raise ValueError(
-                f"The projection in '{name}' does not fit its layers: {_PROJECTION}{key} is {is_}, it should be "
-                f"{should}; download the file again."
-            )
+    try:
+        check_shapes(shapes_of(projection.state_dict()), shapes, _PROJECTION)
+    except ValueError as error:
+        raise ValueError(
+            f"The projection in '{name}' does not fit its layers: {error}; download the file again."
+        ) from error
     projection.load_state_dict(weights, assign=True)
     return ImagePromptAdapter(name, projection.requires_grad_(False).eval(), make is _Linear, features, layers)
 

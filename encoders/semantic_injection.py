@@ -7,50 +7,51 @@ U-Net that was tuned with them is a LoRA, a file of its own for the host's LoRA 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 
 from ..patches.semantic_injection import GROUPS, Hierarchy, Maps, layers_of
-from .anystory_file import FORMAT
+from .loading import file_tensors, loading, opened, read_tensors
 from .segmented import segmented
-from .vision import vision_model
-from .weights import check_shapes
+from .weights import FileForm, Shape, form_said
 
-KIND, VERSION = "anylogo-unet", "1"
 PROMPTS = ("kept", "replaced")
-_PREFIX, _VISION = "semantic.", "vision."
+_PREFIX = "semantic."
 _NAMES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class MapsForm:
+class MapsForm(FileForm):
     """What decides every name and shape of a file: the channels of a prompt's tokens, of the vision model's, which
     `groups` there are, and whether the maps were trained beside a `prompt` or in its place, one of PROMPTS."""
+
+    kind: ClassVar[str] = "anylogo-unet"
+    foreign: ClassVar[str] = "it holds no maps of AnyLogo's semantic injection"
 
     context: int
     features: int
     groups: tuple[int, ...]
     prompt: str
 
-
-def form_said(told: str) -> MapsForm:
-    """The form that a file's metadata tell. Raises ValueError with a phrase where they are broken."""
-    try:
-        values = json.loads(told)
-        form = MapsForm(int(values["context"]), int(values["features"]), tuple(values["groups"]), values["prompt"])
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> MapsForm:
+        form = cls(int(values["context"]), int(values["features"]), tuple(values["groups"]), values["prompt"])
         if not (min(form.context, form.features) > 0 and form.groups and set(form.groups) <= set(range(GROUPS))):
             raise ValueError(f"the sizes {form.context}, {form.features} and groups {form.groups}")
         if form.prompt not in PROMPTS:
             raise ValueError(f"the prompt '{form.prompt}'")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its metadata are broken ({error})") from error
-    return form
+        return form
+
+    def shapes(self) -> dict[str, Shape]:
+        """Every name of a file but for its vision model's, with its shape."""
+        parts = {"weight": (self.context, self.features), "bias": (self.context,)}
+        return {f"{_PREFIX}{group}.{name}": shape for group in self.groups for name, shape in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,6 @@ def layers_seen(network: nn.Module, pixels: Tensor) -> Hierarchy:
 def hierarchy(vision: Any, image: Tensor, mask: Tensor | None) -> Hierarchy:
     """The four groups of a picture (1, height, width, 3) of 0 to 1, what is outside the mask (1, height, width) cut
     out, as a CLIP_VISION sees it; float32 on the CPU."""
-    import comfy.model_management
-
     comfy.model_management.load_model_gpu(vision.patcher)
     inside = torch.ones(image.shape[:3]) if mask is None else mask
     pixels, _ = segmented(image, inside, vision.image_size, vision.image_mean, vision.image_std)
@@ -108,47 +107,18 @@ def hierarchy(vision: Any, image: Tensor, mask: Tensor | None) -> Hierarchy:
     return tuple((patches.float().cpu(), whole.float().cpu()) for patches, whole in found)
 
 
-def metadata(form: MapsForm, family: str, trained_by: str, vision: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """What a file says of itself; `vision` is the configuration of the vision model in it, as the host writes them."""
-    about = {"format": FORMAT, "kind": KIND, "version": VERSION, "family": family, "trained_by": trained_by}
-    brought = {} if vision is None else {"vision": json.dumps(dict(vision), sort_keys=True)}
-    return {**about, "form": json.dumps(asdict(form), sort_keys=True), **brought}
-
-
 def tensors_of(maps: Maps, vision: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, in half precision."""
-    parts = {f"{_PREFIX}{g}.{name}": each for g, pair in maps.items() for name, each in zip(_NAMES, pair, strict=True)}
-    parts |= {_VISION + name: tensor for name, tensor in (vision or {}).items()}
-    return {name: tensor.detach().half().contiguous() for name, tensor in parts.items()}
+    """The tensors of a file; see `file_tensors`."""
+    own = {f"{_PREFIX}{g}.{name}": each for g, pair in maps.items() for name, each in zip(_NAMES, pair, strict=True)}
+    return file_tensors(own, vision)
 
 
 def read_semantic_maps(path: Path) -> SemanticMaps:
     """Loads a file of semantic injection. Raises ValueError with one sentence where it is none or is damaged."""
-    import comfy.utils
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        if about.get("format") != FORMAT or about.get("kind") != KIND:
-            raise ValueError("it holds no maps of AnyLogo's semantic injection")
-        if about.get("version") != VERSION:
-            raise ValueError(f"it is of version {about.get('version')} where this pack reads {VERSION}")
-        form = form_said(about.get("form", ""))
-        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_VISION)}
-        brought = {name.removeprefix(_VISION): each for name, each in tensors.items() if name.startswith(_VISION)}
-        shapes = {"weight": (form.context, form.features), "bias": (form.context,)}
-        wanted = {f"{_PREFIX}{group}.{part}": shape for group in form.groups for part, shape in shapes.items()}
-        check_shapes({name: torch.empty(shape, device="meta") for name, shape in wanted.items()}, own)
-        if bool(brought) != ("vision" in about):
-            raise ValueError("it does not say of which kind its vision model is" if brought else "it lacks its vision")
-        vision = vision_model(about["vision"], brought) if brought else None
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().rstrip(".")
-        raise ValueError(
-            f"'{path.name}' cannot be loaded as semantic injection: {reason}. Take an anylogo-FAMILY.safetensors that "
-            "the pack's training wrote, or download it again."
-        ) from error
+    remedy = "Take an anylogo-FAMILY.safetensors that the pack's training wrote, or download it again."
+    with loading(path, "semantic injection", remedy):
+        about, shapes = opened(path)
+        form = form_said(about, MapsForm)
+        own, vision = read_tensors(path, about, shapes, form.shapes())
     maps = {g: tuple(own[f"{_PREFIX}{g}.{part}"].float() for part in _NAMES) for g in form.groups}
     return SemanticMaps(path.name, about.get("family", "a U-Net"), form, maps, vision)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import comfy.model_management
+import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -22,23 +24,25 @@ from ..patches.families.unet import sites_of, transformer_blocks
 from ..patches.image_prompt import KeysAndValues, in_file_order
 from ..patches.masks import tokens_inside
 from ..patches.sites import Site
-from .anystory_file import FORMAT
+from .loading import kept_by_host, loading, opened, read_tensors
 from .reference_net import build, delivering, hidden_states
 from .resampler import Resampler
-from .vision import seen, vision_model
-from .weights import check_shapes
+from .vision import seen
+from .weights import FileForm, form_said, shapes_of
 
-KIND, VERSION = "anystory-unet", "1"
 # The paper's QFormers.
 DEPTH = 4
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(FileForm):
     """The sizes that decide every name and shape of a file: `unet` is the shape of the ReferenceNet, as `shape_of`
     writes it; `features` are the channels of what the vision model sees, `tokens` how many a subject gets; `width` and
     `heads` are the QFormer's; `size` is the side in pixels of the picture that the ReferenceNet reads, `scale` what the
     VAE's latents of it are multiplied by, as the model family does."""
+
+    kind: ClassVar[str] = "anystory-unet"
+    foreign: ClassVar[str] = "it is no subject encoder of a U-Net"
 
     unet: str
     features: int
@@ -57,19 +61,14 @@ class Form:
     def latent_channels(self) -> int:
         return int(json.loads(self.unet)["latent_channels"])
 
-
-def form_said(told: str) -> Form:
-    """The form that a file's metadata tell. Raises ValueError with a phrase where they are broken."""
-    try:
-        values = json.loads(told)
-        counts = {each.name: int(values[each.name]) for each in fields(Form) if each.name not in ("unet", "scale")}
-        form = Form(str(values["unet"]), scale=float(values["scale"]), **counts)
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Form:
+        counts = {each.name: int(values[each.name]) for each in fields(cls) if each.name not in ("unet", "scale")}
+        form = cls(str(values["unet"]), scale=float(values["scale"]), **counts)
         sizes = [*counts.values(), form.context, form.latent_channels]
         if min(sizes) < 1 or form.width % form.heads or not (0 < form.scale < math.inf):
             raise ValueError(f"the sizes {sizes}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its metadata are broken ({error})") from error
-    return form
+        return form
 
 
 class Projections(nn.Module):
@@ -143,8 +142,6 @@ class SubjectEncoder:
         return self.patcher.model
 
     def _loaded(self) -> torch.device:
-        import comfy.model_management
-
         comfy.model_management.load_model_gpu(self.patcher)
         return self.patcher.load_device
 
@@ -177,51 +174,14 @@ class SubjectEncoder:
         return kept
 
 
-def metadata(form: Form, family: str, trained_by: str, vision: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """What a file says of itself; `vision` is the configuration of the vision model in it, as the host writes them."""
-    about = {"format": FORMAT, "kind": KIND, "version": VERSION, "family": family, "trained_by": trained_by}
-    brought = {} if vision is None else {"vision": json.dumps(dict(vision), sort_keys=True)}
-    return {**about, "form": json.dumps(asdict(form), sort_keys=True), **brought}
-
-
 def read_subject_encoder(path: Path) -> SubjectEncoder:
     """Loads a subject encoder's file. Raises ValueError with one sentence where it is none or is damaged."""
-    import comfy.model_management
-    import comfy.ops
-    import comfy.utils
-    from comfy.model_patcher import CoreModelPatcher
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        if about.get("format") != FORMAT or about.get("kind") != KIND:
-            raise ValueError("it is no subject encoder of a U-Net")
-        if about.get("version") != VERSION:
-            raise ValueError(f"it is of version {about.get('version')} where this pack reads {VERSION}")
-        form = form_said(about.get("form", ""))
+    remedy = "Take a file that the pack's training wrote, or download it again."
+    with loading(path, "a subject encoder", remedy):
+        about, shapes = opened(path)
+        form = form_said(about, Form)
         with torch.device("meta"):
             modules = SubjectModules(form, comfy.ops.manual_cast)
-        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-        own, brought = _parted(tensors)
-        check_shapes(modules.state_dict(), own)
+        own, vision = read_tensors(path, about, shapes, shapes_of(modules.state_dict()))
         modules.load_state_dict(own, assign=True)
-        if bool(brought) != ("vision" in about):
-            raise ValueError("it does not say of which kind its vision model is" if brought else "it lacks its vision")
-        vision = vision_model(about["vision"], brought) if brought else None
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().rstrip(".")
-        raise ValueError(
-            f"'{path.name}' cannot be loaded as a subject encoder: {reason}. Take a file that the pack's training "
-            "wrote, or download it again."
-        ) from error
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    patcher = CoreModelPatcher(modules.eval().requires_grad_(False), device, offload)
-    return SubjectEncoder(path.name, about.get("family", "a U-Net"), form, patcher, vision)
-
-
-def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder's own tensors, and those of the vision model without their prefix."""
-    prefix = "vision."
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    return own, {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return SubjectEncoder(path.name, about.get("family", "a U-Net"), form, kept_by_host(modules), vision)

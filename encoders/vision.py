@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .weights import check_shapes
+from .weights import check_shapes, shapes_of
 
 # What the host's class of a vision model wants to be told, of the kinds that a file may bring.
 KINDS = ("dinov2",)
 
 
-def vision_model(config: str, tensors: Mapping[str, Tensor]) -> Any:
+def vision_model(config: str, tensors: Mapping[str, Tensor], prefix: str) -> Any:
     """The host's vision model (its CLIP_VISION) of a `config` in JSON, as the host's own are written, with the given
-    weights. The host's loader knows published sizes alone.
+    weights, before whose names their file writes `prefix`. The host's loader knows published sizes alone.
 
     Raises ValueError with a phrase where the config is none or the weights are not those of it."""
     from comfy.clip_vision import ClipVisionModel
@@ -31,7 +31,7 @@ def vision_model(config: str, tensors: Mapping[str, Tensor]) -> Any:
         model = ClipVisionModel(told)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"what it says of its vision model is not whole ({error})") from error
-    check_shapes(model.model.state_dict(), tensors, "vision.")
+    check_shapes(shapes_of(model.model.state_dict()), shapes_of(tensors), prefix)
     model.load_sd({name: tensor.to(model.dtype) for name, tensor in tensors.items()})
     return model
 

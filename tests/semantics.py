@@ -11,13 +11,8 @@ import comfy.clip_vision
 import torch
 from hosting.random_models import generator
 from safetensors.torch import save_file
-from subject_patches.encoders.semantic_injection import (
-    MapsForm,
-    SemanticMaps,
-    metadata,
-    read_semantic_maps,
-    tensors_of,
-)
+from subject_patches.encoders.semantic_injection import MapsForm, SemanticMaps, read_semantic_maps, tensors_of
+from subject_patches.encoders.weights import metadata
 from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 from subject_patches.patches.families import family_of
 from torch import Tensor

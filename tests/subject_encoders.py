@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from subject_patches.encoders.reference_net import delivering, first_weights, shape_of
-from subject_patches.encoders.subject_encoder import Form, SubjectModules, metadata
+from subject_patches.encoders.subject_encoder import Form, SubjectModules
+from subject_patches.encoders.weights import metadata
 from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.patches.encoded_subject import EncodedSubject, KeptReference
 from subject_patches.patches.image_prompt import AdaptedPrompt, in_file_order

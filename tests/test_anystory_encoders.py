@@ -16,8 +16,8 @@ from hosting.sheet import draw_sheet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.encoders.anystory import AnyStory, embedded, read_anystory, subject_tokens
-from subject_patches.encoders.anystory_file import FORMAT
 from subject_patches.encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, vision_pixels
+from subject_patches.encoders.weights import FORMAT
 
 from .anystory_files import publish, redux_weights
 from .golden_cases import Golden, cases_of
@@ -155,7 +155,7 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, damage: str) -> None:
         save_file({"redux.gate_proj.bias": torch.zeros(1)}, path, about)
     else:
         path.write_text("no weights")
-    with pytest.raises(ValueError, match=r"wrong\.safetensors cannot be loaded .* tools/convert\.py\.$"):
+    with pytest.raises(ValueError, match=r"'wrong\.safetensors' cannot be loaded .* tools/convert\.py\.$"):
         read_anystory(path)
 
 

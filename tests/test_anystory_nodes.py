@@ -81,7 +81,7 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = LoadAnyStoryNode.fingerprint_inputs("small.safetensors")
     (tmp_path / "small.safetensors").write_bytes(b"")
     assert LoadAnyStoryNode.fingerprint_inputs("small.safetensors") != before
-    with pytest.raises(ValueError, match=r"small\.safetensors cannot be loaded as AnyStory's weights"):
+    with pytest.raises(ValueError, match=r"'small\.safetensors' cannot be loaded as AnyStory's weights"):
         LoadAnyStoryNode.execute("small.safetensors")
     with pytest.raises(
         ValueError, match=r"There is no safetensors file 'gone\.safetensors' in the models folder subject_encoders"

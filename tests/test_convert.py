@@ -18,7 +18,8 @@ from hosting.base import manifest_entries
 from hosting.errors import ToolError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from subject_patches.encoders.anystory_file import FLUX_DEV, Form, by_part, form_of, form_said
+from subject_patches.encoders.anystory_file import FLUX_DEV, Form, by_part, form_of
+from subject_patches.encoders.weights import form_said
 
 from .anystory_files import publish, published
 from .golden_cases import file_of
@@ -53,7 +54,7 @@ def test_small_file_of_the_same_form(tmp_path: Path) -> None:
     for part, named in parts.items():
         assert all(torch.equal(found[f"{part}.{name}"], tensor) for name, tensor in named.items())
     with safe_open(target, "pt") as file:
-        form = form_said(file.metadata())
+        form = form_said(file.metadata(), Form)
     assert form == form_of(by_part({name: tuple(tensor.shape) for name, tensor in found.items()}))
     assert (form.double, form.single, form.width, form.map_rank) == (2, 2, 64, 8)
     assert set(tmp_path.iterdir()) == {source, target}
@@ -98,10 +99,10 @@ _OUT = "transformer.single_transformer_blocks.1.proj_out.lora_B.weight"
         (lambda parts: {"state_dict": parts["ref"]}, "has no 'ref' among state_dict"),
         (lambda parts: parts["ref"], "something else than named tensors"),
         (lambda parts: [parts], "holds no dictionary but list"),
-        (_without("ref", _OUT), "1 tensors of its 'ref' are missing, " + _OUT),
+        (_without("ref", _OUT), "1 of its tensors are missing, ref." + _OUT),
         (_without("redux", "redux_up_lora_A.weight"), "has no matrix redux_up_lora_A.weight"),
-        (_with("router", "transformer.lora_A.weight", torch.zeros(4, 64)), "1 tensors of its 'router' are unknown"),
-        (_with("ref", _OUT, torch.zeros(64, 5)), r"of shape \[64, 5\] where the rest of the file asks for \[64, 4\]"),
+        (_with("router", "transformer.lora_A.weight", torch.zeros(4, 64)), "are unknown, router.transformer.lora_A"),
+        (_with("ref", _OUT, torch.zeros(64, 5)), r"of shape \[64, 5\] where its sizes ask for \[64, 4\]"),
         (_with("ref", _OUT, torch.zeros(64, 4, dtype=torch.int32)), "is kept as torch.int32"),
         (_with("ref", _OUT, torch.full((64, 4), float("nan"))), "values that are not finite"),
         (_with("redux", "gate_proj.bias", "a text"), "something else than named tensors under 'redux'"),

@@ -268,9 +268,9 @@ def without(tensors: Tensors, *parts: str) -> Tensors:
         (lambda t: without(t, "ip_adapter"), "is no IP-Adapter: it has no tensors named"),
         (lambda t: without(t, "ip_adapter.3.to_v"), "The layers in .* are not whole"),
         (lambda t: without(t, "image_proj"), "has no projection of the plain, plus or full form"),
-        (lambda t: without(t, "layers.1.0.to_kv"), r"does not fit .*layers.1.0.to_kv.weight is missing"),
+        (lambda t: without(t, "layers.1.0.to_kv"), r"does not fit .* missing, image_proj.layers.1.0.to_kv.weight"),
         (lambda t: without(t, "proj_in.weight"), "The projection in .* is not whole"),
-        (lambda t: {**t, "image_proj.norm_out.weight": torch.ones(3)}, r"norm_out.weight is \(3,\), it should be"),
+        (lambda t: {**t, "image_proj.norm_out.weight": torch.ones(3)}, r"norm_out.weight of shape \[3\] where"),
         (lambda t: {**t, "image_proj.perceiver_resampler.x": torch.ones(3)}, "is a face adapter"),
     ],
 )  # fmt: skip

@@ -13,7 +13,8 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import save_file
-from subject_patches.encoders.semantic_injection import hierarchy, metadata, tensors_of
+from subject_patches.encoders.semantic_injection import hierarchy, tensors_of
+from subject_patches.encoders.weights import metadata
 from subject_patches.nodes.semantic_injection import LoadSemanticInjectionNode
 from subject_patches.patches.call import AttentionCall
 from subject_patches.patches.chunk import Chunk

@@ -80,7 +80,8 @@ def start(tuning: Any, path: Path, lora_path: Path) -> None:
 
 def write(tuning: Any, vision: Any, path: Path, lora: Path) -> None:
     """Writes the maps' file, with the vision model, and the LoRA's, in half precision."""
-    from subject_patches.encoders.semantic_injection import MapsForm, metadata, tensors_of
+    from subject_patches.encoders.semantic_injection import MapsForm, tensors_of
+    from subject_patches.encoders.weights import metadata
 
     from .family import VISION, WIDTH
 

@@ -55,14 +55,15 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
 
 def write(modules: Any, vision: Any, path: Path) -> None:
     """Writes the encoder's file, in half precision."""
-    from subject_patches.encoders.subject_encoder import metadata
+    from subject_patches.encoders.loading import file_tensors
+    from subject_patches.encoders.weights import metadata
     from subject_patches.toy.subjects import FORM
 
     from .family import VISION
 
-    tensors = {**modules.state_dict(), **{f"vision.{name}": each for name, each in vision.state_dict().items()}}
-    about = metadata(FORM, "the toy", TRAINED_BY, VISION)
-    save_whole(path, {name: tensor.half() for name, tensor in tensors.items()}, about)
+    save_whole(
+        path, file_tensors(modules.state_dict(), vision.state_dict()), metadata(FORM, "the toy", TRAINED_BY, VISION)
+    )
 
 
 def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..encoders.segmented import segmented
-from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, metadata, tensors_of
+from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, tensors_of
+from ..encoders.weights import metadata
 from ..patches.families.unet import scales
 from ..patches.masks import resize_mask, tokens_inside
 from ..patches.semantic_injection import grouped

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..encoders.loading import file_tensors
 from ..encoders.reference_net import first_weights, shape_of
 from ..encoders.segmented import segmented
-from ..encoders.subject_encoder import Form, SubjectModules, metadata
+from ..encoders.subject_encoder import Form, SubjectModules
+from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
 from ..patches.masks import resize_mask, tokens_inside
 from ..patches.sites import Site
@@ -105,9 +107,8 @@ class SubjectEncoderTraining:
     def write(self, modules: SubjectModules, folder: Path) -> tuple[Path, ...]:
         """Writes the encoder, for Load Subject Encoder; gives its path."""
         path = folder / f"anystory-{self.frozen.file}.safetensors"
-        tensors = {name: each.detach().half().cpu().contiguous() for name, each in modules.state_dict().items()}
         by = "python tools/train_subjects.py --kind anystory"
-        save_file(tensors, path, metadata(self.form, self.frozen.family.name, by))
+        save_file(file_tensors(modules.state_dict()), path, metadata(self.form, self.frozen.family.name, by))
         return (path,)
 
 

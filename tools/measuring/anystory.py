@@ -48,17 +48,15 @@ def form_for(model: Any, rank: int | None = None, vision: int = 12) -> Any:
 @cache
 def random_weights(form: Any) -> Any:
     """Random weights of a form, which keep activations at about unit size."""
-    import comfy.model_management
     import torch
-    from comfy.model_patcher import CoreModelPatcher
     from subject_patches.encoders.anystory import AnyStory, modules_of
+    from subject_patches.encoders.loading import kept_by_host
 
     shapes = {f"{part}.{name}": shape for part, named in form.shapes().items() for name, shape in named.items()}
     root, source = modules_of(shapes), _generator(7)
     weights = {name: torch.randn(shape, generator=source) / shape[-1] ** 0.5 for name, shape in shapes.items()}
     root.load_state_dict(weights, assign=True)
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return AnyStory("random", form, CoreModelPatcher(root.requires_grad_(False), device, offload))
+    return AnyStory("random", form, kept_by_host(root))
 
 
 def random_subjects(anystory: Any, latents: list[Tensor]) -> tuple[Any, ...]:
