@@ -55,6 +55,8 @@ class Session:
         self.whole = torch.empty(0, 0)
         self.active: tuple[Edit, ...] = ()
         self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
+        # Those of the noise level before that may serve this one too.
+        self._earlier: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
@@ -74,6 +76,7 @@ class Session:
         self.whole = torch.empty(0, 0)
         self.active = ()
         self.recordings.clear()
+        self._earlier.clear()
         self._conditionings.clear()
         self._model_key = None
 
@@ -81,7 +84,8 @@ class Session:
         """The sampler is about to call the model on `x` at this noise level."""
         sigma = float(timestep[0])
         if sigma != self.sigma:
-            self.recordings.clear()
+            self._earlier = {place: r for place, r in self.recordings.items() if r.stream.how.serves_several}
+            self.recordings = {}
         self.guider, self.sigma, self.whole = guider, sigma, x
         self._model_key = None
         self.active = tuple(edit for edit in self.edits if self.levels.lie_in(edit.window, sigma))
@@ -210,14 +214,18 @@ class Session:
         self, stream: Stream, sites: frozenset[Site], parts: tuple[str, ...], options: dict[str, Any], device: Any
     ) -> Recording:
         """The recording of a stream at this noise level, with what its cache has; what is missing is in `sites`.
-        `options` are those of companions' passes."""
+        `options` are those of companions' passes. The one of the noise level before goes on where it is of the same
+        pass: a cache may be too small for it, or hold it where it must be brought from."""
         place = (id(stream), parts)
-        if place not in self.recordings:
-            self.recordings[place] = Recording(stream, parts, self._cache_key(stream, options), self.run)
+        if place in self.recordings:
             self.recordings[place].load(sites, device)
-            self._tally.recorded(stream, self.recordings[place].complete)
-        recording = self.recordings[place]
+            return self.recordings[place]
+        key, recording = self._cache_key(stream, options), self._earlier.pop(place, None)
+        if recording is None or key is None or recording.key != key:
+            recording = Recording(stream, parts, key, self.run)
+        self.recordings[place] = recording
         recording.load(sites, device)
+        self._tally.recorded(stream, recording.complete)
         return recording
 
     def _cache_key(self, stream: Stream, options: dict[str, Any]) -> tuple[Any, ...] | None:

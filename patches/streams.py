@@ -33,8 +33,8 @@ class Pass:
 
     `level` is a share of the model's schedule (1 is its last noise level, nearly clean) at which the stream is looked
     at for every step, instead of at the generation's own (None). With `every` above 1 it is looked at anew at each so
-    many steps only. Either way one pass serves several steps, while the cache holds it. `without_cross_attention`
-    leaves that out, so that no prompt acts (AnyStory's ReferenceNet runs so, at level 1).
+    many steps only. Either way one pass serves several steps. `without_cross_attention` leaves that out, so that no
+    prompt acts (AnyStory's ReferenceNet runs so, at level 1).
 
     Raises ValueError for a level beyond 0 to 1, and for an `every` below 1."""
 

@@ -35,7 +35,8 @@ class Tally:
         self._streams[edit.node].add(id(stream))
 
     def recorded(self, stream: Stream, saved: bool) -> None:
-        """A companion's features at one noise level were needed; `saved` says that its cache had all of them."""
+        """A companion's features at one noise level were needed; `saved` says that all of them were there, in its
+        cache or since the level before."""
         self._passes[id(stream)] += 1
         self._saved[id(stream)] += saved
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.sd import load_bypass_lora_for_models
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from subject_patches.nodes.inputs import NEARLY_CLEAN
 from subject_patches.patches.cache import FeatureCache
 from subject_patches.patches.sites import Site
 from subject_patches.patches.subject import MEGABYTE
@@ -146,6 +147,14 @@ def test_two_nodes_with_one_subject_share_its_passes(model: Any) -> None:
     who = subject()
     once = recycled(counted(model, calls), (who,))
     assert passes(recycled(once, (who,), strength=0.5), calls)[1] == STEPS
+
+
+def test_a_run_needs_no_cache_for_what_serves_all_of_its_steps(model: Any) -> None:
+    calls: list[int] = []
+    for given, wanted in (({"noise_level": NEARLY_CLEAN}, 1), ({"refresh_steps": 2}, 2), ({}, STEPS)):
+        result, count = passes(recycled(counted(model, calls), (subject(megabytes=0),), **given), calls)
+        assert count == wanted
+        assert torch.equal(result, passes(recycled(counted(model, calls), **given), calls)[0])
 
 
 def with_lora(model: Any) -> Any:
