@@ -12,8 +12,8 @@ from torch.nn import functional
 def segmented(
     image: Tensor, mask: Tensor, size: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
 ) -> tuple[Tensor, Tensor]:
-    """A picture (1, height, width, 3) of 0 to 1, normalised to (image - mean) / std, times its mask (1, height, width)
-    of 0 to 1, in a square (1, 3, size, size), and the mask in it (1, size, size).
+    """Pictures (n, height, width, 3) of 0 to 1, normalised to (image - mean) / std and times their masks (n, height,
+    width) of 0 to 1, in a square (n, 3, size, size), and the masks in it (n, size, size).
 
     What is cut out, and what fills the square up, is zero after normalisation, as in AnyStory's code: mid grey, of a
     mean of one half. The authors squeeze the subject into the square; here it keeps its form."""

@@ -202,7 +202,7 @@ def test_the_loss_falls_and_checkpointing_changes_nothing(folder: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         kind = kind_of(checkpointing=checkpointing)
-        with with_gradients(), loaded(*kind.patchers):
+        with with_gradients(), loaded(*kind.frozen.patchers):
             optimiser = torch.optim.Adam(kind.groups_of_parameters(3e-3))
             losses = []
             for _ in range(6 if not checkpointing else 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,20 @@ class Peers:
         """Makes the module's gradients the peers' mean, and gives the mean of their `number`s."""
         if self.count == 1:
             return number
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_full((1,), number)])
-        distributed.all_reduce(flat)
-        flat /= self.count
-        for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return float(flat[-1])
+
+        def mean(flat: torch.Tensor) -> torch.Tensor:
+            distributed.all_reduce(flat)
+            return flat / self.count
+
+        return shared([p.grad for p in module.parameters() if p.grad is not None], number, mean)
+
+
+def shared(gradients: Sequence[torch.Tensor], number: float, mean: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Makes the gradients their `mean` over some processes, and gives that of the `number`s: all in one exchange."""
+    flat = mean(torch.cat([*(g.flatten() for g in gradients), gradients[0].new_full((1,), number)]))
+    for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return float(flat[-1])
 
 
 class Run:

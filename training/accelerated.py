@@ -15,24 +15,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..toy.runs import Average, load_state, save_state
+from ..toy.runs import Average, load_state, save_state, shared
 from .copies import loaded, with_gradients
+from .frozen import Frozen
 from .samples import Batches, Folder, Sample, Shards, loader
 
 STATE = "state.pt"
 
 
 class Kind(Protocol):
-    """What is trained: its `modules`, on which data, and the files that come of it."""
+    """What is trained: its `modules` beside what is `frozen`, on which data, and the files that come of it."""
 
     name: str
+    frozen: Frozen
     modules: nn.Module
-
-    @property
-    def patchers(self) -> Sequence[Any]: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]: ...
 
@@ -63,11 +59,11 @@ class Accelerated:
 
     def __init__(self, kind: Kind, source: Folder | Shards, plan: Plan, accelerator: Any) -> None:
         self.kind, self.source, self.plan, self.accelerator = kind, source, plan, accelerator
-        kind.modules.to(kind.device, torch.float32)
+        kind.modules.to(kind.frozen.device, torch.float32)
         self.optimiser = torch.optim.AdamW(kind.groups_of_parameters(plan.rate), plan.rate, weight_decay=1e-2)
         self.average = Average(kind.modules, plan.average)
         self.step, self.losses = 0, []
-        state = load_state(plan.folder / STATE, kind.device)
+        state = load_state(plan.folder / STATE, kind.frozen.device)
         if state is not None:
             self._resume(state)
 
@@ -94,7 +90,7 @@ class Accelerated:
         """Trains up to the plan's steps; gives the loss of every step, those of earlier runs too. Writes the state and
         the files as the plan says, and at the end."""
         plan, main = self.plan, self.accelerator.is_main_process
-        with with_gradients(), loaded(*self.kind.patchers):
+        with with_gradients(), loaded(*self.kind.frozen.patchers):
             start = self.step * plan.accumulation
             data = Batches(
                 self.source, plan.size, plan.batch, plan.seed, self.accelerator.process_index,
@@ -137,15 +133,12 @@ class Accelerated:
         """Makes the gradients the processes' mean, and gives the mean of their `number`s."""
         if self.accelerator.num_processes == 1:
             return number
-        parameters = [each for each in self.kind.modules.parameters() if each.requires_grad]
-        # A part that no row of a process used has a gradient of zero there.
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        flat = torch.cat([*(each.flatten() for each in gradients), gradients[0].new_full((1,), number)])
-        flat = self.accelerator.reduce(flat, "mean")
-        parts = flat[:-1].split([each.numel() for each in gradients])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter).clone()
-        return float(flat[-1])
+        gradients = []
+        for parameter in filter(lambda each: each.requires_grad, self.kind.modules.parameters()):
+            # A part that no row of a process used has a gradient of zero there.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+        return shared(gradients, number, lambda flat: self.accelerator.reduce(flat, "mean"))
 
     def save(self) -> None:
         """Writes what a later call goes on from, and the files of the averaged modules."""

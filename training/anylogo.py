@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..encoders.segmented import segmented
 from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, tensors_of
 from ..encoders.weights import metadata
 from ..patches.families.unet import scales
 from ..patches.masks import resize_mask, tokens_inside
 from ..patches.semantic_injection import grouped
 from ..patches.sites import Site, select_sites
+from ..toy.runs import save_whole
 from .frozen import Frozen
 from .samples import Sample
 from .symbiotic import (
@@ -62,14 +61,6 @@ class AnyLogoTuning:
         self.modules = nn.ModuleDict({"low_ranks": low_ranks, "semantic": semantic})
         low_ranks.attach(network)
 
-    @property
-    def patchers(self) -> tuple[Any, ...]:
-        return self.frozen.patchers
-
-    @property
-    def device(self) -> torch.device:
-        return self.frozen.device
-
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
         """For an optimiser: the maps, which begin at nothing and harm nobody, learn ten times as fast."""
         return [
@@ -79,20 +70,15 @@ class AnyLogoTuning:
 
     @torch.no_grad()
     def _seen(self, pictures: Tensor, masks: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        vision, device = self.frozen.vision, self.frozen.vision.load_device
-        pixels = [
-            segmented(picture[None], mask[None], vision.image_size, vision.image_mean, vision.image_std)[0]
-            for picture, mask in zip(pictures, masks, strict=True)
-        ]
-        found = layers_seen(vision.model, torch.cat(pixels).to(device))
-        return tuple((patches.to(self.device), whole.to(self.device)) for patches, whole in found)
+        found, device = layers_seen(self.frozen.vision.model, self.frozen.pixels(pictures, masks)), self.frozen.device
+        return tuple((patches.to(device), whole.to(device)) for patches, whole in found)
 
     def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor:
         """Eq. 6 over some samples; all chance comes from the generator, on the CPU."""
         pictures, masks = (torch.stack([getattr(each, name) for each in samples]) for name in ("picture", "mask"))
         subjects = torch.stack([each.subject for each in samples])
         inside = torch.stack([each.subject_mask for each in samples])
-        rows = {name: each.to(self.device) for name, each in drawn_rows(len(samples), generator).items()}
+        rows = {name: each.to(self.frozen.device) for name, each in drawn_rows(len(samples), generator).items()}
         context, pooled = self.frozen.prompts([each.caption for each in samples], rows["unconditional"])
         denoiser = self.frozen.denoiser
         clean, reference = self.frozen.latents(pictures), self.frozen.latents(subjects)
@@ -103,7 +89,7 @@ class AnyLogoTuning:
         with torch.set_grad_enabled(self.through):
             denoiser.denoised(noisy_reference, sigmas, context, pooled, **recording(self.delivering, lent))
         kept = kept_layers(sorted(self.delivering), rows["reference"], self.keep, generator)
-        cells = resize_mask(inside, tuple(reference.shape[-2:])).to(self.device)
+        cells = resize_mask(inside, tuple(reference.shape[-2:])).to(self.frozen.device)
         bias = {site: sparse_bias(tokens_inside(cells, self._grid(site, cells)), kept[site]) for site in lent}
         behind = [whole for _, whole in self._seen(pictures, 1 - masks)]
         tokens = self.modules["semantic"](self._seen(subjects, inside), behind)
@@ -122,6 +108,6 @@ class AnyLogoTuning:
         """Writes the maps, for Load Semantic Injection, and the LoRA, for the host's; gives their paths."""
         maps, lora = (folder / f"anylogo-{self.frozen.file}{end}.safetensors" for end in ("", "-lora"))
         by = "python tools/train_subjects.py --kind anylogo"
-        save_file(tensors_of(modules["semantic"].tensors()), maps, metadata(self.form, self.frozen.family.name, by))
-        save_file(modules["low_ranks"].file(), lora, {"trained_by": by})
+        save_whole(maps, tensors_of(modules["semantic"].tensors()), metadata(self.form, self.frozen.family.name, by))
+        save_whole(lora, modules["low_ranks"].file(), {"trained_by": by})
         return maps, lora

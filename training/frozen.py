@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..encoders.segmented import segmented
 from ..patches.families import family_of
 from ..patches.families.unet import UNet
 from .denoising import Denoiser
@@ -56,6 +57,13 @@ class Frozen:
         context = torch.cat([context[:, :least] for context, _ in made]).to(self.device)
         pooled = [each for _, each in made if each is not None]
         return context, torch.cat(pooled).to(self.device) if pooled else None
+
+    def pixels(self, pictures: Tensor, masks: Tensor) -> Tensor:
+        """Pictures (n, height, width, 3) of 0 to 1, outside their masks (n, height, width) cut out, as the vision model
+        takes them, on its device."""
+        vision = self.vision
+        found, _ = segmented(pictures, masks, vision.image_size, vision.image_mean, vision.image_std)
+        return found.to(vision.load_device)
 
     @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.ops
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..encoders.loading import file_tensors
@@ -23,6 +22,7 @@ from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
 from ..patches.masks import resize_mask, tokens_inside
 from ..patches.sites import Site
+from ..toy.runs import save_whole
 from .frozen import Frozen
 from .samples import Sample
 from .symbiotic import KeysAndValues, Slots, attention, recycling, sparse_bias
@@ -52,14 +52,6 @@ class SubjectEncoderTraining:
         self.modules = SubjectModules(self.form, nn, comfy.ops.disable_weight_init)
         begin(self.modules, frozen.network, channels)
 
-    @property
-    def patchers(self) -> tuple[Any, ...]:
-        return self.frozen.patchers
-
-    @property
-    def device(self) -> torch.device:
-        return self.frozen.device
-
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
         """For an optimiser: all learn alike."""
         return [{"params": list(self.modules.parameters()), "lr": rate}]
@@ -67,15 +59,10 @@ class SubjectEncoderTraining:
     @torch.no_grad()
     def _seen(self, subjects: Tensor, masks: Tensor, apart: Tensor) -> Tensor:
         """What the vision model sees of subjects that are cut out; of rows that are `apart`, of an empty picture."""
-        vision = self.frozen.vision
-        pixels = torch.cat(
-            [
-                segmented(picture[None], mask[None], vision.image_size, vision.image_mean, vision.image_std)[0]
-                for picture, mask in zip(subjects, masks, strict=True)
-            ]
-        )
+        pixels = self.frozen.pixels(subjects, masks)
         pixels = pixels * (~apart).to(pixels).view(-1, 1, 1, 1)
-        return vision.model(pixel_values=pixels.to(vision.load_device), intermediate_output=-2)[1].to(self.device)
+        seen = self.frozen.vision.model(pixel_values=pixels, intermediate_output=-2)[1]
+        return seen.to(self.frozen.device)
 
     def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor:
         """Eq. 1 over some samples; all chance comes from the generator, on the CPU."""
@@ -84,16 +71,14 @@ class SubjectEncoderTraining:
         subjects = torch.stack([each.subject for each in samples])
         masks = torch.stack([each.subject_mask for each in samples])
         apart, tokenless, alone = (
-            (torch.rand(count, generator=generator) < share).to(self.device)
+            (torch.rand(count, generator=generator) < share).to(frozen.device)
             for share in (UNCONDITIONAL, NO_TOKENS, NO_REFERENCE)
         )
         context, pooled = frozen.prompts([each.caption for each in samples], apart)
-        cut = [
-            segmented(subject[None], mask[None], self.form.size) for subject, mask in zip(subjects, masks, strict=True)
-        ]
+        cut, inside = segmented(subjects, masks, self.form.size)
         clean = frozen.latents(pictures)
-        reference = frozen.latents((torch.cat([each for each, _ in cut]) / 2 + 0.5).movedim(1, -1))
-        inside = resize_mask(torch.cat([each for _, each in cut]), tuple(reference.shape[-2:])).to(self.device)
+        reference = frozen.latents((cut / 2 + 0.5).movedim(1, -1))
+        inside = resize_mask(inside, tuple(reference.shape[-2:])).to(frozen.device)
         sigmas = frozen.denoiser.levels(count, generator)
         noisy = frozen.denoiser.noised(clean, sigmas, generator)
         made = self.modules.references(reference, inside)
@@ -108,7 +93,7 @@ class SubjectEncoderTraining:
         """Writes the encoder, for Load Subject Encoder; gives its path."""
         path = folder / f"anystory-{self.frozen.file}.safetensors"
         by = "python tools/train_subjects.py --kind anystory"
-        save_file(file_tensors(modules.state_dict()), path, metadata(self.form, self.frozen.family.name, by))
+        save_whole(path, file_tensors(modules.state_dict()), metadata(self.form, self.frozen.family.name, by))
         return (path,)
 
 
