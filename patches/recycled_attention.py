@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from .chunk import Chunk
 from .edit import Edit, Request, Start
 from .encoded_subject import KeptReference, lend_kept
 from .positions import Positions, placed_keys
-from .region import region_at
+from .region import Regions
 from .rows import check_rows
 from .sites import Site
 from .streams import Features, NoisedReference, Stream
+
+# Where routes can be looked at without waiting for a GPU.
+_CPU = torch.device("cpu")
 
 # Equations
 
@@ -96,21 +99,14 @@ class RecycledSelfAttention(Edit):
     unconditioned_too: bool = False
     positions: Positions | None = None
     kept: tuple[KeptReference, ...] = ()
-    _regions: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _regions: Regions = field(default_factory=Regions, repr=False)
 
     def begin(self) -> RecycledSelfAttention:
-        return replace(self, _regions={}, kept=tuple(each.begin() for each in self.kept))
+        return replace(self, _regions=Regions(), kept=tuple(each.begin() for each in self.kept))
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:
             check_rows("region masks", len(self.region_mask), len(start.noise))
-
-    def _region(self, call: AttentionCall) -> Tensor:
-        # A layer's region is the same at every step.
-        place = (call.grid, call.chunk.part, call.chunk.latent, call.query.shape[0])
-        if place not in self._regions:
-            self._regions[place] = region_at(self.region_mask, call.chunk, call.grid, call.query.shape[0])
-        return self._regions[place]
 
     def _kept(self, sigma: float) -> frozenset[Site]:
         return frozenset(s for s in self.sites if is_recycled(self.keep_probability, self.seed, sigma, s))
@@ -132,7 +128,7 @@ class RecycledSelfAttention(Edit):
             return
         region = route = None
         if self.region_mask is not None:
-            region = self._region(call)
+            region = self._regions.at(self.region_mask, call, _CPU)
             route = region > 0
             if not bool(route.any()):
                 return

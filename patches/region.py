@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +23,25 @@ def region_at(mask: Tensor, chunk: Chunk, grid: tuple[int, int], rows: int) -> T
         mask = chunk.cut(resize_mask(mask, chunk.latent))
     mask = resize_mask(mask, grid).flatten(1)
     return mask if len(mask) == 1 else chunk.lent(mask, rows)
+
+
+@dataclass
+class Regions:
+    """What `region_at` gave of one mask for the calls of a run: a layer's is the same at every step."""
+
+    _mask: Tensor | None = None
+    _made: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def at(self, mask: Tensor, call: AttentionCall, device: torch.device) -> Tensor:
+        """The region at a call's places, on a device: (1 or rows, queries). Another mask takes the place of the last.
+        The call has a grid."""
+        if mask is not self._mask:
+            self._mask, self._made = mask, {}
+        chunk, rows = call.chunk, len(call.query)
+        place = (call.grid, chunk.part, chunk.latent, rows, device)
+        if place not in self._made:
+            self._made[place] = region_at(mask, chunk, call.grid, rows).to(device)
+        return self._made[place]
 
 
 def tokens_at(tokens: Tensor, call: AttentionCall) -> Tensor:

@@ -7,7 +7,7 @@ its steps down from T; its text and appendix mean the early ones by those up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from .call import AttentionCall
 from .chunk import Chunk
 from .edit import Edit, Request, Start
 from .masks import lending
-from .region import region_at, tokens_at
+from .region import Regions, tokens_at
 from .rows import check_rows, in_turn, matching_rows, rows_in_turn
 from .sites import Site
 from .streams import UNCONDITIONAL, Features, Stream, Trajectory, check_level
@@ -146,6 +146,17 @@ class ReferenceSwap(_Lent):
     node: ClassVar[str] = "Multi-Source Attention Swap (the reference, from lambda2 on)"
 
     extends: bool = False
+    # What lends at a layer's grid is the same at every step.
+    _lending: dict[Hashable, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+
+    def _inside(self, key: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`lending` at the places of a layer's keys (pictures, height, width, channels), on their device."""
+        grid = tuple(key.shape[1:3])
+        place = (grid, key.device, key.dtype)
+        if place not in self._lending:
+            inside, bias = lending(self.path.mask, grid)
+            self._lending[place] = inside.to(key.device), None if bias is None else bias.to(key)
+        return self._lending[place]
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
@@ -157,9 +168,9 @@ class ReferenceSwap(_Lent):
             if key.ndim != 4:
                 call.leave(self.node)
                 return
-            inside, bias = lending(self.path.mask, tuple(key.shape[1:3]))
-            key, value = (_tokens(part).index_select(1, inside.to(part.device)) for part in (key, value))
-            bias = None if bias is None else in_turn(self.of_rows(bias.to(key), call), len(call.query))
+            inside, bias = self._inside(key)
+            key, value = (_tokens(part).index_select(1, inside) for part in (key, value))
+            bias = None if bias is None else in_turn(self.of_rows(bias, call), len(call.query))
         own = Attended(call.query, call.key, call.value)
         lent_key, lent_value = (self.of_rows(_tokens(part), call) for part in (key, value))
         given = swapped_late(own, Attended(call.query, lent_key, lent_value))
@@ -184,6 +195,7 @@ class LayoutBlend(_Lent):
     node: ClassVar[str] = "Multi-Source Attention Swap (the blend mask, from mask_blend_start on)"
 
     mask: Tensor | MaskInRun
+    _regions: Regions = field(default_factory=Regions, repr=False)
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
@@ -198,9 +210,8 @@ class LayoutBlend(_Lent):
                 return
             stages.note(call)
             mask = stages.blend
-        here = region_at(mask, call.chunk, call.grid, rows)
+        here = self._regions.at(mask, call, call.query.device)
         call.note("blend mask", lambda: here.unflatten(-1, call.grid))
-        here = here.to(call.query.device)
         call.blend(lambda output: blended(output, in_turn(layout, rows), here))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .edit import Edit, Start
 from .image_prompt import ImagePrompt
-from .region import region_at
+from .region import Regions
 from .routed_reference import token_attention
 from .rows import check_rows
 from .streams import Features, Stream
@@ -29,6 +29,10 @@ class ShownTokens(Edit):
     empty: ImagePrompt
     eta: float = 1.0
     region_mask: Tensor | None = None
+    _regions: Regions = field(default_factory=Regions, repr=False)
+
+    def begin(self) -> ShownTokens:
+        return replace(self, _regions=Regions())
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:
@@ -41,7 +45,7 @@ class ShownTokens(Edit):
             if call.grid is None:
                 call.leave(self.node)
                 return
-            region = region_at(self.region_mask, call.chunk, call.grid, rows).to(query)[..., None]
+            region = self._regions.at(self.region_mask, call, query.device).to(query)[..., None]
             shares = [(prompt, self.eta * region) for prompt in self.prompts]
             shares.append((self.empty, self.eta * (1 - region)))
         ready = [(prompt.keys_and_values(call), share) for prompt, share in shares]
