@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..patches.image_prompt import KeysAndValues
+from ..patches.mechanisms.image_prompt import KeysAndValues
 from .resampler import Resampler
 from .weights import Shapes, check_shapes, shapes_of
 

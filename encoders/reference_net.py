@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patches.companion import silenced
+from ..patches.engine.companion import silenced
 from ..patches.families.unet import transformer_blocks
-from ..patches.sites import Site
+from ..patches.parts.sites import Site
 
 # What decides a U-Net's shape, of what the host tells its class; the rest is the same in all of ours.
 SHAPE = (

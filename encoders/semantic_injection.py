@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ..patches.semantic_injection import GROUPS, Hierarchy, Maps, layers_of
+from ..patches.mechanisms.semantic_injection import GROUPS, Hierarchy, Maps, layers_of
 from .loading import file_tensors, loading, opened, read_tensors
 from .segmented import segmented
 from .weights import FileForm, Shape, form_said

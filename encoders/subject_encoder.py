@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..patches.families.unet import sites_of, transformer_blocks
-from ..patches.image_prompt import KeysAndValues, in_file_order
-from ..patches.masks import tokens_inside
-from ..patches.sites import Site
+from ..patches.mechanisms.image_prompt import KeysAndValues, in_file_order
+from ..patches.parts.masks import tokens_inside
+from ..patches.parts.sites import Site
 from .loading import kept_by_host, loading, opened, read_tensors
 from .reference_net import build, delivering, hidden_states
 from .resampler import Resampler

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patches.aligned import SHADES, Box, aligned, filled_box, without_background
-from ..patches.masks import resize_mask
-from ..patches.subject import composite, mask_bounds
+from ..patches.mechanisms.aligned import SHADES, Box, aligned, filled_box, without_background
+from ..patches.mechanisms.subject import composite, mask_bounds
+from ..patches.parts.masks import resize_mask
 from .checks import check_choice, check_number, masks_in, pictures_in, tell, upside_down
 from .types import RETOUCH
 

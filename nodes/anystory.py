@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 
 from ..encoders.anystory import AnyStory
-from ..patches.anystory_loras import Loras
-from ..patches.anystory_references import clean_reference
-from ..patches.anystory_run import AnyStorySettings, add_anystory
-from ..patches.anystory_subject import AnyStorySubject
+from ..patches.anystory.anystory_loras import Loras
+from ..patches.anystory.anystory_references import clean_reference
+from ..patches.anystory.anystory_run import AnyStorySettings, add_anystory
+from ..patches.anystory.anystory_subject import AnyStorySubject
 from ..patches.families import attention_sites, family_of
-from ..patches.router import MOST_SUBJECTS
-from ..patches.window import Window
+from ..patches.mechanisms.router import MOST_SUBJECTS
+from ..patches.parts.window import Window
 from .anystory_subject import check_latents
 from .checks import check_choice, check_number
 from .inputs import model_input, model_output

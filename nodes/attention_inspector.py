@@ -8,9 +8,24 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patches.attention_pictures import BY_LAYER, BY_STEP, Selection, by_shown, draw_sheets, mean_map, overlay, plot
-from ..patches.attention_pictures import sheets as sheets_of
-from ..patches.attention_record import (
+from ..patches.engine.engine import add_edit
+from ..patches.families import attention_sites
+from ..patches.parts.graph import Place, before, here, signature
+from ..patches.parts.prompt import split_phrases
+from ..patches.parts.sites import sites_named
+from ..patches.parts.window import Window
+from ..patches.pictures.attention_pictures import (
+    BY_LAYER,
+    BY_STEP,
+    Selection,
+    by_shown,
+    draw_sheets,
+    mean_map,
+    overlay,
+    plot,
+)
+from ..patches.pictures.attention_pictures import sheets as sheets_of
+from ..patches.pictures.attention_record import (
     CROSS_ATTENTION,
     MOST_RUNS,
     AttentionRecord,
@@ -18,12 +33,6 @@ from ..patches.attention_record import (
     RecordAttention,
     table,
 )
-from ..patches.engine import add_edit
-from ..patches.families import attention_sites
-from ..patches.graph import Place, before, here, signature
-from ..patches.prompt import split_phrases
-from ..patches.sites import sites_named
-from ..patches.window import Window
 from .checks import check_choice, check_number, pictures_in
 from .inputs import model_input
 from .types import INSPECT, AttentionRecordType

@@ -8,9 +8,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, preset_noun
-from ..patches.dual_branch import BRANCH_KEY, BranchTokens
-from ..patches.prompt import SPANS_KEY, Spans, check_embeddings, find_spans, in_context, prompt_spans, split_phrases
+from ..patches.mechanisms.auxiliary_prompt import PRESETS, auxiliary_text, counterpart, preset_noun
+from ..patches.mechanisms.dual_branch import BRANCH_KEY, BranchTokens
+from ..patches.parts.prompt import (
+    SPANS_KEY,
+    Spans,
+    check_embeddings,
+    find_spans,
+    in_context,
+    prompt_spans,
+    split_phrases,
+)
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
 from .inputs import phrases_input, prompt_clip_input, text_input

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..patches.graph import Place, text_of
+from ..patches.parts.graph import Place, text_of
 from .concept_inputs import told
 
 if TYPE_CHECKING:

@@ -7,11 +7,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.dual_branch import BRANCH_KEY, BranchTokens, BranchWindow, DualBranchIntegration, auxiliary_noise
-from ..patches.engine import add_edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import chosen_sites, family_of
-from ..patches.graph import lost
-from ..patches.sites import USUAL
+from ..patches.mechanisms.dual_branch import (
+    BRANCH_KEY,
+    BranchTokens,
+    BranchWindow,
+    DualBranchIntegration,
+    auxiliary_noise,
+)
+from ..patches.parts.graph import lost
+from ..patches.parts.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
 from .inputs import model_input, model_output, named_sites_input, seed_input, sites_input
 from .types import CONCEPT

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.prompt import SPANS_KEY, find_spans, in_context, split_phrases
+from ..patches.parts.prompt import SPANS_KEY, find_spans, in_context, split_phrases
 from .checks import check_loaded
 from .embeddings import embeddings_state
 from .inputs import phrases_input, prompt_clip_input, text_input

@@ -12,9 +12,9 @@ from comfy_api.latest import io
 from ..encoders.ip_adapter import ImagePromptAdapter, read_adapter
 from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet, layer_at
-from ..patches.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
-from ..patches.sites import Site
-from ..patches.subject import Reference, Subject
+from ..patches.mechanisms.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
+from ..patches.mechanisms.subject import Reference, Subject
+from ..patches.parts.sites import Site
 from .checks import check_choice, prompt_in
 from .inputs import subject_input
 from .model_files import ADAPTERS

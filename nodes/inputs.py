@@ -1,14 +1,14 @@
 """Inputs and outputs that mean the same in several nodes, each said once.
 
-`tests/test_inputs.py` holds nodes to it: an input of one name has one type and one tooltip, or a reason why not.
+`tests/nodes/test_inputs.py` holds nodes to it: an input of one name has one type and one tooltip, or a reason why not.
 """
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.positions import BESIDE, DAMPED, SAME
-from ..patches.sites import CHOICES, USUAL
+from ..patches.mechanisms.positions import BESIDE, DAMPED, SAME
+from ..patches.parts.sites import CHOICES, USUAL
 from .checks import MEGABYTES_MAX
 from .types import FAMILIES, SubjectType
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.engine import add_edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import chosen_sites
-from ..patches.layout import LayoutBias
-from ..patches.layout_regions import Layout, Region, box_mask, boxes_of, layout_picture, painted_mask
-from ..patches.prompt import split_phrases
-from ..patches.sites import USUAL
-from ..patches.window import Window
+from ..patches.mechanisms.layout import LayoutBias
+from ..patches.mechanisms.layout_regions import Layout, Region, box_mask, boxes_of, layout_picture, painted_mask
+from ..patches.parts.prompt import split_phrases
+from ..patches.parts.sites import USUAL
+from ..patches.parts.window import Window
 from .checks import check_choice, check_number, masks_in
 from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
 from .types import LAYOUT, LayoutType

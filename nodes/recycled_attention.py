@@ -7,16 +7,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.edit import Edit
-from ..patches.engine import add_edit
+from ..patches.engine.edit import Edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import attention_sites, chosen_sites
-from ..patches.image_prompt import AdaptedPrompt
-from ..patches.recycled_attention import RecycledSelfAttention
-from ..patches.routed_reference import EmptyTokens
-from ..patches.shown_tokens import ShownTokens
-from ..patches.sites import USUAL
-from ..patches.subject import Subject
-from ..patches.window import Window
+from ..patches.mechanisms.image_prompt import AdaptedPrompt
+from ..patches.mechanisms.recycled_attention import RecycledSelfAttention
+from ..patches.mechanisms.routed_reference import EmptyTokens
+from ..patches.mechanisms.shown_tokens import ShownTokens
+from ..patches.mechanisms.subject import Subject
+from ..patches.parts.sites import USUAL
+from ..patches.parts.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in
 from .image_prompt import at_model, empty_prompt
 from .inputs import (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..patches.encoded_subject import KeptReference
+from ..patches.engine.streams import NoisedReference, Pass
 from ..patches.families import Transformer, family_of
-from ..patches.positions import BESIDE, DAMPED, SAME, Positions
-from ..patches.sites import USUAL, Site
-from ..patches.streams import NoisedReference, Pass
-from ..patches.subject import Subject
+from ..patches.mechanisms.encoded_subject import KeptReference
+from ..patches.mechanisms.positions import BESIDE, DAMPED, SAME, Positions
+from ..patches.mechanisms.subject import Subject
+from ..patches.parts.sites import USUAL, Site
 from .checks import check_choice, check_number
 from .image_prompt import layer_channels
 from .inputs import CURRENT, FIXED, NEARLY_CLEAN, REFRESH_MAX

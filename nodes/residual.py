@@ -7,9 +7,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.graph import lost
-from ..patches.prompt import SPANS_KEY
-from ..patches.residual import FORMAT, ResidualToken, add_residual, family_of, file_contents, subject_positions
+from ..patches.mechanisms.residual import (
+    FORMAT,
+    ResidualToken,
+    add_residual,
+    family_of,
+    file_contents,
+    subject_positions,
+)
+from ..patches.parts.graph import lost
+from ..patches.parts.prompt import SPANS_KEY
 from .checks import check_number, prompt_in
 from .model_files import RESIDUAL_TOKENS
 from .types import CONCEPT, ResidualTokenType

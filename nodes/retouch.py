@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patches.blend_mask import AdaptiveMask
-from ..patches.engine import add_edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import chosen_sites, family_of
-from ..patches.inversion import Inversion
-from ..patches.process import Process
-from ..patches.retouch import MultiSourceSwap, path_of
-from ..patches.sites import LATE, USUAL
-from ..patches.window import Window
+from ..patches.mechanisms.blend_mask import AdaptiveMask
+from ..patches.mechanisms.inversion import Inversion
+from ..patches.mechanisms.retouch import MultiSourceSwap, path_of
+from ..patches.parts.process import Process
+from ..patches.parts.sites import LATE, USUAL
+from ..patches.parts.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
 from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
 from .types import RETOUCH, BlendMaskType, TrajectoryType

@@ -8,14 +8,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.edit import Edit
-from ..patches.engine import add_edit
+from ..patches.engine.edit import Edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import Transformer, attention_sites, chosen_sites, family_of
-from ..patches.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
-from ..patches.router import MOST_SUBJECTS, Router
-from ..patches.sites import USUAL
-from ..patches.subject import Share, Subject
-from ..patches.window import Window
+from ..patches.mechanisms.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
+from ..patches.mechanisms.router import MOST_SUBJECTS, Router
+from ..patches.mechanisms.subject import Share, Subject
+from ..patches.parts.sites import USUAL
+from ..patches.parts.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .inputs import (

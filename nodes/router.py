@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patches.layout_regions import Layout
-from ..patches.map_router import MapRouter
-from ..patches.mask_router import MaskRouter
-from ..patches.router import MOST_SUBJECTS
+from ..patches.mechanisms.layout_regions import Layout
+from ..patches.mechanisms.map_router import MapRouter
+from ..patches.mechanisms.mask_router import MaskRouter
+from ..patches.mechanisms.router import MOST_SUBJECTS
 from .checks import check_choice, check_number, masks_in, tell, upside_down
 from .types import SEVERAL, LayoutType, RouterType
 

@@ -11,9 +11,9 @@ from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..patches.process import Process
-from ..patches.self_recurrence import recur, row_noise
-from ..patches.window import Levels, Window
+from ..patches.mechanisms.self_recurrence import recur, row_noise
+from ..patches.parts.process import Process
+from ..patches.parts.window import Levels, Window
 from .inputs import seed_input, window_inputs
 from .types import LAYOUT
 

@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..encoders.semantic_injection import PROMPTS, SemanticMaps, hierarchy, read_semantic_maps
-from ..patches.engine import add_edit
+from ..patches.engine.engine import add_edit
 from ..patches.families import attention_sites, family_of
 from ..patches.families.unet import UNet, scales
-from ..patches.semantic_injection import SemanticInjection, grouped, tokens_of
-from ..patches.sites import USUAL
-from ..patches.subject import Subject, composite
-from ..patches.window import Window
+from ..patches.mechanisms.semantic_injection import SemanticInjection, grouped, tokens_of
+from ..patches.mechanisms.subject import Subject, composite
+from ..patches.parts.sites import USUAL
+from ..patches.parts.window import Window
 from .checks import check_choice, check_number, pictures_in
 from .inputs import model_input, model_output, subject_input, window_inputs
 from .model_files import SUBJECT_ENCODERS

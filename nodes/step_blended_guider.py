@@ -11,7 +11,7 @@ from comfy.model_sampling import CONST
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from comfy_api.latest import io
 
-from ..patches.step_plan import Call, StepPlan, Told, steps_of_calls
+from ..patches.mechanisms.step_plan import Call, StepPlan, Told, steps_of_calls
 from .checks import check_number, prompt_in
 from .types import CONCEPT
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.aligned import SHADES, without_background
-from ..patches.cache import FeatureCache
-from ..patches.masks import resize_mask
-from ..patches.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
+from ..patches.mechanisms.aligned import SHADES, without_background
+from ..patches.mechanisms.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
+from ..patches.parts.cache import FeatureCache
+from ..patches.parts.masks import resize_mask
 from .align import KEEP, background_input
 from .checks import (
     MEGABYTES_MAX,

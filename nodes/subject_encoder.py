@@ -10,10 +10,10 @@ from comfy_api.latest import io
 
 from ..encoders.segmented import segmented
 from ..encoders.subject_encoder import SubjectEncoder, read_subject_encoder
-from ..patches.encoded_subject import EncodedSubject, KeptReference
-from ..patches.image_prompt import AdaptedPrompt
-from ..patches.masks import resize_mask
-from ..patches.subject import Reference, Subject, encoded
+from ..patches.mechanisms.encoded_subject import EncodedSubject, KeptReference
+from ..patches.mechanisms.image_prompt import AdaptedPrompt
+from ..patches.mechanisms.subject import Reference, Subject, encoded
+from ..patches.parts.masks import resize_mask
 from .checks import check_choice, check_loaded
 from .inputs import subject_input, vae_input
 from .model_files import SUBJECT_ENCODERS

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.families import family_of
-from ..patches.graph import here
+from ..patches.parts.graph import here
 from .checks import check_choice, check_loaded, check_number, single, tell
 from .concept_inputs import AUTO, CHOICES, Further, further_inputs, told
 from .concept_names import check_name, check_unwritten, files_state

@@ -12,11 +12,11 @@ import torch
 from comfy.samplers import CFGGuider, Sampler
 from comfy_api.latest import io
 
-from ..patches.cache import FeatureCache
 from ..patches.families import family_of
-from ..patches.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, replayed
-from ..patches.process import Process
-from ..patches.subject import MEGABYTE, mask_bounds
+from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, replayed
+from ..patches.mechanisms.subject import MEGABYTE, mask_bounds
+from ..patches.parts.cache import FeatureCache
+from ..patches.parts.process import Process
 from .checks import MEGABYTES_MAX, check_number, latents_in, masks_in, prompt_in, tell, upside_down
 from .inputs import cache_input, model_input
 from .types import RETOUCH, TrajectoryType

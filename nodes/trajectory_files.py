@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..patches.inversion import CACHE_MEGABYTES, Inversion, read_trajectory, to_file
+from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, read_trajectory, to_file
 from .checks import MEGABYTES_MAX, check_number
 from .inputs import cache_input
 from .types import RETOUCH, TrajectoryType

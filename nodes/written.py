@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..patches.prompt import ONE_OF, split_phrases
+from ..patches.parts.prompt import ONE_OF, split_phrases
 
 EMBEDDING = "embedding:"
 # A name of an embedding where the host reads one, without the commas after it.

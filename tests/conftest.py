@@ -1,7 +1,8 @@
 """Loads the pack as the host does, under the package name `subject_patches`, and shares one server with all tests.
 
-Tests import the pack's modules from there (`from subject_patches.patches.call import AttentionCall`), the tools by
-their file names (`from host import Server`), and the host's own modules as the host has them (`import comfy.samplers`).
+Tests import the pack's modules from there (`from subject_patches.patches.engine.call import AttentionCall`), the tools
+by their file names (`from host import Server`), and the host's own modules as the host has them (`import
+comfy.samplers`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     base = tmp_path_factory.mktemp("base")
     folder = base / "custom_nodes" / "small_loaders"
     folder.mkdir(parents=True)
-    paths = [str(ROOT / "tests"), str(ROOT / "tools")]
+    paths = [str(ROOT / "tests" / "shared"), str(ROOT / "tools")]
     (folder / "__init__.py").write_text(_SMALL.format(paths=paths), encoding="utf-8")
     with Server(host, base=base) as running:
         yield running
@@ -69,7 +70,7 @@ def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def flux_server(small_server: Server) -> Server:
     """The same, with a small FLUX.1, its VAE and AnyStory's weights for it as files."""
-    from .small_flux import write_anystory, write_flux
+    from .shared.small_flux import write_anystory, write_flux
 
     models = small_server.base / "models"
     write_flux(models)

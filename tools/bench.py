@@ -97,8 +97,8 @@ def _measure(shape: Shape, options: Namespace, clock: Callable[[], float]) -> No
     import torch
     from measuring import COSTS
     from measuring.given import chosen, concept_tokens
-    from subject_patches.patches.dual_branch import BRANCH_KEY
-    from subject_patches.patches.prompt import SPANS_KEY
+    from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY
+    from subject_patches.patches.parts.prompt import SPANS_KEY
 
     patches = {name: patch for rows in COSTS for name, patch in rows(shape).items()}
     names = chosen(options.only, patches)

@@ -82,7 +82,7 @@ def convert_residual(source: Path, target: Path, noun: str) -> str:
 
     Raises ToolError with one sentence where the file is another, is damaged, or wants something executed."""
     import torch
-    from subject_patches.patches.residual import ResidualToken, file_contents
+    from subject_patches.patches.mechanisms.residual import ResidualToken, file_contents
 
     read, noun = _read(source), noun.strip()
     if not noun:

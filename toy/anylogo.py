@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..encoders.semantic_injection import layers_seen
 from ..patches.families.unet import UNETS, scales
-from ..patches.masks import tokens_inside
-from ..patches.semantic_injection import Hierarchy, grouped
-from ..patches.sites import Site, select_sites
+from ..patches.mechanisms.semantic_injection import Hierarchy, grouped
+from ..patches.parts.masks import tokens_inside
+from ..patches.parts.sites import Site, select_sites
 from ..training.symbiotic import (
     KEEP,
     KeysAndValues,

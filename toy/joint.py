@@ -1,5 +1,5 @@
 """The forward of the host's `Flux` for training: the same weights and the same sums, but every sum makes a new tensor.
-The host's own blocks add in place, which autograd refuses. `tests/test_toy_dit.py` holds the two equal."""
+The host's own blocks add in place, which autograd refuses. `tests/toy/test_toy_dit.py` holds the two equal."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..encoders.segmented import segmented
-from ..patches.masks import resize_mask
-from ..patches.subject import fit, mask_bounds
+from ..patches.mechanisms.subject import fit, mask_bounds
+from ..patches.parts.masks import resize_mask
 from .data import CELL, Words
 from .drawing import Picture, draw
 from .family import VISION

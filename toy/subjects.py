@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encoders.reference_net import shape_of
 from ..encoders.subject_encoder import Form, SubjectModules
-from ..patches.masks import tokens_inside
+from ..patches.parts.masks import tokens_inside
 from ..training.subject_encoder import adding, begin
 from ..training.symbiotic import recycling, sparse_bias
 from .family import LATENT_CHANNELS, UNET, VISION

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, tensors_of
 from ..encoders.weights import metadata
 from ..patches.families.unet import scales
-from ..patches.masks import resize_mask, tokens_inside
-from ..patches.semantic_injection import grouped
-from ..patches.sites import Site, select_sites
+from ..patches.mechanisms.semantic_injection import grouped
+from ..patches.parts.masks import resize_mask, tokens_inside
+from ..patches.parts.sites import Site, select_sites
 from ..toy.runs import save_whole
 from .frozen import Frozen
 from .samples import Sample

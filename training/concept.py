@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patches.prompt import find_spans
+from ..patches.parts.prompt import find_spans
 from .concept_words import Scheme, first_concept, first_own
 from .low_rank import covariance, factors
 from .text import TextEncoder, Tokens

@@ -9,7 +9,7 @@ import torch
 from comfy.utils import common_upscale
 from torch import Tensor
 
-from ..patches.subject import composite, encoded
+from ..patches.mechanisms.subject import composite, encoded
 
 
 def pictures_of(images: Sequence[Tensor]) -> list[Tensor]:

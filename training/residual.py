@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patches.prompt import find_spans, positions_of
-from ..patches.residual import ResidualToken, add_residual, mean_shift, preservation_loss
+from ..patches.mechanisms.residual import ResidualToken, add_residual, mean_shift, preservation_loss
+from ..patches.parts.prompt import find_spans, positions_of
 from .copies import loaded, with_gradients
 from .denoising import Denoiser
 from .loop import Group, LossMap, Training

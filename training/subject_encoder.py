@@ -20,8 +20,8 @@ from ..encoders.segmented import segmented
 from ..encoders.subject_encoder import Form, SubjectModules
 from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
-from ..patches.masks import resize_mask, tokens_inside
-from ..patches.sites import Site
+from ..patches.parts.masks import resize_mask, tokens_inside
+from ..patches.parts.sites import Site
 from ..toy.runs import save_whole
 from .frozen import Frozen
 from .samples import Sample

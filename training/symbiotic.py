@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..patches.families.unet import layer_at
-from ..patches.semantic_injection import Hierarchy, injected, semantic_tokens
-from ..patches.sites import Site
+from ..patches.mechanisms.semantic_injection import Hierarchy, injected, semantic_tokens
+from ..patches.parts.sites import Site
 
 KeysAndValues = tuple[Tensor, Tensor]
 Slots = dict[str, dict[tuple[str, int, int], Callable[..., Tensor]]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sites import USUAL, Site, select_sites
+from ..parts.sites import USUAL, Site, select_sites
 from .cosmos import COSMOSES
 from .family import Family
 from .flux import FLUXES

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sites import Kind, Site
+from ..parts.sites import Kind, Site
 from .rope import Rope, frequencies
 from .transformer import Blocks, Transformer
 

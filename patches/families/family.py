@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sites import Site
+from ..parts.sites import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sites import Kind
+from ..parts.sites import Kind
 from .rope import Rope, rope_of
 from .transformer import Blocks, Tokens, Transformer
 

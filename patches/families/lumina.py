@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import Kind
+from ..parts.sites import Kind
 from .rope import Rope, rope_of
 from .transformer import Blocks, Tokens, Transformer
 

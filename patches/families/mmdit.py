@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import Kind
+from ..parts.sites import Kind
 from .transformer import Blocks, Transformer
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..sites import Kind, Site
+from ..parts.sites import Kind, Site
 from .family import Family
 from .rope import Rope
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sites import Site
+from ..parts.sites import Site
 from .family import Family
 
 

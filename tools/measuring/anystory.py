@@ -63,8 +63,8 @@ def random_subjects(anystory: Any, latents: list[Tensor]) -> tuple[Any, ...]:
     """Subjects with these latents (1, channels, height, width) as their references, all of them inside the mask, and
     random tokens."""
     import torch
-    from subject_patches.patches.anystory_subject import AnyStorySubject
-    from subject_patches.patches.cache import FeatureCache
+    from subject_patches.patches.anystory.anystory_subject import AnyStorySubject
+    from subject_patches.patches.parts.cache import FeatureCache
 
     made = []
     for number, reference in enumerate(latents):

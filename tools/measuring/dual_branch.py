@@ -167,8 +167,8 @@ def colour_beside(emblem: Any) -> str:
 
 def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
     from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
-    from subject_patches.patches.dual_branch import DualBranchIntegration
     from subject_patches.patches.families import attention_sites
+    from subject_patches.patches.mechanisms.dual_branch import DualBranchIntegration
 
     given = {**DEFAULTS, **SETTINGS[name]}
     if given.get("sites") == "named":
@@ -188,7 +188,7 @@ def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
 
 def integrated_by(kind: type, model: Any, patched: Any, **more: Any) -> Any:
     """The model with an edit of another kind, of the same fields, than the one that it was `patched` with."""
-    from subject_patches.patches.engine import KEY, add_edit
+    from subject_patches.patches.engine.engine import KEY, add_edit
 
     edit = patched.model_options["transformer_options"][KEY][-1]
     same = {each.name: getattr(edit, each.name) for each in fields(edit) if each.name[0] != "_"}
@@ -199,7 +199,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     """The benchmark's rows: the paper's window, with both kinds of guidance."""
     import torch
     from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
-    from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
+    from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY, BranchTokens
 
     generator = torch.Generator().manual_seed(2)
     auxiliary = {**shape.pooled(generator), BRANCH_KEY: BranchTokens(((1, 7),), ((2, 3),), auxiliary=True)}

@@ -20,7 +20,7 @@ PHRASES = {f"phrase {number}": ((2 * number, 2 * number + 2),) for number in ran
 
 def concept_tokens() -> Any:
     """Where the benchmark's prompt has its own tokens, and a concept's: as Dual-Branch Prompts says it."""
-    from subject_patches.patches.dual_branch import BranchTokens
+    from subject_patches.patches.mechanisms.dual_branch import BranchTokens
 
     return BranchTokens(((1, 18),), PHRASES["phrase 1"])
 

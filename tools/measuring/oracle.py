@@ -112,8 +112,8 @@ class Case:
     def _prompts(self, place: int, name: str = "") -> tuple[Any, Any]:
         """A prompt with the concept, and its auxiliary prompt; or what each is responsible for alone."""
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
-        from subject_patches.patches.dual_branch import BRANCH_KEY, BranchTokens
-        from subject_patches.patches.prompt import in_context, prompt_spans
+        from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY, BranchTokens
+        from subject_patches.patches.parts.prompt import in_context, prompt_spans
         from subject_patches.toy.scenes import describe_background
 
         clip = self.given.toy.clip
@@ -165,8 +165,8 @@ def _by_a_mask() -> type:
     """The integration with masks (pictures, height, width) in the place of Eq. 3 and 4."""
     from dataclasses import dataclass
 
-    from subject_patches.patches.dual_branch import DualBranchIntegration
-    from subject_patches.patches.region import region_at
+    from subject_patches.patches.mechanisms.dual_branch import DualBranchIntegration
+    from subject_patches.patches.mechanisms.region import region_at
 
     @dataclass(frozen=True, eq=False)
     class ByAMask(DualBranchIntegration):

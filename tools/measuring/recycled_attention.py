@@ -165,7 +165,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     """The benchmark's rows: a name, and a function that patches a model with a fresh subject."""
     import torch
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
-    from subject_patches.patches.subject import Reference, Subject
+    from subject_patches.patches.mechanisms.subject import Reference, Subject
 
     generator = torch.Generator().manual_seed(1)
     region = shape.middle()

@@ -113,7 +113,7 @@ def routed(given: Given) -> None:
     layout and routed by masks."""
     from subject_patches.nodes.layout import LayoutBiasNode
     from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
-    from subject_patches.patches.mask_router import MaskRouter
+    from subject_patches.patches.mechanisms.mask_router import MaskRouter
 
     from .layout import DEFAULTS
 

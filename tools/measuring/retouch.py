@@ -193,7 +193,7 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     import torch
     from subject_patches.nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
     from subject_patches.patches.families import family_of
-    from subject_patches.patches.inversion import Inversion
+    from subject_patches.patches.mechanisms.inversion import Inversion
 
     from .given import PHRASES
 

@@ -106,8 +106,8 @@ class Case:
         from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
         from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
         from subject_patches.patches.families import family_of
-        from subject_patches.patches.map_router import MapRouter
-        from subject_patches.patches.mask_router import MaskRouter
+        from subject_patches.patches.mechanisms.map_router import MapRouter
+        from subject_patches.patches.mechanisms.mask_router import MaskRouter
 
         if name in (UNPATCHED, ALONE):
             return model
@@ -141,13 +141,13 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     """The benchmark's rows: one subject and eight, by masks and by maps, and eight by a bias over all keys."""
     import torch
     from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
-    from subject_patches.patches.engine import add_edit
+    from subject_patches.patches.engine.engine import add_edit
     from subject_patches.patches.families import attention_sites
-    from subject_patches.patches.map_router import MapRouter
-    from subject_patches.patches.mask_router import MaskRouter
-    from subject_patches.patches.sites import select_sites
-    from subject_patches.patches.subject import Reference, Subject
-    from subject_patches.patches.window import Window
+    from subject_patches.patches.mechanisms.map_router import MapRouter
+    from subject_patches.patches.mechanisms.mask_router import MaskRouter
+    from subject_patches.patches.mechanisms.subject import Reference, Subject
+    from subject_patches.patches.parts.sites import select_sites
+    from subject_patches.patches.parts.window import Window
 
     generator = torch.Generator().manual_seed(1)
 
@@ -193,9 +193,9 @@ def _dense_edit() -> type:
     from dataclasses import dataclass
 
     import torch
-    from subject_patches.patches.edit import Edit
-    from subject_patches.patches.mask_router import route_of_cover
-    from subject_patches.patches.region import region_at
+    from subject_patches.patches.engine.edit import Edit
+    from subject_patches.patches.mechanisms.mask_router import route_of_cover
+    from subject_patches.patches.mechanisms.region import region_at
 
     @dataclass(frozen=True, eq=False)
     class DenselyRouted(Edit):

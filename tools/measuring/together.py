@@ -78,7 +78,7 @@ class Together(dual_branch.Case):
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
         from subject_patches.nodes.layout import LayoutBiasNode, LayoutNode
         from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
-        from subject_patches.patches.mask_router import MaskRouter
+        from subject_patches.patches.mechanisms.mask_router import MaskRouter
         from subject_patches.toy.scenes import SIZE
 
         model = self.model

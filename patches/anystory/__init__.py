@@ -1,0 +1,1 @@
+"""AnyStory's released weights at work in FLUX.1."""

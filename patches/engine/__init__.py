@@ -1,0 +1,1 @@
+"""How edits come into one run of a host model, and how amended attentions are computed."""

@@ -1,0 +1,74 @@
+"""What a trained subject encoder made of a subject, ready for a U-Net's layers (AnyStory, section 3.2).
+
+Neither the noise level nor the prompt decides it, so it is made once, by a node, and rides on SUBJECT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..engine.call import AttentionCall
+from ..parts.sites import Site
+from .image_prompt import AdaptedPrompt, KeysAndValues
+
+Place = tuple[Site, torch.device, torch.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptReference:
+    """Eq. 6's keys and values (1, n, channels) of one picture by site, as the file `encoder` made them: of every
+    self-attention of a U-Net but the first, at the places that are the subject's."""
+
+    encoder: str
+    family: str
+    ready: Mapping[Site, KeysAndValues]
+    _placed: dict[Place, KeysAndValues] = field(default_factory=dict, repr=False)
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(self.ready)
+
+    def begin(self) -> KeptReference:
+        """The same for one run, which holds what it has brought to the run's device."""
+        return replace(self, _placed={})
+
+    def check(self, channels: Mapping[Site, int]) -> None:
+        """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""
+        wanted = {site: channels[site] for site in list(channels)[1:]}
+        given = {site: key.shape[-1] for site, (key, _) in self.ready.items()}
+        if given != wanted:
+            raise ValueError(
+                f"The subject was encoded by '{self.encoder}' for {self.family}, {len(given)} layers of up to "
+                f"{max(given.values())} channels, but this model has {len(wanted)} of up to {max(wanted.values())}; "
+                "encode it with the subject encoder for this model's family."
+            )
+
+    def keys_and_values(self, call: AttentionCall) -> KeysAndValues | None:
+        """Keys and values for a call, on its device and in its type; None where there are none for its layer."""
+        if call.site not in self.ready:
+            return None
+        place = (call.site, call.query.device, call.query.dtype)
+        if place not in self._placed:
+            self._placed[place] = tuple(each.to(call.query) for each in self.ready[call.site])
+        return self._placed[place]
+
+
+def lend_kept(call: AttentionCall, kept: tuple[KeptReference, ...], bias: Tensor | None, route: Tensor | None) -> None:
+    """Extends a call by references that are kept; see `AttentionCall.extend`."""
+    for each in kept:
+        ready = each.keys_and_values(call)
+        if ready is not None:
+            call.extend(*ready, bias, route)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSubject:
+    """A subject as a trained encoder sees it: a kept reference for each of its pictures, and its tokens with those of
+    an empty picture. Either may be left out."""
+
+    references: tuple[KeptReference, ...]
+    prompt: AdaptedPrompt | None

@@ -1,0 +1,73 @@
+"""Image prompts: what a cross-attention layer attends to beside the text (AnyStory, Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..engine.call import AttentionCall
+from ..parts.sites import Site
+
+KeysAndValues = tuple[Tensor, Tensor]
+# In which order IP-Adapter's published files number a U-Net's blocks.
+_FILE_ORDER = ("input", "output", "middle")
+
+
+class ImagePrompt(Protocol):
+    """What a layer shows of a subject besides the text."""
+
+    def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
+        """Keys and values (1, n, channels) for a call, on its device and in its type."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPrompt:
+    """Tokens (1, n, channels of a prompt): the layer's own projections make its keys and values."""
+
+    tokens: Tensor
+
+    def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
+        return call.project(self.tokens.to(call.query))
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyPrompt:
+    """Keys and values (1, n, channels) by site, of projections that were trained for it."""
+
+    ready: Mapping[Site, KeysAndValues]
+
+    def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
+        key, value = self.ready[call.site]
+        return key.to(call.query), value.to(call.query)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedPrompt:
+    """What the file `adapter` made of a subject's pictures, and of an empty picture, which stands in the unconditional
+    pass: keys and values (1, n, channels) for all cross-attention layers of a U-Net, in the published order."""
+
+    adapter: str
+    subject: tuple[KeysAndValues, ...]
+    empty: tuple[KeysAndValues, ...]
+
+    def at(self, channels: Mapping[Site, int]) -> tuple[ReadyPrompt, ReadyPrompt]:
+        """The subject's and the empty picture's, by site; `channels` has every cross-attention site of a model.
+
+        Raises ValueError when the model is not one that the adapter is for."""
+        sites = in_file_order(channels)
+        if [channels[site] for site in sites] != [key.shape[-1] for key, _ in self.subject]:
+            raise ValueError(
+                f"The adapter '{self.adapter}' has {len(self.subject)} layers of up to "
+                f"{max(key.shape[-1] for key, _ in self.subject)} channels and this model {len(sites)} of up to "
+                f"{max(channels.values())}; take the adapter for this model's family."
+            )
+        subject, empty = (dict(zip(sites, pairs, strict=True)) for pairs in (self.subject, self.empty))
+        return ReadyPrompt(subject), ReadyPrompt(empty)
+
+
+def in_file_order(sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of the published files: encoder, decoder, then the middle block."""
+    return sorted(sites, key=lambda site: (_FILE_ORDER.index(site.block), site.number, site.index))

@@ -1,0 +1,1 @@
+"""Small things that know neither the engine nor a mechanism."""

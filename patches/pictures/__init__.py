@@ -1,0 +1,1 @@
+"""What a run's attention was like, and pictures of it."""

@@ -1,0 +1,72 @@
+"""The workflows for a distilled model, Z-Image Turbo, over the queue of a stock server: at CFG 1 in few steps, with
+small models of the host's own classes. The host's loader loads the VAE; those of a Z-Image and of its Qwen know only
+their own widths, so loaders of the test's stand for them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from host import Server
+from hosting.client import ApiPrompt
+from hosting.errors import WorkflowError
+from hosting.graphs import DISTILLED
+from hosting.workflows import find_workflow, load_workflow
+from real_workflows import PLAIN
+
+from ..shared.queued import PIXELS, picture, pictures, replaced, shrunk
+
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UNETLoader": ("SmallModel", {"family": "Z-Image"}),
+    "CLIPLoader": ("SmallClip", {"family": "Z-Image"}),
+}
+NAMES = [f"{kind}_zimage" for kind in PLAIN]
+
+
+@pytest.fixture(scope="module")
+def workflows(flux_server: Server) -> dict[str, ApiPrompt]:
+    """Each file as the page queues it. FLUX.1's VAE is theirs, too."""
+    prompts = flux_server.to_api_each([load_workflow(find_workflow(name)) for name in NAMES])
+    return dict(zip(NAMES, prompts, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_at_cfg_1(flux_server: Server, workflows: dict[str, ApiPrompt], name: str) -> None:
+    """What the nodes do is seen, and without it the picture is another; the files and the size stand in one place."""
+    api = copy.deepcopy(workflows[name])
+    values = [value for node in api.values() for value in node["inputs"].values() if not isinstance(value, list)]
+    assert [value for value in values if str(value).endswith(".safetensors")] == [
+        "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors",
+    ]  # fmt: skip
+    samplers = [node["inputs"] for node in api.values() if node["class_type"] == "KSampler"]
+    assert {(each["cfg"], each["steps"]) for each in samplers} == {(1.0, 8)}
+    assert values.count(DISTILLED["zimage"].side) == (2 if name == "reference_zimage" else 1)
+    shown = pictures(flux_server, shrunk(replaced(api, LOADERS)))
+    assert {each.shape for each in shown.values()} == {(PIXELS, PIXELS, 3)}
+    for node in api.values():
+        off = {"strength": 0.0, "guidance_weight": 0.0}
+        node["inputs"] |= {key: value for key, value in off.items() if key in node["inputs"]}
+    without = pictures(flux_server, api)
+    changed = [number for number in shown if np.abs(shown[number] - without[number]).max() > 0]
+    # The layout's comparison, the prompt alone, stays.
+    titles = [api[number]["_meta"]["title"] for number in changed]
+    assert titles == [{"layout_zimage": "After: each in its box"}.get(name, "The picture")]
+
+
+def test_each_box_has_its_phrase(flux_server: Server, workflows: dict[str, ApiPrompt]) -> None:
+    """Found in Qwen's tokens: other boxes give another picture, and of a word that Qwen takes for one the half is
+    refused by name."""
+    api = shrunk(replaced(copy.deepcopy(workflows["two_subjects_zimage"]), LOADERS))
+    before = picture(flux_server, api)
+    (numbers,) = (node["inputs"] for node in api.values() if node["class_type"] == "PrimitiveStringMultiline")
+    boxes = json.loads(numbers["value"])
+    boxes[0]["y"] = 0
+    numbers["value"] = json.dumps(boxes)
+    assert not np.array_equal(picture(flux_server, api), before)
+    (prompt,) = (node["inputs"] for node in api.values() if node["class_type"] == "SubjectPatchesEncodePrompt")
+    prompt |= {"text": "一只可爱的狗狗, a cat", "phrases": "狗"}
+    with pytest.raises(WorkflowError, match="'狗' is only a part of the token '狗狗' of the text encoder qwen3_4b"):
+        flux_server.queue(api)

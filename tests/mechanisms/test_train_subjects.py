@@ -1,0 +1,255 @@
+"""Trainings for real families: what they read, that one that goes on is the same to the bit, and two processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from host import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from subject_patches.encoders.semantic_injection import read_semantic_maps
+from subject_patches.encoders.subject_encoder import read_subject_encoder
+from subject_patches.tests.shared.clips import small_clip
+from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model, subject
+from subject_patches.tests.shared.semantics import VISION, contents, told, vision
+from subject_patches.tests.shared.small_vaes import small_vae
+from subject_patches.toy.sampling import CHECKPOINT
+from subject_patches.training.samples import Batches, Folder, Shards, decoded, source_of
+from torch import Tensor
+
+COUNT = 5
+
+
+def png(array: Tensor) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray((array * 255).byte().numpy()).save(stream, "png")
+    return stream.getvalue()
+
+
+def files_of(number: int) -> dict[str, bytes]:
+    """One sample's: a wide scene whose subject is at its right, and a high picture of the subject."""
+    source = torch.Generator().manual_seed(number)
+    mask = torch.zeros(64, 96)
+    mask[20:40, 70:90] = 1
+    picture = torch.rand(64, 96, 3, generator=source)
+    picture[mask > 0] = torch.tensor([1.0, 0.0, 0.0])
+    own = torch.rand(60, 40, 4, generator=source)
+    own[..., 3] = 1
+    own[:10, :, 3] = 0
+    words = f"thing {number}".encode()
+    return {"picture.png": png(picture), "mask.png": png(mask), "subject.png": png(own), "txt": words}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("samples")
+    for number in range(COUNT):
+        for name, content in files_of(number).items():
+            (made / f"{number:03}.{name}").write_bytes(content)
+    return made
+
+
+# What is read
+
+
+def test_a_sample() -> None:
+    """The square of the scene is around its subject; the subject's picture is whole, filled up to a square."""
+    from subject_patches.training.samples import parted
+
+    made = decoded(parted(files_of(3)), 32)
+    assert made.caption == "thing 3"
+    assert made.picture.shape == made.subject.shape == (32, 32, 3)
+    inside = made.mask > 0.9
+    assert 60 <= int(inside.sum()) <= 110
+    assert difference(made.picture[inside], torch.tensor([1.0, 0.0, 0.0]).expand(int(inside.sum()), 3)) < 0.1
+    # 40 of 60 wide: from 21 on there is no subject.
+    assert float(made.subject_mask[:, 22:].max()) == 0
+    assert float(made.subject_mask[8:, :20].min()) > 0.9
+    assert float(made.subject_mask[:4].max()) < 0.1
+
+
+def captions(source: Any, rank: int, count: int, start: int, batches: int) -> list[list[str]]:
+    made = Batches(source, 32, 2, 0, rank, count, start)
+    return [[each.caption for each in batch] for batch in islice(made, batches)]
+
+
+def flat(batches: list[list[str]]) -> list[str]:
+    return [each for batch in batches for each in batch]
+
+
+def test_what_a_process_reads_does_not_depend_on_where_it_begins(folder: Path) -> None:
+    source = Folder(folder)
+    whole = captions(source, 0, 1, 0, 6)
+    assert captions(source, 0, 1, 3, 3) == whole[3:]
+    assert set(flat(whole)) == {f"thing {number}" for number in range(COUNT)}
+    # Two processes share an epoch.
+    mine, others = (flat(captions(source, rank, 2, 0, 1)) for rank in (0, 1))
+    assert not set(mine) & set(others)
+
+
+def test_shards_are_read_as_a_folder_is(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="the extra `train` is not installed")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"data-{shard:03}.tar", "w") as tar:
+            for number in range(2 * shard, 2 * shard + 2):
+                for name, content in files_of(number).items():
+                    info = tarfile.TarInfo(f"{number:03}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    source = source_of(str(tmp_path / "data-{000..001}.tar"))
+    assert isinstance(source, Shards)
+    whole = captions(source, 0, 1, 0, 4)
+    assert sorted(flat(whole[:2])) == [f"thing {number}" for number in range(4)]
+    assert captions(source, 0, 1, 2, 2) == whole[2:]
+    mine, others = (flat(captions(source, rank, 2, 0, 1)) for rank in (0, 1))
+    assert sorted(mine + others) == [f"thing {number}" for number in range(4)]
+    # Fewer shards than processes: every sample in turn.
+    each = [flat(captions(source, rank, 4, 0, 1)) for rank in range(4)]
+    assert len({name for names in each for name in names}) == 4
+
+
+def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no sample .* see docs/TRAINING.md"):
+        Folder(tmp_path)
+    (tmp_path / "a.picture.png").write_bytes(files_of(0)["picture.png"])
+    with pytest.raises(ValueError, match="a has no mask; each needs picture, mask, subject, txt"):
+        next(iter(Batches(Folder(tmp_path), 32, 1, 0, 0, 1, 0)))
+    broken = {"picture": b"no picture", "mask": b"", "subject": b"", "txt": b""}
+    with pytest.raises(ValueError, match="x has a picture that cannot be read"):
+        decoded(broken, 32, "x")
+    with pytest.raises(ValueError, match="A process has no samples of its own"):
+        next(iter(Batches(Folder(folder), 32, 1, 0, 9, 10, 0)))
+
+
+# What is trained
+
+
+def frozen_of(checkpointing: bool = False) -> Any:
+    from subject_patches.training.copies import with_gradients
+    from subject_patches.training.frozen import Frozen
+
+    clip = small_clip("SD 1.x", 0, hidden_size=CONTEXT)
+    with with_gradients():
+        return Frozen(small_model(), clip, small_vae(), vision(), torch.float32, checkpointing)
+
+
+def kind_of(checkpointing: bool = False) -> Any:
+    from subject_patches.training.anylogo import AnyLogoTuning
+
+    torch.manual_seed(0)
+    return AnyLogoTuning(frozen_of(checkpointing), rank=2)
+
+
+def encoder_of() -> Any:
+    from subject_patches.training.subject_encoder import SubjectEncoderTraining
+
+    torch.manual_seed(0)
+    return SubjectEncoderTraining(frozen_of(), 64, tokens=3)
+
+
+def trained(folder: Path, out: Path, steps: int, make: Any = kind_of, **values: Any) -> tuple[Any, list[float]]:
+    accelerate = pytest.importorskip("accelerate", reason="the extra `train` is not installed")
+    from subject_patches.training.accelerated import Accelerated, Plan
+
+    plan = Plan(out, steps, 2, 64, values.pop("rate", 3e-3), average=0.5, **values)
+    made = Accelerated(make(), Folder(folder), plan, accelerate.Accelerator(cpu=True, mixed_precision="no"))
+    return made.kind, made.run()
+
+
+def test_one_that_goes_on_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    whole, losses = trained(folder, tmp_path / "whole", 3, accumulation=2)
+    trained(folder, tmp_path / "parts", 1, accumulation=2)
+    later, again = trained(folder, tmp_path / "parts", 3, accumulation=2)
+    assert again == losses
+    mine, theirs = whole.modules.state_dict(), later.modules.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")]
+    assert files[0] == files[1] == ["anylogo-sd1x-lora.safetensors", "anylogo-sd1x.safetensors", "state.pt"]
+    for name in files[0][:2]:
+        one, other = (load_file(tmp_path / each / name) for each in ("whole", "parts"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match="was begun with seed 0, now it is 1; take the same, or another folder"):
+        trained(folder, tmp_path / "parts", 3, accumulation=2, seed=1)
+    # What came of it the nodes and the host's LoRA loader take.
+    import comfy.sd
+
+    model = small_model()
+    maps = read_semantic_maps(tmp_path / "whole" / "anylogo-sd1x.safetensors")
+    lora = load_file(tmp_path / "whole" / "anylogo-sd1x-lora.safetensors")
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert len(tuned.patches) == len(lora) // 2
+    plain = sample(model, steps=1)
+    assert difference(sample(tuned, steps=1), plain) > 1e-4
+    assert difference(sample(told(model, (subject(),), semantics=maps), steps=1), plain) > 1e-5
+
+
+def test_the_loss_falls_and_checkpointing_changes_nothing(folder: Path) -> None:
+    """The same batch and noise, again and again: from no difference at all to one that fits them."""
+    pytest.importorskip("accelerate", reason="the extra `train` is not installed")
+    from subject_patches.training.copies import loaded, with_gradients
+
+    batch = next(iter(Batches(Folder(folder), 64, 3, 0, 0, 1, 0)))
+    gradients = []
+    for checkpointing in (False, True):
+        kind = kind_of(checkpointing=checkpointing)
+        with with_gradients(), loaded(*kind.frozen.patchers):
+            optimiser = torch.optim.Adam(kind.groups_of_parameters(3e-3))
+            losses = []
+            for _ in range(6 if not checkpointing else 1):
+                loss = kind.loss(batch, torch.Generator().manual_seed(1))
+                loss.backward()
+                if not losses:
+                    gradients.append([each.grad.clone() for each in kind.modules.parameters()])
+                optimiser.step()
+                optimiser.zero_grad()
+                losses.append(float(loss.detach()))
+            if not checkpointing:
+                assert losses[-1] < 0.97 * losses[0]
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_subject_encoder_is_trained_and_loads(folder: Path, tmp_path: Path) -> None:
+    """AnyStory's first stage: at first the tokens are nothing; every part learns; the file is what the loader takes."""
+    kind, losses = trained(folder, tmp_path, 2, encoder_of)
+    again, _ = trained(folder, tmp_path / "parts", 1, encoder_of)
+    again, later = trained(folder, tmp_path / "parts", 2, encoder_of)
+    assert later == losses
+    first = encoder_of().modules.state_dict()
+    mine, theirs = kind.modules.state_dict(), again.modules.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    moved = {name.split(".")[0] for name in mine if not torch.equal(mine[name], first[name])}
+    assert moved == {"qformer", "image", "reference_net", "reference"}
+    encoder = read_subject_encoder(tmp_path / "anystory-sd1x.safetensors")
+    assert (encoder.family, encoder.form) == ("SD 1.x", kind.form)
+
+
+def test_two_processes_share_their_gradients(folder: Path, tmp_path: Path) -> None:
+    """The tool itself, on the toy: both processes end with the same weights, which only rank 0 writes."""
+    pytest.importorskip("accelerate", reason="the extra `train` is not installed")
+    tensors, about = contents("SD 1.x", 64)
+    weights = {f"vision.{key}": each.half() for key, each in vision().model.state_dict().items()}
+    save_file({**tensors, **weights}, tmp_path / "vision.safetensors", {**about, "vision": json.dumps(VISION)})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(ROOT / "tools" / "train_subjects.py")]
+    given = {"checkpoint": CHECKPOINT, "vision": tmp_path / "vision.safetensors", "data": folder}
+    given |= {"folder": tmp_path / "out", "steps": 2, "batch": 1, "size": 64, "precision": "fp32", "workers": 0}
+    given |= {"rank": 2}
+    command += [f"--{name}={value}" for name, value in given.items()]
+    done = subprocess.run(
+        [*command, "--cpu"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 2 of 2, loss" in done.stdout
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
+    assert (state["step"], state["about"]["processes"]) == (2, 2)
+    assert any(float(each.abs().max()) > 0 for name, each in state["modules"].items() if ".up." in name)
