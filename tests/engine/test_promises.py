@@ -257,7 +257,7 @@ def test_7_also_in_a_fresh_process() -> None:
         "from hosting.device import use_cpu_without_gpu;"
         "from hosting.pack import load_pack;"
         "use_cpu_without_gpu(); load_pack(pathlib.Path.cwd());"
-        "from subject_patches.tests.mechanisms import MECHANISMS, fingerprint;"
+        "from subject_patches.tests.shared.mechanisms import MECHANISMS, fingerprint;"
         "print(json.dumps([fingerprint(m) for m in MECHANISMS]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
