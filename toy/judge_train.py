@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from subject_patches.training.averages import Average
+from subject_patches.training.files import load_state, save_state, save_whole
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -33,7 +35,7 @@ from .judge import (
     load_judge,
 )
 from .judge_scenes import NONE, Batch, Samples, degrade, emblem_view, label_scene, stack, to_planes
-from .runs import Average, Clock, Progress, learning_rate, load_state, save_state, save_whole
+from .runs import Clock, Progress, learning_rate
 from .scenes import GLYPH_CELLS, SIZE, sample_emblem, sample_scene
 from .shapes import PLATES
 

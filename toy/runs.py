@@ -1,17 +1,17 @@
-"""What the toy's trainers share: a wall-clock schedule, an average of the weights, progress, checkpoints."""
+"""What the toy's trainers share: a wall-clock schedule, progress, peers, and a run that can go on."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as distributed
-from safetensors.torch import load_file, save_file
+from subject_patches.training.averages import Average, shared
+from subject_patches.training.files import load_state, save_state
 
 
 class Clock:
@@ -40,20 +40,6 @@ def held_rate(peak: float, step: int, share: float, warmup: int = 200, fall: flo
     """Linear warm-up, then `peak` until the last `fall` of the budget, which brings it down to 1%: a run that is given
     more minutes goes on at full rate."""
     return peak * min(1.0, (step + 1) / warmup) * max(0.01, min(1.0, (1 - share) / fall))
-
-
-class Average:
-    """Exponential moving average of a module's parameters; its memory grows with the steps up to `decay`."""
-
-    def __init__(self, module: torch.nn.Module, decay: float = 0.9995) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        mine = list(self.module.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in module.parameters()], 1 - decay)
 
 
 class Progress:
@@ -106,14 +92,6 @@ class Peers:
             return flat / self.count
 
         return shared([p.grad for p in module.parameters() if p.grad is not None], number, mean)
-
-
-def shared(gradients: Sequence[torch.Tensor], number: float, mean: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Makes the gradients their `mean` over some processes, and gives that of the `number`s: all in one exchange."""
-    flat = mean(torch.cat([*(g.flatten() for g in gradients), gradients[0].new_full((1,), number)]))
-    for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return float(flat[-1])
 
 
 class Run:
@@ -180,29 +158,3 @@ class Run:
             if not going or self.clock.spent - self.saved > 180:
                 self.save()
         return going
-
-
-def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file beside its place and moves it there, so a stop never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-    partial.replace(path)
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a trainer's state (modules, optimiser, step, seconds) the same way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of an earlier run, or None when there is none."""
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file as a dictionary."""
-    return load_file(path)

@@ -13,9 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 
 from .command import joined, on_any_device, parsed, parser_of, together
-from .runs import load_tensors, save_whole
 
 CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensors"
 
@@ -23,14 +24,14 @@ CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensor
 def export(folder: Path, checkpoint: Path) -> None:
     """Writes the trained parts as one Stable-Diffusion-shaped checkpoint in fp16."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_tensors(folder / "diffusion.safetensors").items():
+    for name, tensor in load_file(folder / "diffusion.safetensors").items():
         part, rest = name.split(".", 1)
         prefix = {"unet": "model.diffusion_model.", "text": "cond_stage_model.transformer."}[part]
         tensors[prefix + rest] = tensor
     projection = "cond_stage_model.transformer.text_projection.weight"
     # Nothing uses the pooled output; an identity keeps it defined.
     tensors[projection] = torch.eye(len(tensors[projection]))
-    for name, tensor in load_tensors(folder / "autoencoder.safetensors").items():
+    for name, tensor in load_file(folder / "autoencoder.safetensors").items():
         tensors["first_stage_model." + name] = tensor
     save_whole(checkpoint, {k: v.half() for k, v in tensors.items()}, {"modelspec.title": "Subject Patches toy"})
     print(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e6:.1f} MB)", flush=True)
@@ -44,7 +45,7 @@ def parts_of(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
         "cond_stage_model.transformer.": ("diffusion", "text."),
         "first_stage_model.": ("autoencoder", ""),
     }
-    for name, tensor in load_tensors(checkpoint).items():
+    for name, tensor in load_file(checkpoint).items():
         prefix = next(p for p in prefixes if name.startswith(p))
         stage, new = prefixes[prefix]
         parts[stage][new + name.removeprefix(prefix)] = tensor.float()

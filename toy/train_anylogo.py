@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 
-from . import pack
 from .command import joined, together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of
 from .pair_training import train as train_from_pairs
-from .runs import Peers, load_tensors, save_whole
+from .runs import Peers
 
 HERE = Path(__file__).parent
 # Where the host's loaders look for what comes with the pack.
@@ -38,7 +39,6 @@ MAPS_TIMES = 10.0
 
 def train(arguments: argparse.Namespace, peers: Peers) -> None:
     """Trains for the minutes asked for and writes both files."""
-    pack.load()
     from subject_patches.toy.anylogo import Symbiosis, Tuning
     from subject_patches.toy.pairs import Pairs
 
@@ -68,7 +68,7 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
 
 def start(tuning: Any, path: Path, lora_path: Path) -> None:
     """Begins with the two files that an earlier run left, for other weights of the toy, say."""
-    maps, lora = load_tensors(path), load_tensors(lora_path)
+    maps, lora = load_file(path), load_file(lora_path)
     with torch.no_grad():
         for group, layer in zip(tuning.semantic.groups, tuning.semantic.maps, strict=True):
             layer.weight.copy_(maps[f"semantic.{group}.weight"])

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from comfy.taesd.taesd import TAESD
+from subject_patches.training.files import save_whole
 from torch.nn import functional
 
 from .data import batches
 from .family import LATENT_CHANNELS
-from .runs import Peers, Run, save_whole
+from .runs import Peers, Run
 
 # A latent is stored with unit variance; this is the noise, in that unit, that its decoder must bear.
 LATENT_NOISE = 0.12

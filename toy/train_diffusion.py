@@ -10,11 +10,13 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ops import disable_weight_init
 from comfy.taesd.taesd import TAESD
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 from torch.nn import functional
 
 from .data import LABELS, UNLABELLED, batches, vocabulary
 from .family import LATENT_CHANNELS, TEXT, UNET, WIDTH
-from .runs import Peers, Run, held_rate, load_tensors, save_whole
+from .runs import Peers, Run, held_rate
 from .train_autoencoder import to_signal
 
 CAPTION_DROPOUT = 0.1
@@ -174,7 +176,7 @@ def train(
     """
     torch.manual_seed(seed)
     autoencoder = TAESD(latent_channels=LATENT_CHANNELS).to(device)
-    autoencoder.load_state_dict(load_tensors(folder / "autoencoder.safetensors"))
+    autoencoder.load_state_dict(load_file(folder / "autoencoder.safetensors"))
     autoencoder.requires_grad_(False)
     model = Model().to(device)
     initialise(model)
@@ -183,7 +185,7 @@ def train(
     path = folder / "diffusion.safetensors"
     if path.exists():
         # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
-        model.load_state_dict(load_tensors(path), strict=False)
+        model.load_state_dict(load_file(path), strict=False)
     initialise_words(model, vocabulary().to(device))
     run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, peers, 500, 0.9995, schedule=held_rate)
     if resume:

@@ -14,10 +14,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 from torch import Tensor
 
 from .command import joined, on_any_device, parsed, parser_of, together
-from .runs import load_tensors, save_whole
 from .train import CHECKPOINT as FIRST
 
 CHECKPOINT = FIRST.with_name("subject-patches-toy-dit.safetensors")
@@ -29,7 +30,7 @@ PREFIXES = {"dit.": "model.diffusion_model.", "text.": CLIP + "transformer."}
 def first_toy() -> dict[str, Tensor]:
     """The first toy's autoencoder and text encoder, in fp32, as the trainer takes them."""
     prefixes = {"first_stage_model.": "vae.", "cond_stage_model.transformer.": "text."}
-    return renamed(load_tensors(FIRST), prefixes)
+    return renamed(load_file(FIRST), prefixes)
 
 
 def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, T
 
 def trained_parts(checkpoint: Path) -> dict[str, Tensor]:
     """The trained parts of a checkpoint, named as the trainer names them: the inverse of `export`."""
-    return renamed(load_tensors(checkpoint), {new: old for old, new in PREFIXES.items()})
+    return renamed(load_file(checkpoint), {new: old for old, new in PREFIXES.items()})
 
 
 def export(trained: dict[str, Tensor], ids: Tensor, checkpoint: Path) -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 
-from . import pack
 from .command import joined, together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of
 from .pair_training import train as train_from_pairs
-from .runs import Peers, load_tensors, save_whole
+from .runs import Peers
 
 ENCODER = Path(__file__).parent / "encoders" / "anystory-toy.safetensors"
 TRAINED_BY = "python tools/host.py python -m toy.train_subjects --processes 2"
@@ -31,7 +32,6 @@ TRAINED_BY = "python tools/host.py python -m toy.train_subjects --processes 2"
 
 def train(arguments: argparse.Namespace, peers: Peers) -> None:
     """Trains as a command line asks for and writes the encoder's file."""
-    pack.load()
     from subject_patches.toy.pairs import Pairs
     from subject_patches.toy.subjects import Stage, encoder_modules
 
@@ -43,7 +43,7 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
     stage = Stage(model, vision.load(arguments.vision), Words()([""]))
     modules = encoder_modules(model.unet)
     if arguments.start is not None:
-        tensors = {name: tensor.float() for name, tensor in load_tensors(arguments.start).items()}
+        tensors = {name: tensor.float() for name, tensor in load_file(arguments.start).items()}
         modules.load_state_dict({name: each for name, each in tensors.items() if not name.startswith("vision.")})
 
     def written(trained: Any, folder: Path | None) -> None:

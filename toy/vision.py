@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from comfy.image_encoders.dino2 import Dinov2Model
 from comfy.ops import disable_weight_init
+from safetensors.torch import load_file
+from subject_patches.training.files import save_whole
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .data import mixed_scene
 from .drawing import Picture, draw
 from .family import VISION
-from .runs import Peers, Run, load_tensors, save_whole
+from .runs import Peers, Run
 from .scenes import sample_emblem, view
 
 SIZE, PATCH, WIDTH = VISION["image_size"], VISION["patch_size"], VISION["hidden_size"]
@@ -162,7 +164,7 @@ def told_apart(vision: Dinov2Model, count: int = 100, seed: int = 1) -> tuple[fl
 def load(path: Path) -> Dinov2Model:
     """The vision model of a file that a run wrote."""
     vision = Dinov2Model(VISION, torch.float32, "cpu", disable_weight_init)
-    vision.load_state_dict({name: tensor.float() for name, tensor in load_tensors(path).items()})
+    vision.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return vision.eval().requires_grad_(False)
 
 

@@ -1,11 +1,13 @@
-"""What trains a residual token, an ICO concept, and AnyLogo's U-Net; the first two by nodes.
+"""What trains a residual token, an ICO concept, AnyLogo's U-Net and a subject encoder; the first two by nodes.
 
 copies            `with_gradients`; private copies of a MODEL or CLIP, loaded and let go of again
 text              a CLIP's encoding that autograd goes through, also of vectors in place of words
 denoising         the denoising loss of a MODEL, of what it predicts or of v
 images            pictures to latents
 loop              the steps: progress, cancel, precision, loss map, resume
-state             the file that a training goes on from
+files             files that are written whole or not at all
+averages          of weights over steps, and of gradients over processes
+state             the file that a training by nodes goes on from
 concept           an ICO concept's prompts, and what of the U-Net it tunes
 concept_words     how many words those have, and as what they begin
 regularisation    pictures of other things of the noun, which an ICO concept must not change

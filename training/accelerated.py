@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..toy.runs import Average, load_state, save_state, shared
+from .averages import Average, shared
 from .copies import loaded, with_gradients
+from .files import load_state, save_state
 from .frozen import Frozen
 from .samples import Batches, Folder, Sample, Shards, loader
 

@@ -15,7 +15,7 @@ from ..patches.families.unet import scales
 from ..patches.mechanisms.semantic_injection import grouped
 from ..patches.parts.masks import resize_mask, tokens_inside
 from ..patches.parts.sites import Site, select_sites
-from ..toy.runs import save_whole
+from .files import save_whole
 from .frozen import Frozen
 from .samples import Sample
 from .symbiotic import (

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from .files import save_whole
 from .loop import LossMap
 
 KIND = "ICO concept"
@@ -87,18 +88,13 @@ class ConceptFiles:
 
     def save(self, concept: Concept, about: Mapping[str, str], made_in: str = "") -> None:
         """Writes both files, each whole or not at all."""
-        from safetensors.torch import save
-
         metadata = {"training": KIND, "about": json.dumps(about), "made in": made_in}
         losses = {"losses": json.dumps(concept.losses["loss"])}
         for path, tensors, more in (
             (self.lora, concept.difference, {}),
             (self.embedding, concept.embedding, losses),
         ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_bytes(save({name: each.contiguous() for name, each in tensors.items()}, {**metadata, **more}))
-            part.replace(path)
+            save_whole(path, tensors, {**metadata, **more})
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:

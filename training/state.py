@@ -10,6 +10,8 @@ from pathlib import Path
 import folder_paths
 from torch import Tensor
 
+from .files import save_whole
+
 FOLDER = "training"
 
 
@@ -33,13 +35,7 @@ class StateFile:
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, float]) -> None:
         """Writes the state whole or not at all."""
-        from safetensors.torch import save_file
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        metadata = {"about": json.dumps(self.about), "values": json.dumps(values)}
-        save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, part, metadata)
-        part.replace(self.path)
+        save_whole(self.path, tensors, {"about": json.dumps(self.about), "values": json.dumps(values)})
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """What `save` wrote last, None if it never did. Raises ValueError when the file is about another training."""

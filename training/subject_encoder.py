@@ -22,7 +22,7 @@ from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
 from ..patches.parts.masks import resize_mask, tokens_inside
 from ..patches.parts.sites import Site
-from ..toy.runs import save_whole
+from .files import save_whole
 from .frozen import Frozen
 from .samples import Sample
 from .symbiotic import KeysAndValues, Slots, attention, recycling, sparse_bias

@@ -24,10 +24,11 @@ from subject_patches.toy.drawing import draw
 from subject_patches.toy.lesson import LOGGED
 from subject_patches.toy.pair_training import frozen
 from subject_patches.toy.pairs import Batch, Pairs
-from subject_patches.toy.runs import Peers, save_whole
+from subject_patches.toy.runs import Peers
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import sample_emblem, view
 from subject_patches.toy.train import CHECKPOINT
+from subject_patches.training.files import save_whole
 
 from ..shared.models import difference, generator
 

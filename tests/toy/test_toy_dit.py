@@ -11,12 +11,12 @@ from comfy.ldm.flux.model import Flux
 from comfy.ops import disable_weight_init
 from host import Server
 from hosting.workflows import fetch_groups, find_workflow, load_workflow
+from safetensors.torch import load_file
 from subject_patches.toy import joint
 from subject_patches.toy.data import Words, small_scene
 from subject_patches.toy.dit_family import FLUX, IDS, TOKENS, ToyDit, register
 from subject_patches.toy.evaluate import held_out_emblems
 from subject_patches.toy.judge import load_judge
-from subject_patches.toy.runs import load_tensors
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
 from subject_patches.toy.scenes import SMALL, TEXTURES
 from subject_patches.toy.train_dit import trained_parts
@@ -47,7 +47,7 @@ def test_trained_transformer_is_the_hosts() -> None:
 def test_training_learns_one_batch() -> None:
     """From the shipped weights the loss of one batch falls, and both optimisers' weights and the words have moved."""
     torch.manual_seed(0)
-    ids = load_tensors(DIT_CHECKPOINT)["text_encoders." + IDS].long()
+    ids = load_file(DIT_CHECKPOINT)["text_encoders." + IDS].long()
     model = Model(len(ids))
     model.load_state_dict(trained_parts(DIT_CHECKPOINT), strict=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -103,14 +103,14 @@ def test_loader_finds_the_dit(dit: Toy) -> None:
     params = vars(dit.model.model.diffusion_model.params)
     assert {name: params[name] for name in FLUX} == FLUX
     assert DIT_CHECKPOINT.stat().st_size <= 20e6
-    assert sum(tensor.numel() for tensor in load_tensors(DIT_CHECKPOINT).values()) <= 10e6
+    assert sum(tensor.numel() for tensor in load_file(DIT_CHECKPOINT).values()) <= 10e6
 
 
 def test_captions_are_read_as_in_training(dit: Toy) -> None:
     """The host's text encoding of a caption is the trainer's, and so is the pooled vector; longer prompts take more
     tokens."""
     captions = [small_scene(np.random.default_rng((2, i))).caption for i in range(6)]
-    ids = load_tensors(DIT_CHECKPOINT)["text_encoders." + IDS].long()
+    ids = load_file(DIT_CHECKPOINT)["text_encoders." + IDS].long()
     model = Model(len(ids))
     model.load_state_dict(trained_parts(DIT_CHECKPOINT), strict=False)
     words, ends = Rows(ids, torch.device("cpu"))(Words()(captions), torch.zeros(6, dtype=torch.bool))
