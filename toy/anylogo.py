@@ -16,35 +16,22 @@ from torch import Tensor, nn
 
 from ..encoders.semantic_injection import layers_seen
 from ..patches.families.unet import UNETS, scales
-from ..patches.mechanisms.semantic_injection import Hierarchy, grouped
-from ..patches.parts.masks import tokens_inside
-from ..patches.parts.sites import Site, select_sites
-from ..training.symbiotic import (
-    KEEP,
-    KeysAndValues,
-    LowRanks,
-    SemanticModule,
-    drawn_rows,
-    kept_layers,
-    recording,
-    recycling,
-    sparse_bias,
-    telling,
-)
+from ..patches.mechanisms.semantic_injection import grouped
+from ..patches.parts.sites import select_sites
+from ..training import symbiotic
+from ..training.symbiotic import KEEP, Passes, Slots, drawn_rows
 from .family import VISION, WIDTH
 from .lesson import BLOCKED, Lesson
 from .pairs import Batch
 from .train_diffusion import encode_text
 
 
-class Tuning(nn.Module):
-    """What is trained."""
+class Tuning(symbiotic.Tuning):
+    """What is trained, of the toy's sizes."""
 
     def __init__(self, unet: nn.Module, rank: int) -> None:
-        super().__init__()
         groups = grouped(UNETS[0].sites(unet), scales(unet)).values()
-        self.low_ranks = LowRanks(unet, rank)
-        self.semantic = SemanticModule(groups, VISION["hidden_size"], WIDTH)
+        super().__init__(unet, rank, groups, VISION["hidden_size"], WIDTH)
 
 
 class Symbiosis(Lesson):
@@ -57,9 +44,8 @@ class Symbiosis(Lesson):
     ) -> None:  # fmt: skip
         super().__init__(model, vision, empty)
         every = UNETS[0].sites(self.unet)
-        self.groups = grouped(every, scales(self.unet))
-        self.delivering = frozenset() if delivering == "none" else select_sites(every, "self", delivering)
-        self.keep, self.through = keep, through
+        lending = () if delivering == "none" else select_sites(every, "self", delivering)
+        self.passes, self.keep = Passes(self.unet, every, lending, through), keep
 
     @contextmanager
     def tuned(self, tuning: Tuning) -> Iterator[None]:
@@ -85,29 +71,14 @@ class Symbiosis(Lesson):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             with torch.no_grad():
                 context = self.contexts(batch, rows["unconditional"])
-                seen: Hierarchy = layers_seen(self.vision, batch.pixels)
+                seen = layers_seen(self.vision, batch.pixels)
                 behind = [whole for _, whole in layers_seen(self.vision, batch.grounds)]
-            tokens = tuning.semantic(seen, behind)
-            told = telling(self.unet, tokens, self.groups, rows["tokens"], rows["background"])
-            lent: dict[Site, KeysAndValues] = {}
-            bias: dict[Site, Tensor] = {}
-            if self.delivering:
-                lent, grids = self._extracted(batch, timestep, noise, context)
-                kept = kept_layers(sorted(lent), rows["reference"], keep)
-                for site, grid in grids.items():
-                    bias[site] = sparse_bias(tokens_inside(batch.mask, grid), kept[site])
-            return self.called(noisy, timestep, context, {**told, **recycling(lent, bias)})
 
-    def _extracted(
-        self, batch: Batch, timestep: Tensor, noise: Tensor, context: Tensor
-    ) -> tuple[dict[Site, KeysAndValues], dict[Site, tuple[int, int]]]:
-        lent: dict[Site, KeysAndValues] = {}
-        noisy = self.noised(batch.references, noise, timestep)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.through):
-            self.called(noisy, timestep, context, recording(self.delivering, lent))
-        times = {site: 2 ** scales(self.unet)[site.block, site.number] for site in lent}
-        height, width = noisy.shape[-2:]
-        return lent, {site: (-(-height // by), -(-width // by)) for site, by in times.items()}
+            def extract(slots: Slots) -> None:
+                self.called(self.noised(batch.references, noise, timestep), timestep, context, slots)
+
+            slots = self.passes.slots(tuning.semantic, extract, seen, behind, batch.mask, rows, keep)
+            return self.called(noisy, timestep, context, slots)
 
     def guess(self, modules: Tuning, batch: Batch, noisy: Tensor, timestep: Tensor) -> Tensor:
         own = torch.randn_like(batch.references)

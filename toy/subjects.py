@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ..encoders.reference_net import shape_of
 from ..encoders.subject_encoder import Form, SubjectModules
-from ..patches.parts.masks import tokens_inside
-from ..training.subject_encoder import adding, begin
-from ..training.symbiotic import recycling, sparse_bias
+from ..training.subject_encoder import begin, drawn_rows, showing
 from .family import LATENT_CHANNELS, UNET, VISION
 from .lesson import Lesson
 from .pairs import REFERENCE, Batch
 
-UNCONDITIONAL, NO_TOKENS, NO_REFERENCE = 0.1, 0.15, 0.15
+# As many rows see no tokens as no reference.
+NO_TOKENS = 0.15
 FORM = Form(
     shape_of(UNET, LATENT_CHANNELS), VISION["hidden_size"], tokens=8, width=64, heads=4, size=REFERENCE, scale=1.0
 )
@@ -63,21 +62,11 @@ class Stage(Lesson):
                 context = self.contexts(batch, apart)
                 seen = self.vision(batch.pixels, intermediate_output=-2)[1].float()
                 seen = torch.where(apart[:, None, None], self.nothing, seen)
-            made = modules.references(batch.references, batch.mask)
-            lent = {site: (key, value) for site, (key, value, _) in made.items()}
-            there = ~apart & rows["reference"]
-            bias = {site: sparse_bias(tokens_inside(batch.mask, grid), there) for site, (_, _, grid) in made.items()}
-            slots = {**recycling(lent, bias), **adding(modules.prompts(seen), apart | rows["tokens"])}
+            slots = showing(modules, batch.references, batch.mask, seen, rows)
             return self.called(noisy, timestep, context, slots)
 
     def guess(self, modules: SubjectModules, batch: Batch, noisy: Tensor, timestep: Tensor) -> Tensor:
-        count = len(noisy)
-        rows = {
-            "unconditional": torch.rand(count) < UNCONDITIONAL,
-            "tokens": torch.rand(count) >= NO_TOKENS,
-            "reference": torch.rand(count) >= NO_REFERENCE,
-        }
-        return self.prediction(modules, batch, noisy, timestep, rows)
+        return self.prediction(modules, batch, noisy, timestep, drawn_rows(len(noisy), NO_TOKENS))
 
     def guesses(
         self, modules: SubjectModules, batch: Batch, noisy: Tensor, timestep: Tensor, generator: torch.Generator

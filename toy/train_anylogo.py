@@ -33,14 +33,13 @@ HERE = Path(__file__).parent
 MAPS = HERE / "encoders" / "anylogo-toy.safetensors"
 LORA = HERE / "loras" / "anylogo-toy-lora.safetensors"
 TRAINED_BY = "python tools/host.py python -m toy.train_anylogo --processes 2"
-# The maps begin at nothing and harm nobody: they learn faster than the U-Net's differences.
-MAPS_TIMES = 10.0
 
 
 def train(arguments: argparse.Namespace, peers: Peers) -> None:
     """Trains for the minutes asked for and writes both files."""
     from subject_patches.toy.anylogo import Symbiosis, Tuning
     from subject_patches.toy.pairs import Pairs
+    from subject_patches.training.symbiotic import MAPS_TIMES
 
     from . import vision
     from .data import Words

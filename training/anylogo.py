@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, tensors_of
 from ..encoders.weights import metadata
-from ..patches.families.unet import scales
-from ..patches.mechanisms.semantic_injection import grouped
-from ..patches.parts.masks import resize_mask, tokens_inside
-from ..patches.parts.sites import Site, select_sites
+from ..patches.parts.masks import resize_mask
+from ..patches.parts.sites import select_sites
 from .files import save_whole
 from .frozen import Frozen
 from .samples import Sample
-from .symbiotic import (
-    KEEP,
-    KeysAndValues,
-    LowRanks,
-    SemanticModule,
-    drawn_rows,
-    kept_layers,
-    recording,
-    recycling,
-    sparse_bias,
-    telling,
-)
+from .symbiotic import KEEP, MAPS_TIMES, Passes, Slots, Tuning, drawn_rows
 
 KEPT = PROMPTS[0]
 
@@ -47,25 +34,19 @@ class AnyLogoTuning:
     ) -> None:
         if getattr(frozen.vision, "model_type", "") != "dinov2":
             raise ValueError("AnyLogo's tuning reads a DINOv2; give the file of one as the vision model.")
-        self.frozen = frozen
-        network = frozen.network
-        every = frozen.family.sites(network)
-        self.scales = scales(network)
-        self.groups = grouped(every, self.scales)
-        self.delivering = select_sites(every, "self", delivering)
-        self.keep, self.through = keep, through
-        groups = tuple(sorted(set(self.groups.values())))
-        self.form = MapsForm(frozen.context, frozen.vision.model.embed_dim, groups, KEPT)
-        low_ranks = LowRanks(network, rank)
-        semantic = SemanticModule(groups, self.form.features, frozen.context)
-        self.modules = nn.ModuleDict({"low_ranks": low_ranks, "semantic": semantic})
-        low_ranks.attach(network)
+        self.frozen, self.keep = frozen, keep
+        every = frozen.family.sites(frozen.network)
+        self.passes = Passes(frozen.network, every, select_sites(every, "self", delivering), through)
+        features = frozen.vision.model.embed_dim
+        self.modules = Tuning(frozen.network, rank, self.passes.groups.values(), features, frozen.context)
+        self.modules.low_ranks.attach(frozen.network)
+        self.form = MapsForm(frozen.context, features, self.modules.semantic.groups, KEPT)
 
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
-        """For an optimiser: the maps, which begin at nothing and harm nobody, learn ten times as fast."""
+        """For an optimiser."""
         return [
-            {"params": list(self.modules["low_ranks"].parameters()), "lr": rate},
-            {"params": list(self.modules["semantic"].parameters()), "lr": 10 * rate},
+            {"params": list(self.modules.low_ranks.parameters()), "lr": rate},
+            {"params": list(self.modules.semantic.parameters()), "lr": MAPS_TIMES * rate},
         ]
 
     @torch.no_grad()
@@ -85,29 +66,21 @@ class AnyLogoTuning:
         sigmas = denoiser.levels(len(samples), generator)
         noisy = denoiser.noised(clean, sigmas, generator)
         noisy_reference = denoiser.noised(reference, sigmas, generator)
-        lent: dict[Site, KeysAndValues] = {}
-        with torch.set_grad_enabled(self.through):
-            denoiser.denoised(noisy_reference, sigmas, context, pooled, **recording(self.delivering, lent))
-        kept = kept_layers(sorted(self.delivering), rows["reference"], self.keep, generator)
         cells = resize_mask(inside, tuple(reference.shape[-2:])).to(self.frozen.device)
-        bias = {site: sparse_bias(tokens_inside(cells, self._grid(site, cells)), kept[site]) for site in lent}
+
+        def extract(slots: Slots) -> None:
+            denoiser.denoised(noisy_reference, sigmas, context, pooled, **slots)
+
         behind = [whole for _, whole in self._seen(pictures, 1 - masks)]
-        tokens = self.modules["semantic"](self._seen(subjects, inside), behind)
-        slots: Mapping[str, Any] = {
-            **recycling(lent, bias),
-            **telling(self.frozen.network, tokens, self.groups, rows["tokens"], rows["background"]),
-        }
+        slots = self.passes.slots(
+            self.modules.semantic, extract, self._seen(subjects, inside), behind, cells, rows, self.keep, generator
+        )
         return denoiser.errors(denoiser.denoised(noisy, sigmas, context, pooled, **slots), clean, sigmas).mean()
 
-    def _grid(self, site: Site, cells: Tensor) -> tuple[int, int]:
-        by = 2 ** self.scales[site.block, site.number]
-        height, width = cells.shape[-2:]
-        return -(-height // by), -(-width // by)
-
-    def write(self, modules: nn.ModuleDict, folder: Path) -> tuple[Path, Path]:
+    def write(self, modules: Tuning, folder: Path) -> tuple[Path, Path]:
         """Writes the maps, for Load Semantic Injection, and the LoRA, for the host's; gives their paths."""
         maps, lora = (folder / f"anylogo-{self.frozen.file}{end}.safetensors" for end in ("", "-lora"))
         by = "python tools/train_subjects.py --kind anylogo"
-        save_whole(maps, tensors_of(modules["semantic"].tensors()), metadata(self.form, self.frozen.family.name, by))
-        save_whole(lora, modules["low_ranks"].file(), {"trained_by": by})
+        save_whole(maps, tensors_of(modules.semantic.tensors()), metadata(self.form, self.frozen.family.name, by))
+        save_whole(lora, modules.low_ranks.file(), {"trained_by": by})
         return maps, lora

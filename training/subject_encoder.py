@@ -6,7 +6,7 @@ the U-Net, the VAE, the CLIP and the vision model stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +70,16 @@ class SubjectEncoderTraining:
         pictures = torch.stack([each.picture for each in samples])
         subjects = torch.stack([each.subject for each in samples])
         masks = torch.stack([each.subject_mask for each in samples])
-        apart, tokenless, alone = (
-            (torch.rand(count, generator=generator) < share).to(frozen.device)
-            for share in (UNCONDITIONAL, NO_TOKENS, NO_REFERENCE)
-        )
-        context, pooled = frozen.prompts([each.caption for each in samples], apart)
+        rows = {name: each.to(frozen.device) for name, each in drawn_rows(count, NO_TOKENS, generator).items()}
+        context, pooled = frozen.prompts([each.caption for each in samples], rows["unconditional"])
         cut, inside = segmented(subjects, masks, self.form.size)
         clean = frozen.latents(pictures)
         reference = frozen.latents((cut / 2 + 0.5).movedim(1, -1))
         inside = resize_mask(inside, tuple(reference.shape[-2:])).to(frozen.device)
         sigmas = frozen.denoiser.levels(count, generator)
         noisy = frozen.denoiser.noised(clean, sigmas, generator)
-        made = self.modules.references(reference, inside)
-        lent = {site: (key, value) for site, (key, value, _) in made.items()}
-        bias = {site: sparse_bias(tokens_inside(inside, made[site][2]), ~(apart | alone)) for site in lent}
-        shown = self.modules.prompts(self._seen(subjects, masks, apart).float())
-        slots = {**recycling(lent, bias), **adding(shown, apart | ~tokenless)}
+        seen = self._seen(subjects, masks, rows["unconditional"])
+        slots = showing(self.modules, reference, inside, seen.float(), rows)
         predicted = frozen.denoiser.denoised(noisy, sigmas, context, pooled, **slots)
         return frozen.denoiser.errors(predicted, clean, sigmas).mean()
 
@@ -109,6 +103,30 @@ def begin(modules: SubjectModules, network: nn.Module, channels: int) -> None:
     for site in modules.cross:
         modules.image.at(site).to_k.weight.copy_(layer_at(network, site).to_k.weight)
         modules.image.at(site).to_v.weight.zero_()
+
+
+def drawn_rows(count: int, no_tokens: float, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Which of `count` rows (bool) are of the pass without a prompt (`unconditional`), and which of the others see the
+    `tokens`, all but this share of them, and the `reference`."""
+    unconditional, tokenless, alone = (
+        torch.rand(count, generator=generator) < share for share in (UNCONDITIONAL, no_tokens, NO_REFERENCE)
+    )
+    return {"unconditional": unconditional, "tokens": ~tokenless, "reference": ~alone}
+
+
+def showing(
+    modules: SubjectModules, latents: Tensor, inside: Tensor, features: Tensor, rows: Mapping[str, Tensor]
+) -> Slots:
+    """What stands in the host's slots with a subject shown at every place: there is no router in the first stage.
+
+    `latents` (n, channels, h, w) are of the subjects cut out, `inside` (n, h, w) their masks, `features` (n, tokens,
+    channels) what a vision model sees of them; `rows` are `drawn_rows`."""
+    apart = rows["unconditional"]
+    made = modules.references(latents, inside)
+    lent = {site: (key, value) for site, (key, value, _) in made.items()}
+    there = ~apart & rows["reference"]
+    bias = {site: sparse_bias(tokens_inside(inside, grid), there) for site, (_, _, grid) in made.items()}
+    return {**recycling(lent, bias), **adding(modules.prompts(features), apart | rows["tokens"])}
 
 
 def adding(shown: dict[Site, KeysAndValues], rows: Tensor) -> Slots:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..patches.families.unet import layer_at
-from ..patches.mechanisms.semantic_injection import Hierarchy, injected, semantic_tokens
+from ..patches.families.unet import layer_at, scales
+from ..patches.mechanisms.semantic_injection import Hierarchy, grouped, injected, semantic_tokens
+from ..patches.parts.masks import tokens_inside
 from ..patches.parts.sites import Site
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -26,6 +27,8 @@ ABSENT = -1e4
 UNCONDITIONAL, BLOCKED, NO_TOKENS, NO_REFERENCE, NO_BACKGROUND = 0.1, 0.15, 0.15, 0.1, 0.5
 # The paper's lambda in training.
 KEEP = 0.6
+# How many times as fast as the U-Net's differences the maps learn: they begin at nothing and harm nobody.
+MAPS_TIMES = 10.0
 
 # Low-rank differences
 
@@ -114,7 +117,56 @@ class SemanticModule(nn.Module):
         return {group: (each.weight, each.bias) for group, each in zip(self.groups, self.maps, strict=True)}
 
 
-# What stands in the host's slots in each of the two passes
+class Tuning(nn.Module):
+    """What is trained: the low-rank differences, and the maps from a vision model's `features` channels to prompts'
+    tokens of `context`."""
+
+    def __init__(self, network: nn.Module, rank: int, groups: Iterable[int], features: int, context: int) -> None:
+        super().__init__()
+        self.low_ranks = LowRanks(network, rank)
+        self.semantic = SemanticModule(groups, features, context)
+
+
+# The two passes, and what stands in the host's slots in each
+
+
+class Passes:
+    """Eq. 6 on a U-Net with so many attention layers, of which the self-attentions of `delivering` lend their keys and
+    values. With `through` gradients go through the reference's pass, too."""
+
+    def __init__(self, network: nn.Module, sites: Iterable[Site], delivering: Iterable[Site], through: bool) -> None:
+        self.network, self.delivering, self.through = network, tuple(sorted(delivering)), through
+        self.scales = scales(network)
+        self.groups = grouped(sites, self.scales)
+
+    def slots(
+        self,
+        semantic: SemanticModule,
+        extract: Callable[[Slots], Any],
+        subject: Hierarchy,
+        background: Sequence[Tensor],
+        inside: Tensor,
+        rows: Mapping[str, Tensor],
+        keep: float,
+        generator: torch.Generator | None = None,
+    ) -> Slots:
+        """What stands in the slots of the generation's pass, after `extract` has run the reference's with what stands
+        in its own. `inside` (rows, h, w) is the subject's mask in cells of the latent; `rows` are `drawn_rows`, and
+        layers keep the reference as `kept_layers` says."""
+        lent: dict[Site, KeysAndValues] = {}
+        if self.delivering:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.through):
+                extract(recording(self.delivering, lent))
+        kept = kept_layers(self.delivering, rows["reference"], keep, generator)
+        bias = {site: sparse_bias(tokens_inside(inside, self._grid(site, inside)), kept[site]) for site in lent}
+        tokens = semantic(subject, background)
+        told = telling(self.network, tokens, self.groups, rows["tokens"], rows["background"])
+        return {**recycling(lent, bias), **told}
+
+    def _grid(self, site: Site, cells: Tensor) -> tuple[int, int]:
+        by = 2 ** self.scales[site.block, site.number]
+        height, width = cells.shape[-2:]
+        return -(-height // by), -(-width // by)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
