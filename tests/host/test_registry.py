@@ -66,6 +66,7 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
         "README.md",
         "LICENSE",
         "tools/convert.py",
+        "tools/hosting/convert.py",
         "toy/weights/subject-patches-toy.safetensors",
     ):
         assert kept in names
