@@ -145,18 +145,18 @@ class ReferenceSwap(_Lent):
 
     node: ClassVar[str] = "Multi-Source Attention Swap (the reference, from lambda2 on)"
 
-    extends: bool = False
-    # What lends at a layer's grid is the same at every step.
-    _lending: dict[Hashable, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+    extends: bool
+    # What lends at a layer's grid is the same at every step of the run.
+    insides: dict[Hashable, tuple[Tensor, Tensor | None]]
 
     def _inside(self, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """`lending` at the places of a layer's keys (pictures, height, width, channels), on their device."""
         grid = tuple(key.shape[1:3])
         place = (grid, key.device, key.dtype)
-        if place not in self._lending:
+        if place not in self.insides:
             inside, bias = lending(self.path.mask, grid)
-            self._lending[place] = inside.to(key.device), None if bias is None else bias.to(key)
-        return self._lending[place]
+            self.insides[place] = inside.to(key.device), None if bias is None else bias.to(key)
+        return self.insides[place]
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
@@ -195,7 +195,7 @@ class LayoutBlend(_Lent):
     node: ClassVar[str] = "Multi-Source Attention Swap (the blend mask, from mask_blend_start on)"
 
     mask: Tensor | MaskInRun
-    _regions: Regions = field(default_factory=Regions, repr=False)
+    regions: Regions
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         lent = recorded(self.path.beside(call.chunk))
@@ -210,7 +210,7 @@ class LayoutBlend(_Lent):
                 return
             stages.note(call)
             mask = stages.blend
-        here = self._regions.at(mask, call, call.query.device)
+        here = self.regions.at(mask, call, call.query.device)
         call.note("blend mask", lambda: here.unflatten(-1, call.grid))
         call.blend(lambda output: blended(output, in_turn(layout, rows), here))
 
@@ -289,14 +289,14 @@ class MultiSourceSwap(Edit):
         if layout is not None:
             yield LayoutSwap(self.sites | self.crossing, early, layout, ("query", "key", "value"))
         if reference is not None:
-            yield ReferenceSwap(self.sites, late, reference, ("key", "value"), self.extends)
+            yield ReferenceSwap(self.sites, late, reference, ("key", "value"), self.extends, {})
         if layout is None or self.mask is None:
             return
         mask = self.mask
         if isinstance(mask, AdaptiveMask):
             mask = MaskInRun(mask)
             yield Gathering(self.watched, late, mask)
-        yield LayoutBlend(self.sites, self._window(self.blend_from, 1.0), layout, ("output",), mask)
+        yield LayoutBlend(self.sites, self._window(self.blend_from, 1.0), layout, ("output",), mask, Regions())
 
     def _window(self, start: float, end: float) -> Window:
         """The part of this edit's own window from `start` to `end`. A run without noise of its own goes on from a

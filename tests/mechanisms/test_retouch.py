@@ -70,7 +70,7 @@ def swapped(golden: Case, half: int, where: Tensor | None = None) -> Tensor:
     side = int(key.shape[1] ** 0.5)
     path = path_of(source, None, both=False, mask=None if where is None else where.float().view(1, side, side))
     lent = {"key": key[:1].unflatten(1, (side, side)), "value": value[:1].unflatten(1, (side, side))}
-    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"))
+    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"), False, {})
     edit.amend(call, 1.0, lambda stream: lent if stream is path.conditioned else None)
     return execute([call], attend(golden.case["heads"]))[0]
 
@@ -141,7 +141,7 @@ def test_only_tokens_inside_a_mask_lend(pictures: int, extends: bool) -> None:
     path = path_of(Trajectory(torch.tensor([1.0]), torch.zeros(1, pictures, 4, 4, 6)), None, both=False, mask=masks)
     chunk = Chunk(slice(0, 2), "positive", True, {}, (1, 5))
     call = AttentionCall(query, key, value, 3, SITE, chunk, None)
-    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"), extends)
+    edit = ReferenceSwap(frozenset({SITE}), Window(), path, ("key", "value"), extends, {})
     edit.amend(call, 1.0, lambda stream: lent if stream is path.conditioned else None)
     (output,) = execute([call], attend(3))
     # Cell by cell of 2 x 2: at least half inside.
@@ -156,7 +156,7 @@ def test_only_tokens_inside_a_mask_lend(pictures: int, extends: bool) -> None:
         )
     torch.testing.assert_close(output.double(), right, rtol=0, atol=TOLERANCE)
     whole = AttentionCall(query, key, value, 3, SITE, chunk, None)
-    unmasked = ReferenceSwap(frozenset({SITE}), Window(), replace(path, mask=None), ("key", "value"), extends)
+    unmasked = ReferenceSwap(frozenset({SITE}), Window(), replace(path, mask=None), ("key", "value"), extends, {})
     unmasked.amend(whole, 1.0, lambda stream: lent if stream is path.conditioned else None)
     assert difference(execute([whole], attend(3))[0], output) > 0.01
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import comfy.sd
+import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
 from hosting.random_models import fill
@@ -29,9 +30,11 @@ def noting_vae(channels: int = 4, seed: int = 3) -> NotingVae:
     sizes = {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": channels}
     sizes |= {"double_z": True, "resolution": 64, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
     params = {"ddconfig": sizes, "embed_dim": channels}
-    network = AutoencoderKL(**params)
-    fill(network, seed)
-    return NotingVae(sd=network.state_dict(), config={"params": params})
+    # Whoever asks first may be in the inference mode that nodes run in, where weights could not be used outside of it.
+    with torch.inference_mode(False):
+        network = AutoencoderKL(**params)
+        fill(network, seed)
+        return NotingVae(sd=network.state_dict(), config={"params": params})
 
 
 def tiny_weights(channels: int) -> dict[str, Tensor]:
