@@ -12,7 +12,7 @@ from torch import multiprocessing
 
 from .runs import Peers
 
-Work = Callable[[int, argparse.Namespace, Path | None], None]
+Work = Callable[[argparse.Namespace, Peers], None]
 RUNS = Path(__file__).parent / "runs"
 
 
@@ -46,23 +46,23 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def together(work: Work, arguments: argparse.Namespace) -> None:
-    """Runs `work(rank, arguments, meeting)` in each of the run's processes."""
+    """Runs `work(arguments, peers)` in each of the run's processes."""
     if arguments.processes == 1:
-        work(0, arguments, None)
+        _join(0, work, arguments, None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (arguments, Path(folder) / "meeting"), arguments.processes)
+        multiprocessing.spawn(_join, (work, arguments, Path(folder) / "meeting"), arguments.processes)
 
 
-def joined(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> tuple[Peers, torch.device]:
-    """One process's part in a run, before it imports anything of the host: its peers and its device."""
+def _join(rank: int, work: Work, arguments: argparse.Namespace, meeting: Path | None) -> None:
+    """One process's part in a run, which has imported nothing yet of the host that asks for its device."""
     peers = Peers(rank, arguments.processes, meeting)
     if peers.count > 1:
         torch.set_num_threads(1)
-    device = torch.device(arguments.device)
     from comfy.cli_args import args as host_arguments
 
-    host_arguments.cpu = device.type == "cpu"
+    host_arguments.cpu = torch.device(arguments.device).type == "cpu"
     # On a CPU the gradients' denormal numbers make a step several times slower.
     torch.set_flush_denormal(True)
-    return peers, device
+    work(arguments, peers)
+    peers.wait()

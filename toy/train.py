@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 
-from .command import joined, on_any_device, parsed, parser_of, together
+from .command import on_any_device, parsed, parser_of, together
+from .runs import Peers
 
 CHECKPOINT = Path(__file__).parent / "weights" / "subject-patches-toy.safetensors"
 
@@ -58,12 +59,11 @@ def unpack(checkpoint: Path, folder: Path) -> None:
         save_whole(folder / f"{stage}.safetensors", tensors)
 
 
-def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+def work(arguments: argparse.Namespace, peers: Peers) -> None:
     """What each process does: the stages asked for, one after the other."""
-    peers, device = joined(rank, arguments, meeting)
     from . import train_autoencoder, train_diffusion
 
-    common = (arguments.folder, device, peers, arguments.workers)
+    common = (arguments.folder, torch.device(arguments.device), peers, arguments.workers)
     stages = ("autoencoder", "diffusion", "export") if arguments.stage == "all" else (arguments.stage,)
     if arguments.start:
         stages = ("diffusion", "export")

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 
-from .command import joined, together
+from .command import together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of
 from .pair_training import train as train_from_pairs
 from .runs import Peers
@@ -90,13 +90,6 @@ def write(tuning: Any, vision: Any, path: Path, lora: Path) -> None:
     save_whole(lora, tuning.low_ranks.file(), {"trained_by": TRAINED_BY})
 
 
-def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
-    """What each process does."""
-    peers, _ = joined(rank, arguments, meeting)
-    train(arguments, peers)
-    peers.wait()
-
-
 def main() -> None:
     # More than this rate harms the U-Net.
     parser = pair_parser(__doc__.splitlines()[0], "anylogo", MAPS, minutes=60, rate=1e-4)
@@ -106,7 +99,7 @@ def main() -> None:
     parser.add_argument("--sites", default="decoder", help="which layers deliver; none is semantic tokens alone")
     parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
-    together(work, pair_parsed(parser))
+    together(train, pair_parsed(parser))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 from torch import Tensor
 
-from .command import joined, on_any_device, parsed, parser_of, together
+from .command import on_any_device, parsed, parser_of, together
+from .runs import Peers
 from .train import CHECKPOINT as FIRST
 
 CHECKPOINT = FIRST.with_name("subject-patches-toy-dit.safetensors")
@@ -61,19 +62,17 @@ def export(trained: dict[str, Tensor], ids: Tensor, checkpoint: Path) -> None:
     print(f"wrote {checkpoint} ({checkpoint.stat().st_size / 1e6:.1f} MB)", flush=True)
 
 
-def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+def work(arguments: argparse.Namespace, peers: Peers) -> None:
     """What each process does."""
-    peers, device = joined(rank, arguments, meeting)
     from . import train_rectified_flow
 
     trained, ids = train_rectified_flow.train(
         first_toy(), trained_parts(arguments.start) if arguments.start else None, arguments.minutes,
-        arguments.folder / "dit.state", device, peers, arguments.workers, arguments.batch, arguments.rate,
-        arguments.seed, arguments.resume,
+        arguments.folder / "dit.state", torch.device(arguments.device), peers, arguments.workers, arguments.batch,
+        arguments.rate, arguments.seed, arguments.resume,
     )  # fmt: skip
     if peers.rank == 0:
         export(trained, ids, arguments.checkpoint)
-    peers.wait()
 
 
 def main() -> None:

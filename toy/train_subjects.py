@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 
-from .command import joined, together
+from .command import together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of
 from .pair_training import train as train_from_pairs
 from .runs import Peers
@@ -66,15 +66,8 @@ def write(modules: Any, vision: Any, path: Path) -> None:
     )
 
 
-def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
-    """What each process does."""
-    peers, _ = joined(rank, arguments, meeting)
-    train(arguments, peers)
-    peers.wait()
-
-
 def main() -> None:
-    together(work, pair_parsed(pair_parser(__doc__.splitlines()[0], "subjects", ENCODER, minutes=120, rate=6e-4)))
+    together(train, pair_parsed(pair_parser(__doc__.splitlines()[0], "subjects", ENCODER, minutes=120, rate=6e-4)))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ nearest to another view of the same one among ten of the same plate and colours.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .command import RUNS, joined, parsed, parser_of, together
+from .command import RUNS, parsed, parser_of, together
+from .runs import Peers
 
 FILE = RUNS / "vision" / "vision.safetensors"
 
 
-def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None:
+def work(arguments: argparse.Namespace, peers: Peers) -> None:
     """What each process does."""
-    peers, _ = joined(rank, arguments, meeting)
     from . import vision
 
     if arguments.measure:
@@ -25,7 +24,6 @@ def work(rank: int, arguments: argparse.Namespace, meeting: Path | None) -> None
         print(f"vision: of ten alike the right one {whole:.0%}, by patches {patches:.0%}")
         return
     vision.train(arguments, peers)
-    peers.wait()
 
 
 def main() -> None:
