@@ -78,6 +78,14 @@ def flux_server(small_server: Server) -> Server:
     return small_server
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The small SD 1.x MODEL."""
+    from .shared.models import small_model
+
+    return small_model()
+
+
 @pytest.fixture
 def host_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with those in which the host saves: its output, and its embeddings."""

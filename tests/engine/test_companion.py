@@ -22,7 +22,6 @@ from subject_patches.tests.shared.models import (
     recycled,
     routed,
     sample,
-    small_model,
     subject,
     swapped,
     trajectory,
@@ -40,11 +39,6 @@ from torch import Tensor
 FEW = 0.003
 LENDING = [m for m in MECHANISMS if m.name in ("recycled self-attention", "multi-source swap", "dual branch")]
 over_lending = pytest.mark.parametrize("mechanism", LENDING, ids=lambda m: m.name)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 @over_lending

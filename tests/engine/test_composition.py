@@ -29,16 +29,11 @@ from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, over_mechanisms
-from subject_patches.tests.shared.models import difference, randn, recycled, sample, small_model
+from subject_patches.tests.shared.models import difference, randn, recycled, sample
 from torch import Tensor
 
 PLACE = ("output", 3, 0)
 FEW = 0.003
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 # A replacement that behaves as IPAdapter's

@@ -33,7 +33,6 @@ from subject_patches.tests.shared.models import (
     randn,
     recycled,
     sample,
-    small_model,
     subject,
 )
 from subject_patches.tests.shared.references import keys_and_values
@@ -43,11 +42,6 @@ import nodes as host_nodes
 
 SIZE = (16, 16)
 FEW = 0.003
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def blank(length: int = 7) -> Conditioning:

@@ -16,8 +16,8 @@ from subject_patches.patches.engine.call import AttentionCall
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.parts.window import Window
-from subject_patches.tests.engine.test_openings import Look
 from subject_patches.tests.shared.dit_models import dit_model
+from subject_patches.tests.shared.look import Acting
 from subject_patches.tests.shared.mechanisms import FLUX_MECHANISMS, MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import (
     difference,
@@ -110,7 +110,7 @@ def test_beside_others(mechanism: Mechanism, family: str, name: str, request: py
 
 def test_an_override_is_left_alone_where_nothing_is_amended(flux: Any) -> None:
     other = OTHERS["an attention function"](flux)
-    idle = add_edit(other, Look(frozenset(attention_sites(flux)), Window(), lambda call: None))
+    idle = add_edit(other, Acting(frozenset(attention_sites(flux)), Window(), lambda call: None))
     assert torch.equal(sample(idle), sample(other))
 
 
@@ -124,7 +124,7 @@ def test_reference_latents_of_the_hosts_own(name: str) -> None:
     )
     latents = [latent_noise(1, size, 9, channels, frames) for size in ((6, 8), (4, 4))]
     given = {"positive": known_prompt(reference_latents=latents), "steps": 1}
-    look = Look(frozenset(attention_sites(model)), Window(), lambda call: None)
+    look = Acting(frozenset(attention_sites(model)), Window(), lambda call: None)
     plain = sample(model, **given)
     assert torch.equal(sample(add_edit(model, look), **given), plain)
     patch = 1 if name == "FLUX.2" else 2
@@ -153,7 +153,7 @@ def test_the_prompt_is_found_among_those_of_the_hosts_pictures(prompts: int) -> 
         layer.attention.out.weight.data.zero_()
     keys = []
     for seed in (1, 2):
-        look = Look(frozenset(attention_sites(model)), Window(), lambda call: None)
+        look = Acting(frozenset(attention_sites(model)), Window(), lambda call: None)
         sample(add_edit(model, look), positive=known_prompt(seed, **pictures_of_z_image(prompts)), steps=1)
         keys.append(look.seen[0].key)
     changed = (keys[0] != keys[1]).any(-1)[0].nonzero().flatten().tolist()
@@ -214,7 +214,7 @@ def test_the_models_own_mask_goes_with_the_keys() -> None:
     def hidden(call: AttentionCall) -> None:
         call.extend(call.key[:, :3], call.value[:, :3])
 
-    look = Look(frozenset(attention_sites(model)), Window(), hidden)
+    look = Acting(frozenset(attention_sites(model)), Window(), hidden)
     results = []
     for other in (1.0, 5.0):
         tokens, values = known_prompt(attention_mask=mask.long())[0]
@@ -227,7 +227,7 @@ def test_the_models_own_mask_goes_with_the_keys() -> None:
 def test_an_area_of_the_picture(flux: Any) -> None:
     (tokens, values), *_ = known_prompt()
     area = [[tokens, {**values, "area": (4, 6, 2, 2)}]]
-    look = Look(frozenset(attention_sites(flux)), Window(), lambda call: None)
+    look = Acting(frozenset(attention_sites(flux)), Window(), lambda call: None)
     given = {"positive": [*known_prompt(3), *area], "size": (8, 10), "steps": 1}
     assert torch.equal(sample(add_edit(flux, look), **given), sample(flux, **given))
     assert {call.grid for call in look.seen} == {(4, 5), (2, 3)}

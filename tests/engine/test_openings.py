@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
@@ -19,7 +19,6 @@ from subject_patches.patches.engine.edit import Edit, Request
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.engine.openings import Opening
 from subject_patches.patches.engine.session import Forward, Session
-from subject_patches.patches.engine.streams import Features, Stream
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.mechanisms.layout_regions import Layout, Region
 from subject_patches.patches.parts.prompt import SPANS_KEY
@@ -27,6 +26,7 @@ from subject_patches.patches.parts.window import Levels, Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.dense_dit import ByHand, begins_at
 from subject_patches.tests.shared.dit_models import PATCHED, dit_model
+from subject_patches.tests.shared.look import Acting
 from subject_patches.tests.shared.mechanisms import left_half
 from subject_patches.tests.shared.models import (
     difference,
@@ -79,21 +79,9 @@ def test_recycled_attention_is_the_dense_one(model: Any, batch: int) -> None:
     assert difference(expected, sample(model, **given)) > 0.01
 
 
-@dataclass(frozen=True, eq=False)
-class Look(Edit):
-    """Keeps every call that it is shown, with what the `act` given made of it."""
-
-    act: Callable[[AttentionCall], None]
-    seen: list[AttentionCall] = field(default_factory=list)
-
-    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        self.act(call)
-        self.seen.append(call)
-
-
 def looked(model: Any, act: Callable[[AttentionCall], None], **given: Any) -> list[AttentionCall]:
     """The calls of a run of one step, each as `act` amended it."""
-    look = Look(frozenset(attention_sites(model)), Window(), act)
+    look = Acting(frozenset(attention_sites(model)), Window(), act)
     sample(add_edit(model, look), size=SIZE, steps=1, **given)
     return look.seen
 

@@ -25,7 +25,6 @@ from subject_patches.tests.shared.models import (
     recycled,
     routed,
     sample,
-    small_model,
     subject,
     swapped,
     trajectory,
@@ -45,11 +44,6 @@ TILINGS: dict[str, Callable[[Any], Any]] = {
     "two in a batch, prompts first": lambda model: tiled(model, BOXES, together=2, prompts_first=True),
     "rolled": lambda model: tiled(model, BOXES, together=2, roll=5),
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def windowed(model: Any, dimension: int, length: int, overlap: int, fixed: bool = True) -> Any:

@@ -14,7 +14,7 @@ from subject_patches.patches.parts.sites import Site
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, over_mechanisms
-from subject_patches.tests.shared.models import difference, sample, small_model
+from subject_patches.tests.shared.models import difference, sample
 from subject_patches.tests.shared.peers import couple, with_tokens
 from torch import Tensor
 
@@ -22,11 +22,6 @@ FEW = 0.003
 # Those that read attention to the prompt's words.
 READING = ("layout bias", "dual branch", "two references routed by maps")
 UNTOLD = ("attn_precision", "n_heads", "dim_head", "activations_shape")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def named(name: str) -> Mechanism:

@@ -36,11 +36,6 @@ EACH = torch.cat([HARD, 1 - HARD])
 MASKS = {"hard": HARD, "grey": GREY, "one for each picture": EACH}
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 def watched(model: Any, seen: list[tuple[float, Tensor, Tensor | None]]) -> Any:
     """A clone that writes down the noise level, the latents and the extra channels of the auxiliary prompt's passes."""
     ((auxiliary, _),) = auxiliary_prompt()

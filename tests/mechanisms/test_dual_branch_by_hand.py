@@ -29,18 +29,12 @@ from subject_patches.tests.shared.models import (
     levels,
     prompt,
     sample,
-    small_model,
 )
 from torch import Tensor
 
 SIZE = (7, 10)
 SHARE = 0.5
 Kept = dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 @dataclass

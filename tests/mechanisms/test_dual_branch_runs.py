@@ -36,7 +36,6 @@ from subject_patches.tests.shared.models import (
     levels,
     prompt,
     sample,
-    small_model,
     through,
 )
 from torch import Tensor
@@ -44,11 +43,6 @@ from torch import Tensor
 SIZE = (7, 10)
 SHARE = 0.5
 Kept = dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 # What runs, and when

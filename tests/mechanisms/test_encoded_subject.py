@@ -20,11 +20,6 @@ from ..shared.subject_encoders import encoded_subject
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 def by_hand(model: Any, who: Subject, *, strength: float = 1.0, eta: float = 1.0, share: Tensor | None = None) -> Any:
     """The model with dense replacements of its attentions, straight from Eq. 4 to 7: the conditioned rows see the kept
     keys and values and the tokens, the unconditional ones the empty picture's tokens."""

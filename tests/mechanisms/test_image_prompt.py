@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.clip_vision
 import comfy.sd
 import pytest
 import torch
@@ -18,45 +17,19 @@ from subject_patches.tests.shared.models import (
     prompt,
     routed,
     sample,
-    small_model,
     subject,
 )
+from subject_patches.tests.shared.small_vision import PROJECTED, WIDTH, clip_vision, random_weights
 from torch import Tensor
 
 import nodes as host_nodes
 
-WIDTH, PROJECTED, TOKENS = 32, 24, 4
-VISION = {
-    "model_type": "clip_vision_model",
-    "num_hidden_layers": 2,
-    "hidden_size": WIDTH,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "hidden_act": "quick_gelu",
-    "num_channels": 3,
-    "patch_size": 16,
-    "image_size": 48,
-    "projection_dim": PROJECTED,
-}
-
-
-def random_weights(module: torch.nn.Module, seed: int) -> Any:
-    source = generator(seed)
-    for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=source) * 0.3
-    return module.eval()
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
+TOKENS = 4
 
 
 @pytest.fixture(scope="module")
 def vision() -> Any:
-    clip_vision = comfy.clip_vision.ClipVisionModel(VISION)
-    random_weights(clip_vision.model, 1)
-    return clip_vision
+    return clip_vision()
 
 
 def seen(vision: Any, picture: int) -> Any:

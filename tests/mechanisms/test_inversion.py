@@ -13,16 +13,15 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
-from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.mechanisms.inversion import (
-    Inversion,
     ddim_step,
     inverted,
     inverted_step,
     replayed,
 )
 from subject_patches.patches.parts.process import Process
-from subject_patches.tests.shared.models import difference, prompt, randn, recycled, sample, small_model
+from subject_patches.tests.shared.inversions import invert, inverted_with_noise
+from subject_patches.tests.shared.models import difference, levels, prompt, randn, recycled, sample, small_model
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
@@ -30,28 +29,8 @@ ROUNDING = 2e-5
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
 def toy() -> Toy:
     return Toy.load()
-
-
-def schedule(model: Any, steps: int = 4, scheduler: str = "normal") -> Tensor:
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-
-
-def invert(model: Any, latent: Tensor, sigmas: Tensor | None = None, **values: Any) -> tuple[Inversion, Any, str]:
-    return inverted_with_noise(model, latent, sigmas, **values)[:3]
-
-
-def inverted_with_noise(model: Any, latent: Tensor, sigmas: Tensor | None = None, **values: Any) -> Any:
-    sigmas = schedule(model) if sigmas is None else sigmas
-    given = {"conditioning": prompt(1), **values}
-    with torch.inference_mode():
-        return InvertToTrajectoryNode.execute(model, {"samples": latent}, sigmas, **given).args
 
 
 # The equations
@@ -128,7 +107,7 @@ def test_a_flows_path_is_euler_upwards() -> None:
 @pytest.mark.parametrize("shift", [None, 3.0], ids=["diffusion", "flow"])
 def test_a_run_begins_with_the_noise(shift: float | None, model: Any) -> None:
     patched = model if shift is None else ModelSamplingSD3().patch(model, shift)[0]
-    sigmas = schedule(patched, 6, "simple")
+    sigmas = levels(patched, 6, "simple")
     latent = randn(1, 4, 6, 8)
     trajectory, _, report, noise = inverted_with_noise(patched, latent, sigmas, measure_replay=True)
     assert torch.equal(trajectory.states[-1], patched.model.process_latent_in(latent))
@@ -170,7 +149,7 @@ def test_ddim_inversion(prediction: str, model: Any) -> None:
         (model,) = ModelSamplingDiscrete().patch(model, name, bool(zsnr))
         bare.model.model_sampling = model.get_model_object("model_sampling")
     clean = randn(2, 4, 7, 10)
-    sigmas = schedule(model)
+    sigmas = levels(model, 4)
     with torch.inference_mode():
         right = plain(bare, clean, sigmas, prompt(1)[0][0])
     inversion, last, _ = invert(model, clean)
@@ -183,7 +162,7 @@ def test_ddim_inversion(prediction: str, model: Any) -> None:
 
 
 def test_kept_latents_are_exact_and_a_replay_drifts(toy: Toy) -> None:
-    clean, sigmas = randn(1, 8, 16, 16), schedule(toy.model, 6)
+    clean, sigmas = randn(1, 8, 16, 16), levels(toy.model, 6)
     with torch.inference_mode():
         clean = toy.model.model.process_latent_out(clean)
     inversion, _, report = invert(toy.model, clean, sigmas, conditioning=None, clip=toy.clip, measure_replay=True)
@@ -203,7 +182,7 @@ def test_kept_latents_are_exact_and_a_replay_drifts(toy: Toy) -> None:
 
 def test_replaying_by_the_hosts_sampler(toy: Toy) -> None:
     """From the last latent, with DisableNoise, the host's Euler goes the way the report's replay went."""
-    clean, sigmas = randn(1, 8, 16, 16), schedule(toy.model, 6)
+    clean, sigmas = randn(1, 8, 16, 16), levels(toy.model, 6)
     with torch.inference_mode():
         empty = toy.encode([""])
     inversion, last, report = invert(toy.model, clean, sigmas, conditioning=empty, measure_replay=True)
@@ -221,7 +200,7 @@ def test_the_empty_prompt_is_the_default(toy: Toy) -> None:
     with torch.inference_mode():
         empty = toy.encode([""])
     given, default = (
-        invert(toy.model, clean, schedule(toy.model, 3), **values)[0]
+        invert(toy.model, clean, levels(toy.model, 3), **values)[0]
         for values in ({"conditioning": empty}, {"conditioning": None, "clip": toy.clip})
     )
     assert torch.equal(given.states, default.states)
@@ -241,7 +220,7 @@ def test_the_models_patches_act(model: Any) -> None:
 
 
 def test_schedules_may_rise_or_end_early(model: Any) -> None:
-    clean, sigmas = randn(1, 4, 8, 8), schedule(model)
+    clean, sigmas = randn(1, 4, 8, 8), levels(model, 4)
     right = invert(model, clean, sigmas)[0]
     for given in (sigmas.flip(0), sigmas[:-1], sigmas[:-1].flip(0)):
         other = invert(model, clean, given)[0]
@@ -277,7 +256,7 @@ def test_an_inversion_tells_of_its_steps_and_can_be_interrupted(model: Any, monk
 
 def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
     """The host's uni_pc writes into the SIGMAS that it is given."""
-    sigmas = schedule(model)
+    sigmas = levels(model, 4)
     right = sigmas.clone()
     inversion, *_ = invert(model, randn(1, 4, 8, 8), sigmas)
     sigmas[-1] = 0.001
@@ -299,7 +278,7 @@ def test_latents_of_another_vae(model: Any) -> None:
 
 
 @pytest.mark.parametrize("sigmas", [[], [0.0], [3.0, 5.0, 1.0], [5.0, 5.0, 0.0], [float("nan"), 0.0]])
-def test_sigmas_that_are_no_schedule(sigmas: list[float], model: Any) -> None:
+def test_sigmas_that_are_no_levels(sigmas: list[float], model: Any) -> None:
     with pytest.raises(ValueError, match=r"are no schedule; connect those of a scheduler node"):
         invert(model, randn(1, 4, 8, 8), torch.tensor(sigmas))
 

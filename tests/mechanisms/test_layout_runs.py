@@ -15,7 +15,7 @@ from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.layouts import box, resampled
 from subject_patches.tests.shared.look import Look, Seen
-from subject_patches.tests.shared.models import difference, known_prompt, laid_out, prompt, sample, small_model
+from subject_patches.tests.shared.models import difference, known_prompt, laid_out, prompt, sample
 from torch import Tensor
 
 SIZE = (7, 10)
@@ -23,11 +23,6 @@ WIDTH, HEIGHT = 80, 56
 LEFT, RIGHT = box(WIDTH, HEIGHT, 3, 8, 50, 40), box(WIDTH, HEIGHT, 36, 20, 79, 56)
 OVERLAPPING = Layout(WIDTH, HEIGHT, (Region("subject", LEFT), Region("Scene ", RIGHT)))
 SOFT: dict[str, Any] = {"negative_weight": -3.0, "guidance_weight": 0.2}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def looked_at(model: Any, layout: Layout = OVERLAPPING, run: dict[str, Any] | None = None, **values: Any) -> Look:

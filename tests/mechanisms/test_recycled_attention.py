@@ -21,7 +21,6 @@ from subject_patches.tests.shared.models import (
     recycled,
     reference,
     sample,
-    small_model,
     subject,
 )
 from subject_patches.tests.shared.references import keys_and_values
@@ -35,11 +34,6 @@ def looked_at(model: Any, **run: Any) -> Look:
     look = Look(frozenset(site for site in attention_sites(model) if site.kind == "self"), Window())
     sample(add_edit(model, look), **{"size": SIZE, "batch": 2, **run})
     return look
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def check(seen: Seen, keys: list[Tensor], values: list[Tensor], bias: Tensor | None = None) -> None:

@@ -30,7 +30,7 @@ from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.golden_cases import Golden, cases_of
 from subject_patches.tests.shared.look import Look
-from subject_patches.tests.shared.models import difference, generator, prompt, randn, sample, small_model
+from subject_patches.tests.shared.models import difference, generator, prompt, randn, sample
 from torch import Tensor
 
 TOLERANCE = 2e-5
@@ -181,11 +181,6 @@ def swap(model: Any, layout: Trajectory | None, reference: Trajectory | None, **
     given = {"switch": 0.4, "crossing": select_sites(sites, "cross", "decoder"), **values}
     paths = [None if t is None else path_of(t, prompt(31 + n), True) for n, t in enumerate((layout, reference))]
     return add_edit(model, MultiSourceSwap(select_sites(sites, "self", "decoder"), Window(), *paths, **given))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def test_another_size_than_the_layouts_is_refused(model: Any) -> None:

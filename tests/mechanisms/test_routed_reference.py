@@ -24,18 +24,12 @@ from subject_patches.tests.shared.models import (
     map_router,
     prompt,
     routed,
-    small_model,
     subject,
 )
 from torch import Tensor
 
 TOLERANCE = 1e-5
 CHUNK = Chunk(slice(0, 1), "positive", True, {}, (8, 8))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 # Exactness: grouped by route as against the dense, masked softmax

@@ -28,7 +28,6 @@ from subject_patches.tests.shared.models import (
     reference,
     routed,
     sample,
-    small_model,
     subject,
 )
 from subject_patches.tests.shared.references import keys_and_values
@@ -36,11 +35,6 @@ from torch import Tensor
 
 TOLERANCE = 1e-5
 SIZE = (7, 10)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def looked_at(model: Any, kind: str = "self", **run: Any) -> Look:

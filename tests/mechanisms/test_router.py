@@ -21,15 +21,10 @@ from subject_patches.patches.parts.sites import Site
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.layouts import box
-from subject_patches.tests.shared.models import generator, map_router, masks, routed, sample, small_model, subject
+from subject_patches.tests.shared.models import generator, map_router, masks, routed, sample, subject
 from torch import Tensor
 
 SELF, CROSS = Site("self", "middle", 0, 0), Site("cross", "middle", 0, 0)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def mask_call(grid: tuple[int, int], area: tuple[int, int, int, int] | None = None) -> AttentionCall:

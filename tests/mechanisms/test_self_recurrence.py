@@ -14,7 +14,7 @@ from subject_patches.nodes.self_recurrence import SAMPLERS, SelfRecurrenceNode
 from subject_patches.patches.mechanisms.self_recurrence import recur, row_noise
 from subject_patches.patches.parts.process import Process
 from subject_patches.tests.shared.golden_cases import Golden, cases_of
-from subject_patches.tests.shared.models import difference, known_prompt, latent_noise, prompt, small_model
+from subject_patches.tests.shared.models import difference, known_prompt, latent_noise, prompt
 from torch import Tensor
 
 TOLERANCE = 2e-5
@@ -63,11 +63,6 @@ def test_noise_is_of_its_place_and_row_only() -> None:
     assert torch.equal(three[:1], row_noise(torch.zeros(1, 4, 5, 5), 7, "back", 2, 1))
     others = [row_noise(three, *place) for place in ((8, "back", 2, 1), (7, "step", 2, 1), (7, "back", 1, 2))]
     assert all(difference(other, three) > 0.1 for other in (*others, three.roll(1, 0)))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,6 @@ from torch.nn import functional
 RUN: dict[str, Any] = {"steps": 2}
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 # Which layer takes which group
 
 

@@ -21,11 +21,10 @@ from subject_patches.patches.anystory.anystory_subject import AnyStorySubject
 from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
 from torch import Tensor
 
-from ..mechanisms.test_anystory_encoders import redux
-from ..mechanisms.test_anystory_golden import Watch
-from ..mechanisms.test_anystory_runs import sample
-from ..shared.anystory_files import publish
+from ..shared.anystory_files import publish, redux
 from ..shared.anystory_models import golden_anystory, golden_model
+from ..shared.anystory_runs import sample
+from ..shared.anystory_watch import Watch
 from ..shared.dit_models import dit_model
 from ..shared.models import difference, small_model
 from ..shared.small_vision import siglip

@@ -47,18 +47,12 @@ from subject_patches.tests.shared.models import (
     recycled,
     routed,
     sample,
-    small_model,
     subject,
 )
 from torch import Tensor
 
 LAYOUT = Layout(80, 64, (Region("subject", box(80, 64, 0, 0, 40, 64)), Region("scene", box(80, 64, 50, 0, 80, 64))))
 PICTURE = torch.rand(2, 64, 80, 3, generator=generator(1))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def recorded(model: Any, run: dict[str, Any] | None = None, **values: Any) -> tuple[AttentionRecord, Tensor]:

@@ -6,20 +6,15 @@ import math
 import re
 from typing import Any
 
-import comfy.supported_models
 import pytest
 import torch
 from subject_patches.nodes.attention_inspector import RecordAttentionNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, over_mechanisms
-from subject_patches.tests.shared.models import SMALL, model_of, recycled, reference, small_model, subject
+from subject_patches.tests.shared.models import recycled, reference, subject
+from subject_patches.tests.shared.other_families import OTHERS
 
 PICTURES = torch.rand(2, 32, 48, 3)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def make_subject(**values: Any) -> Any:
@@ -122,35 +117,6 @@ KNOWN = (
     "it knows SD 1.x, SD 2.x, SDXL, SDXL refiner, FLUX.2, Chroma, FLUX.1, Z-Image, Lumina 2, Krea 2, Qwen-Image, "
     "Anima, Cosmos-Predict2, Wan, HiDream, SD 3.5"
 )
-AURA = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "patch_size": 2,
-    "dim": 64,
-    "n_layers": 2,
-    "n_double_layers": 1,
-    "n_heads": 4,
-    "global_conddim": 64,
-    "cond_seq_dim": 32,
-    "max_seq": 64,
-}
-VIDEO = {
-    **SMALL,
-    "in_channels": 8,
-    "model_channels": 64,
-    "use_temporal_resblock": True,
-    "use_temporal_attention": True,
-    "extra_ff_mix_layer": True,
-    "use_spatial_context": True,
-    "merge_strategy": "learned_with_images",
-    "video_kernel_size": [3, 1, 1],
-}
-
-
-OTHERS = {
-    "AuraFlow": model_of(comfy.supported_models.AuraFlow, AURA),
-    "SVD_img2vid": model_of(comfy.supported_models.SVD_img2vid, VIDEO),
-}
 
 
 @pytest.mark.parametrize("family", OTHERS)

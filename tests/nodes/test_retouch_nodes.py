@@ -29,18 +29,12 @@ from subject_patches.tests.shared.models import (
     prompt,
     randn,
     sample,
-    small_model,
     swapped,
     trajectory,
 )
 from torch import Tensor
 
 ROUNDING = 2e-5
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def test_the_mask_blends_the_layouts_output(model: Any) -> None:

@@ -99,11 +99,6 @@ def alone(model: Any, positive: Any, cfg: float, sampler: Any = "euler", **value
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
 def concept(model: Any) -> Any:
     return concept_of(model)
 

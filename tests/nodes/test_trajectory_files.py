@@ -14,13 +14,8 @@ from safetensors.torch import save_file
 from subject_patches.nodes.trajectory_files import LoadTrajectoryNode, SaveTrajectoryNode
 from subject_patches.patches.mechanisms.inversion import from_file, to_file
 
-from ..mechanisms.test_inversion import invert
-from ..shared.models import randn, small_model
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
+from ..shared.inversions import invert
+from ..shared.models import randn
 
 
 @pytest.mark.parametrize("prefix", ["trajectories/pets/a picture", "pets/a picture"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from comfy.ldm.flux.redux import ReduxImageEncoder
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,10 +24,20 @@ def published() -> dict[str, dict[str, Tensor]]:
     return parts | {"redux": {name: t for name, t in parts["redux"].items() if not name.startswith("base.")}}
 
 
-def redux_weights() -> dict[str, Tensor]:
+def _redux_weights() -> dict[str, Tensor]:
     """The plain Redux model's weights, as the host names them."""
     named = _read(_FILES["redux"])
     return {name.removeprefix("base."): tensor for name, tensor in named.items() if name.startswith("base.")}
+
+
+def redux() -> ReduxImageEncoder:
+    """The host's Redux model with the small weights."""
+    weights = _redux_weights()
+    context, inner = weights["redux_down.weight"].shape
+    module = ReduxImageEncoder(weights["redux_up.weight"].shape[1], context)
+    assert inner == 3 * context
+    module.load_state_dict(weights)
+    return module
 
 
 def publish(path: Path, parts: object = None) -> Path:

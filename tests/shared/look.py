@@ -1,4 +1,4 @@
-"""An edit that looks at attention calls in a sampling run and amends nothing."""
+"""Edits that keep the attention calls of a sampling run: one that amends nothing, one that does what a test says."""
 
 from __future__ import annotations
 
@@ -43,3 +43,15 @@ class Look(Edit):
     def of(self, name: str) -> list[Seen]:
         """The self-attentions of the chunks of one of the guider's lists."""
         return [seen for seen in self.seen if seen.call.chunk.name == name]
+
+
+@dataclass(frozen=True, eq=False)
+class Acting(Edit):
+    """Keeps every call that it is shown, with what the `act` given made of it."""
+
+    act: Callable[[AttentionCall], None]
+    seen: list[AttentionCall] = field(default_factory=list)
+
+    def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
+        self.act(call)
+        self.seen.append(call)

@@ -137,9 +137,9 @@ def inputs_of(model: Any) -> Iterator[list[dict[str, Any]]]:
         hook.remove()
 
 
-def levels(model: Any, steps: int) -> Tensor:
-    """The noise levels of the host's normal schedule."""
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+def levels(model: Any, steps: int, scheduler: str = "normal") -> Tensor:
+    """The noise levels of a schedule of the host's."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
 
 
 def sample(

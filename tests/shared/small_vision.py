@@ -8,8 +8,22 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from hosting.random_models import generator
 
-# Its channels, and its picture's side.
+# A SigLIP's channels, and its picture's side.
 VISION, PICTURE = 12, 84
+# A CLIP vision model's channels, and those of its projection.
+WIDTH, PROJECTED = 32, 24
+CLIP = {
+    "model_type": "clip_vision_model",
+    "num_hidden_layers": 2,
+    "hidden_size": WIDTH,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "hidden_act": "quick_gelu",
+    "num_channels": 3,
+    "patch_size": 16,
+    "image_size": 48,
+    "projection_dim": PROJECTED,
+}
 
 
 def siglip(width: int = VISION, image: int = PICTURE) -> ClipVisionModel:
@@ -32,6 +46,21 @@ def siglip(width: int = VISION, image: int = PICTURE) -> ClipVisionModel:
     for number, parameter in enumerate(model.model.parameters()):
         value = torch.randn(parameter.shape, generator=generator(number))
         parameter.data = value / max(parameter[0].numel(), 4) ** 0.5
+    return model
+
+
+def random_weights(module: torch.nn.Module, seed: int) -> Any:
+    """The module, with numbers of one spread in all its parameters."""
+    source = generator(seed)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=source) * 0.3
+    return module.eval()
+
+
+def clip_vision(**sizes: int) -> ClipVisionModel:
+    """A CLIP vision model of the host's, with random weights; `sizes` go over `CLIP`."""
+    model = ClipVisionModel({**CLIP, **sizes})
+    random_weights(model.model, 1)
     return model
 
 

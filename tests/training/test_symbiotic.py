@@ -31,11 +31,6 @@ from subject_patches.training.symbiotic import (
 from torch import Tensor
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 def called(network: Any, seed: int, **slots: Any) -> Tensor:
     """One call of a U-Net with patches in the host's slots."""
     options = {"patches_replace": slots}

@@ -37,11 +37,6 @@ from torch import Tensor
 SIZE = (6, 8)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 def part(model: Any, first: int, last: int, steps: int = 10, scheduler: str = "normal") -> Tensor:
     """The noise levels from step `first` to step `last` of `steps`, as KSamplerAdvanced and SplitSigmas cut them."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)

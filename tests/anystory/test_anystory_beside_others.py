@@ -18,10 +18,10 @@ from subject_patches.patches.parts.window import Window
 from torch import Tensor
 
 from ..shared.anystory_models import golden_model, told
+from ..shared.anystory_runs import WHOLE, hooks_of, prompt, sample, settings
+from ..shared.anystory_watch import Watch
 from ..shared.look import Look
 from ..shared.models import AUXILIARY, CONCEPT, difference, integrated, laid_out, randn, recycled, reference, subject
-from .test_anystory_golden import Watch
-from .test_anystory_runs import WHOLE, hooks_of, prompt, sample, settings
 
 OVERRIDE = "optimized_attention_override"
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.parts.sites import CHOICES, LATE, Site, select_sites
-from subject_patches.tests.shared.models import small_model
 
 SITES = tuple(
     Site(kind, *place)
@@ -17,11 +16,6 @@ SITES = tuple(
     )
     for kind in ("self", "cross")
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 def names(choice: str, named: str = "", kind: str = "self") -> list[str]:

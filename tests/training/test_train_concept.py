@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
-from subject_patches.tests.nodes.test_bad_input import OTHERS
 from subject_patches.tests.shared.clips import small_clip
 from subject_patches.tests.shared.concepts import latents, made, matching_clip, trained
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model
+from subject_patches.tests.shared.other_families import OTHERS
 from subject_patches.training.concept import as_lora
 from subject_patches.training.concept_files import ConceptFiles
 from subject_patches.training.concept_run import Settings, train_concept

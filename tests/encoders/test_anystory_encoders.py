@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from anystory_pictures import SUBJECT, subject_groups
-from comfy.ldm.flux.redux import ReduxImageEncoder
 from host import ROOT
 from hosting.sheet import draw_sheet
 from PIL import Image
@@ -19,7 +18,7 @@ from subject_patches.encoders.anystory import AnyStory, embedded, read_anystory,
 from subject_patches.encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, vision_pixels
 from subject_patches.encoders.weights import FORMAT
 
-from ..shared.anystory_files import publish, redux_weights
+from ..shared.anystory_files import publish, redux
 from ..shared.golden_cases import Golden, cases_of
 
 
@@ -35,16 +34,6 @@ class Embedding(Golden):
 
 pictures = cases_of("anystory", Pictures, lambda case: "image_u8" in case.tensors)
 embeddings = cases_of("anystory", Embedding, lambda case: "output_size" in case.case)
-
-
-def redux() -> ReduxImageEncoder:
-    """The host's Redux model with the small weights."""
-    weights = redux_weights()
-    context, inner = weights["redux_down.weight"].shape
-    module = ReduxImageEncoder(weights["redux_up.weight"].shape[1], context)
-    assert inner == 3 * context
-    module.load_state_dict(weights)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from subject_patches.tests.shared.models import (
     randn,
     recycled,
     sample,
-    small_model,
     swapped,
     trajectory,
 )
@@ -33,11 +32,6 @@ from nodes import LatentFromBatch, RepeatLatentBatch
 
 ROUNDING = 2e-5
 SIZE = (8, 10)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -117,11 +117,6 @@ def test_what_is_large_goes_to_the_offload_device() -> None:
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 def passes(patched: Any, calls: list[int], **run: Any) -> tuple[Tensor, int]:
     """The result, and how many calls of the model were passes of a reference: the generation's have two rows."""
     calls.clear()

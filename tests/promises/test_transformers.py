@@ -11,8 +11,8 @@ import comfy.model_management
 import pytest
 import torch
 from subject_patches.patches.families import attention_sites
-from subject_patches.tests.engine.test_promises import interrupt, left_of_sessions, state_of
 from subject_patches.tests.shared.dit_models import PATCHED, dit_model
+from subject_patches.tests.shared.left_behind import interrupt, left_of_sessions, state_of
 from subject_patches.tests.shared.mechanisms import FLUX_MECHANISMS, IDLE, MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import difference, prompt, sample, second_context, subject_for
 from subject_patches.tests.shared.peers import splitting

@@ -43,11 +43,6 @@ from torch import Tensor
 RUN: dict[str, Any] = {"batch": 2, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
 @pytest.fixture
 def there() -> Iterator[Any]:
     """The same model, whose device is another while the test runs."""

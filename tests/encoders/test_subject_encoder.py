@@ -28,16 +28,11 @@ from subject_patches.patches.mechanisms.subject import Reference, Subject
 from subject_patches.patches.parts.masks import tokens_inside
 from torch import Tensor
 
-from ..shared.models import difference, generator, randn, small_model
+from ..shared.models import difference, generator, randn
 from ..shared.small_vaes import noting_vae, small_vae
 from ..shared.subject_encoders import SIZE, VISION, file_for, form_for, written
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
 
 
 @pytest.fixture(scope="module")

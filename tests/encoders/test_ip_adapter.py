@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import comfy.clip_vision
 import folder_paths
 import pytest
 import torch
@@ -28,10 +27,9 @@ from ..shared.models import (
     prompt,
     routed,
     sample,
-    small_model,
     subject,
 )
-from .test_image_prompt import PROJECTED, VISION, WIDTH, random_weights
+from ..shared.small_vision import CLIP, PROJECTED, WIDTH, clip_vision
 
 HEADS, HEAD, QUERIES, PLAIN_TOKENS = 2, 64, 5, 4
 INNER = HEADS * HEAD
@@ -138,15 +136,8 @@ def file_of(model: Any, form: str, seed: int = 7) -> Tensors:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
 def vision() -> Any:
-    clip_vision = comfy.clip_vision.ClipVisionModel(VISION)
-    random_weights(clip_vision.model, 1)
-    return clip_vision
+    return clip_vision()
 
 
 @pytest.fixture
@@ -204,7 +195,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 def empty_output(vision: Any) -> dict[str, Tensor]:
-    size = VISION["image_size"]
+    size = CLIP["image_size"]
     states = vision.model(pixel_values=torch.zeros(1, 3, size, size), intermediate_output=-2)[1]
     return {"image_embeds": torch.zeros(1, PROJECTED), "penultimate_hidden_states": states}
 
@@ -289,8 +280,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Any, load: Any) -> None:
 
 def test_a_model_or_vision_model_that_is_another(model: Any, vision: Any, load: Any) -> None:
     adapter = load(file_of(model, "plus"))
-    wide = comfy.clip_vision.ClipVisionModel({**VISION, "hidden_size": 16, "intermediate_size": 24})
-    random_weights(wide.model, 2)
+    wide = clip_vision(hidden_size=16, intermediate_size=24)
     with pytest.raises(ValueError, match=r"reads the hidden states of a CLIP vision model, 32 channels, but .* 16"):
         encoded(adapter, wide, (subject(),))
     tensors = file_of(model, "plus")
