@@ -3,67 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
-from subject_patches.patches.engine import execution
-from subject_patches.patches.engine.call import AttentionCall, Extension
-from subject_patches.patches.engine.chunk import Chunk
+from subject_patches.patches.engine.call import Extension
 from subject_patches.patches.engine.execution import Attend, execute
-from subject_patches.patches.parts.sites import Site
 from subject_patches.tests.shared import dense
+from subject_patches.tests.shared.calls import TOLERANCE, Counted, assert_exact, expected, make_call
 from torch import Tensor
-
-SITE = Site("self", "middle", 0, 0)
-CHUNK = Chunk(slice(0, 1), "positive", True, {}, (8, 8))
-TOLERANCE = 1e-5
-
-
-@dataclass
-class Counted:
-    """One of the host's attention functions, with the shapes it was called with."""
-
-    heads: int
-    function: Attend = host.attention_pytorch
-    masks: list[tuple[int, ...] | None] = field(default_factory=list)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        self.masks.append(None if mask is None else tuple(mask.shape))
-        return self.function(query, key, value, self.heads, mask)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape)
-
-
-def make_call(rows: int = 2, queries: int = 9, keys: int = 7, heads: int = 3, width: int = 4) -> AttentionCall:
-    channels = heads * width
-    tensors = randn(rows, queries, channels), randn(rows, keys, channels), randn(rows, keys, channels)
-    return AttentionCall(*tensors, heads, SITE, CHUNK, None)
-
-
-def functions(call: AttentionCall) -> list[Callable[[Tensor], Tensor]]:
-    return [blend.function for blend in call.blends]
-
-
-def expected(call: AttentionCall) -> Tensor:
-    return dense.attention(
-        call.query,
-        call.key,
-        call.value,
-        call.heads,
-        call.own_bias,
-        call.extensions,
-        [blend.function for blend in call.blends],
-    ).float()
-
-
-def assert_exact(call: AttentionCall, attend: Counted | None = None) -> None:
-    (output,) = execute([call], attend or Counted(call.heads))
-    torch.testing.assert_close(output, expected(call), rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +31,8 @@ def test_untouched_calls_take_one_attention_without_a_mask() -> None:
 
 def test_extended() -> None:
     call = make_call()
-    call.extend(randn(1, 5, 12), randn(1, 5, 12))
-    call.extend(randn(2, 3, 12), randn(2, 3, 12))
+    call.extend(torch.randn(1, 5, 12), torch.randn(1, 5, 12))
+    call.extend(torch.randn(2, 3, 12), torch.randn(2, 3, 12))
     attend = Counted(3)
     assert_exact(call, attend)
     assert attend.masks == [None]
@@ -93,7 +41,7 @@ def test_extended() -> None:
 @pytest.mark.parametrize("function", [host.attention_basic, host.attention_split, host.attention_sub_quad])
 def test_strength_is_one_vector_over_keys_in_every_attention_of_the_host(function: Attend) -> None:
     call = make_call()
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), bias=torch.full((1, 1, 1), 0.7))
+    call.extend(torch.randn(1, 5, 12), torch.randn(1, 5, 12), bias=torch.full((1, 1, 1), 0.7))
     attend = Counted(3, function)
     assert_exact(call, attend)
     assert attend.masks == [(1, 1, 12)]
@@ -101,7 +49,7 @@ def test_strength_is_one_vector_over_keys_in_every_attention_of_the_host(functio
 
 def test_bias_of_named_tokens() -> None:
     call = make_call()
-    call.bias(randn(1, 9, 2), tokens=[4, 1])
+    call.bias(torch.randn(1, 9, 2), tokens=[4, 1])
     full = torch.zeros(1, 9, 7)
     call.bias(torch.tensor(0.3))
     full[..., [4, 1]] = call.own_bias[..., [4, 1]] - 0.3
@@ -109,111 +57,29 @@ def test_bias_of_named_tokens() -> None:
     assert_exact(call)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_route_that_all_rows_share(biased: bool) -> None:
-    call = make_call()
-    route = torch.arange(9)[None] % 3 == 0
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), bias=randn(1, 9, 5) if biased else None, route=route)
-    call.extend(randn(1, 4, 12), randn(1, 4, 12), route=torch.arange(9)[None] > 4)
-    attend = Counted(3)
-    assert_exact(call, attend)
-    # Both seen, either seen, none seen: four groups, and no mask where nothing is biased.
-    assert len(attend.masks) == 4
-    assert biased or attend.masks == [None] * 4
-
-
-@pytest.mark.parametrize(("limits", "attentions"), [({}, 2), ({"_FILLED_UP": 0}, 4), ({"_HELD": 0}, 5)])
-def test_groups_over_as_many_keys_run_as_one_while_they_are_small(
-    limits: dict[str, int], attentions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in limits.items():
-        monkeypatch.setattr(execution, name, value)
-    call = make_call()
-    owner = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 3, 4]])
-    for number in range(4):
-        call.extend(randn(1, 5, 12), randn(1, 5, 12), route=owner == number)
-    attend = Counted(3)
-    assert_exact(call, attend)
-    # By how many keys; by that and by how many queries; each alone.
-    assert attend.masks == [None] * attentions
-
-
-def test_references_of_one_route_are_seen_together() -> None:
-    call = make_call(rows=1)
-    route = torch.arange(9)[None] > 4
-    for _ in range(80):
-        call.extend(randn(1, 1, 12), randn(1, 1, 12), route=route)
-    attend = Counted(3)
-    assert_exact(call, attend)
-    assert len(attend.masks) == 2
-
-
-@pytest.mark.parametrize("count", [31, 32, 70])
-def test_any_number_of_routes(count: int) -> None:
-    call = make_call(rows=1, queries=40)
-    # Half of the queries are as one another, so that groups of several are there to be found.
-    columns = torch.rand(count, 20) > 0.5
-    for route in torch.cat([columns, columns], 1):
-        call.extend(randn(1, 1, 12), randn(1, 1, 12), route=route[None])
-    assert_exact(call)
-
-
-def test_route_of_each_row() -> None:
-    call = make_call(rows=3)
-    route = torch.rand(3, 9) > 0.5
-    call.extend(randn(3, 5, 12), randn(3, 5, 12), bias=randn(3, 1, 5), route=route)
-    call.extend(randn(1, 4, 12), randn(1, 4, 12))
-    call.bias(randn(3, 9, 7))
-    assert_exact(call)
-
-
-def test_routes_without_bias_never_cost_a_mask() -> None:
-    call = make_call(rows=3)
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), route=torch.rand(3, 9) > 0.5)
-    attend = Counted(3)
-    assert_exact(call, attend)
-    assert set(attend.masks) == {None}
-
-
-@pytest.mark.parametrize("seen", [False, True])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_all_queries_routed_one_way(seen: bool, rows: int) -> None:
-    call = make_call(rows=rows)
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), route=torch.full((rows, 9), seen))
-    attend = Counted(3)
-    assert_exact(call, attend)
-    assert attend.masks == [None]
-
-
-def test_a_row_that_sees_nothing_beside_one_that_sees_all() -> None:
-    call = make_call()
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), route=torch.tensor([[True], [False]]).expand(2, 9))
-    assert_exact(call)
-
-
 def test_extension_without_tokens_changes_nothing() -> None:
     call, same = make_call(), make_call()
     same.query, same.key, same.value = call.query, call.key, call.value
-    call.extend(randn(1, 0, 12), randn(1, 0, 12), bias=torch.ones(1, 1, 1))
+    call.extend(torch.randn(1, 0, 12), torch.randn(1, 0, 12), bias=torch.ones(1, 1, 1))
     assert_exact(call)
     torch.testing.assert_close(expected(call), expected(same))
 
 
 def test_single_query_and_key() -> None:
     call = make_call(rows=1, queries=1, keys=1, heads=1, width=2)
-    call.extend(randn(1, 1, 2), randn(1, 1, 2), bias=randn(1, 1, 1), route=torch.tensor([[True]]))
+    call.extend(torch.randn(1, 1, 2), torch.randn(1, 1, 2), bias=torch.randn(1, 1, 1), route=torch.tensor([[True]]))
     assert_exact(call)
 
 
 def test_replaced() -> None:
     call = make_call()
-    query, key, value = randn(2, 9, 12), randn(2, 4, 12), randn(2, 4, 12)
+    query, key, value = torch.randn(2, 9, 12), torch.randn(2, 4, 12), torch.randn(2, 4, 12)
     call.replace(query=query)
     call.replace(key=key, value=value)
     (output,) = execute([call], Counted(3))
     torch.testing.assert_close(output, dense.attention(query, key, value, 3).float(), rtol=0, atol=TOLERANCE)
     with pytest.raises(ValueError, match="5 keys cannot go with 4 values"):
-        call.replace(key=randn(2, 5, 12))
+        call.replace(key=torch.randn(2, 5, 12))
 
 
 def test_blends_run_in_order() -> None:
@@ -228,11 +94,11 @@ def test_blends_run_in_order() -> None:
 def test_three_different_edits_in_one_layer() -> None:
     call = make_call(rows=2, queries=12, keys=6)
     other = make_call(rows=2, queries=12, keys=6)
-    value = randn(2, 6, 12)
+    value = torch.randn(2, 6, 12)
     call.replace(value=value)
-    call.bias(randn(1, 12, 2), tokens=[0, 3])
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), bias=torch.tensor(0.5), route=torch.arange(12)[None] < 7)
-    layout = randn(2, 12, 12)
+    call.bias(torch.randn(1, 12, 2), tokens=[0, 3])
+    call.extend(torch.randn(1, 5, 12), torch.randn(1, 5, 12), bias=torch.tensor(0.5), route=torch.arange(12)[None] < 7)
+    layout = torch.randn(2, 12, 12)
     call.blend(lambda output: 0.25 * output + 0.75 * layout)
     extension = call.extensions[0]
     reference = dense.attention(call.query, call.key, value, 3, call.own_bias, [extension])
@@ -243,16 +109,18 @@ def test_three_different_edits_in_one_layer() -> None:
 
 def test_probabilities() -> None:
     call = make_call()
-    call.bias(randn(2, 9, 7))
+    call.bias(torch.randn(2, 9, 7))
     reference = dense.shares(call.query, call.key, 3, call.own_bias)
     torch.testing.assert_close(call.probabilities(), reference.float(), rtol=0, atol=TOLERANCE)
 
 
 def test_extension_share() -> None:
     call = make_call()
-    call.bias(randn(1, 1, 7))
-    call.extend(randn(1, 5, 12), randn(1, 5, 12), bias=randn(1, 9, 5), route=torch.arange(9)[None] < 4)
-    call.extend(randn(2, 3, 12), randn(2, 3, 12))
+    call.bias(torch.randn(1, 1, 7))
+    call.extend(
+        torch.randn(1, 5, 12), torch.randn(1, 5, 12), bias=torch.randn(1, 9, 5), route=torch.arange(9)[None] < 4
+    )
+    call.extend(torch.randn(2, 3, 12), torch.randn(2, 3, 12))
     shares = dense.shares(call.query, call.key, 3, call.own_bias, call.extensions)
     torch.testing.assert_close(call.extension_share(), shares[..., 7:].sum(-1).float(), rtol=0, atol=TOLERANCE)
 
@@ -306,7 +174,7 @@ def test_random_calls_together(seed: int) -> None:
         for _ in range(random.randint(0, 3)):  # noqa: S311
             count, own_rows = random.randint(0, 6), random.choice([1, rows])  # noqa: S311
             route = random.choice([None, torch.rand(1, queries) > 0.5, torch.rand(rows, queries) > 0.5])  # noqa: S311
-            key, value = randn(own_rows, count, channels), randn(own_rows, count, channels)
+            key, value = torch.randn(own_rows, count, channels), torch.randn(own_rows, count, channels)
             call.extend(key, value, random_bias(rows, queries, count), route)
         bias = random_bias(rows, queries, keys)
         if bias is not None:
@@ -319,7 +187,9 @@ def test_random_calls_together(seed: int) -> None:
 def test_half_precision_keeps_the_dtype() -> None:
     call = make_call()
     call.query, call.key, call.value = call.query.bfloat16(), call.key.bfloat16(), call.value.bfloat16()
-    call.extensions.append(Extension(randn(1, 5, 12).bfloat16(), randn(1, 5, 12).bfloat16(), torch.zeros(1, 1, 1)))
+    call.extensions.append(
+        Extension(torch.randn(1, 5, 12).bfloat16(), torch.randn(1, 5, 12).bfloat16(), torch.zeros(1, 1, 1))
+    )
     (output,) = execute([call], Counted(3))
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected(call), rtol=0.05, atol=0.05)

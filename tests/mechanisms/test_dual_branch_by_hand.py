@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.sample
-import comfy.samplers
 import pytest
 import torch
 from subject_patches.patches.engine.call import AttentionCall

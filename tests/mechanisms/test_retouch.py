@@ -24,7 +24,6 @@ from subject_patches.patches.mechanisms.retouch import (
     swapped_early,
     swapped_late,
 )
-from subject_patches.patches.parts.rows import in_turn
 from subject_patches.patches.parts.sites import Site, select_sites
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
@@ -159,12 +158,6 @@ def test_only_tokens_inside_a_mask_lend(pictures: int, extends: bool) -> None:
     unmasked = ReferenceSwap(frozenset({SITE}), Window(), replace(path, mask=None), ("key", "value"), extends, {})
     unmasked.amend(whole, 1.0, lambda stream: lent if stream is path.conditioned else None)
     assert difference(execute([whole], attend(3))[0], output) > 0.01
-
-
-def test_rows_take_their_own_path() -> None:
-    lent = randn(2, 3, 4)
-    assert torch.equal(in_turn(lent, 3), lent[[0, 1, 0]])
-    assert torch.equal(in_turn(lent[:1], 3), lent[[0, 0, 0]])
 
 
 # In a run

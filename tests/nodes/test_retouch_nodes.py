@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import comfy.sample
 import comfy.samplers
 import pytest
 import torch

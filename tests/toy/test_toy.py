@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.model_detection
 import comfy.supported_models
 import numpy as np
 import pytest

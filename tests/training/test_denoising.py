@@ -1,0 +1,111 @@
+"""The denoising loss, in every precision, and the pictures that it is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from hosting.random_models import generator
+from subject_patches.tests.shared.models import CONTEXT, small_model
+from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
+from subject_patches.training.copies import loaded, with_gradients
+from subject_patches.training.denoising import Denoiser
+from subject_patches.training.images import latents_of, pictures_of, square
+from subject_patches.training.loop import compute_dtype
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
+
+PROMPT = "a dog on the beach"
+
+
+@pytest.mark.parametrize("as_v", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
+def test_the_loss_is_that_of_what_the_model_predicts_or_of_v(prediction: str, as_v: bool) -> None:
+    model = ModelSamplingDiscrete().patch(small_model(), prediction, False)[0]
+    latents = torch.randn(3, 4, 8, 6, generator=generator(1))
+    context = torch.randn(1, 7, CONTEXT, generator=generator(2))
+    with with_gradients():
+        denoiser = Denoiser(model, torch.float32, False, as_v)
+        latents, context = latents.clone(), context.clone()
+        with loaded(denoiser.patcher):
+            loss = denoiser.loss(latents, context, None, generator(3))
+            inner = denoiser.patcher.model
+            source = generator(3)
+            steps = torch.randint(1000, (3,), generator=source)
+            noise = torch.randn(latents.shape, generator=source)
+            # Stable Diffusion's own words: x_t = alpha x + sigma noise, v = alpha noise - sigma x.
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+            alpha = torch.cumprod(1 - betas, 0).sqrt()[steps].float()[:, None, None, None]
+            sigma = (1 - alpha**2).sqrt()
+            clean = latents * 0.18215
+            predicted = inner.diffusion_model(alpha * clean + sigma * noise, steps.float(), context.repeat(3, 1, 1))
+            if prediction == "eps" and as_v:
+                noisy = alpha * clean + sigma * noise
+                predicted = alpha * predicted - sigma * (noisy - sigma * predicted) / alpha
+            target = noise if prediction == "eps" and not as_v else alpha * noise - sigma * clean
+            expected = (predicted - target).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def gradient_of_context(model: Any, dtype: torch.dtype, checkpointing: bool) -> tuple[float, Tensor]:
+    with with_gradients():
+        denoiser = Denoiser(model, dtype, checkpointing)
+        context = torch.randn(1, 7, CONTEXT, generator=generator(2)).requires_grad_()
+        latents = torch.randn(1, 4, 8, 8, generator=generator(1))
+        with loaded(denoiser.patcher), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = denoiser.loss(latents, context, None, generator(3))
+            loss.backward()
+        assert context.grad is not None
+        return float(loss.detach()), context.grad
+
+
+def test_checkpointing_changes_nothing() -> None:
+    with torch.inference_mode():
+        model = small_model()
+    plain, gradient = gradient_of_context(model, torch.float32, False)
+    kept, same = gradient_of_context(model, torch.float32, True)
+    assert kept == plain
+    torch.testing.assert_close(same, gradient)
+    assert bool(gradient.any())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision(dtype: torch.dtype, tolerance: float, checkpointing: bool) -> None:
+    model = small_model()
+    plain, gradient = gradient_of_context(model, torch.float32, False)
+    half, rough = gradient_of_context(model, dtype, checkpointing)
+    assert half == pytest.approx(plain, rel=tolerance)
+    assert float((rough - gradient).norm() / gradient.norm()) < tolerance
+
+
+def test_a_precision_of_the_hosts_choice() -> None:
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert compute_dtype("fp16", torch.device("cpu")) == torch.float16
+
+
+def test_pictures_of_any_kind_become_squares() -> None:
+    batches = [torch.rand(2, 40, 64, 3), torch.rand(1, 64, 40, 4)]
+    pictures = pictures_of(batches)
+    assert [tuple(each.shape) for each in pictures] == [(1, 40, 64, 3), (1, 40, 64, 3), (1, 64, 40, 3)]
+    striped = torch.zeros(1, 32, 96, 3)
+    striped[:, :, 32:64] = 1
+    assert torch.equal(square(striped, 32), torch.ones(1, 32, 32, 3))
+
+
+def test_latents_may_be_trained_with() -> None:
+    latents = latents_of(small_vae(), [torch.rand(1, 32, 32, 3)] * 2)
+    assert latents.shape == (2, 4, 4, 4)
+    with with_gradients():
+        weight = torch.ones(1, requires_grad=True)
+        (latents.clone() * weight).sum().backward()
+
+
+def test_a_vae_that_gives_no_numbers_is_not_trained_with() -> None:
+    vae = noting_vae()
+    vae.first_stage_model.encoder.conv_in.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="The VAE gave values that are no numbers for training picture 1; use another"):
+        latents_of(vae, [torch.ones(1, 32, 32, 3)])
