@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from typing import Any
 
 from host import Server
-from PIL import Image
+
+from ..shared.queued import shown
 
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
 
@@ -43,8 +43,7 @@ def test_a_server_trains_it_and_its_own_nodes_use_it(server: Server) -> None:
                 "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "concept"}},
             }
         )
-        with Image.open(io.BytesIO(server.fetch(outputs["8"]["images"][0]))) as image:
-            return image.convert("RGB").tobytes()
+        return shown(server, outputs["8"]["images"][0]).tobytes()
 
     pictures = [used(1.0, f"embedding:{name} emblem"), used(1.0, "emblem"), used(0.0, f"embedding:{name} emblem")]
     # Both of its parts count.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import comfy.sd
 import torch
 from host import ROOT
 from hosting.server import Server
-from PIL import Image
 from safetensors.torch import save_file
 from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.patches.mechanisms.image_prompt import in_file_order
@@ -93,18 +91,17 @@ def test_over_the_queue(server: Server) -> None:
         write(server.base / "models" / folder / name)
 
     def picture(prompt: dict[str, dict[str, Any]]) -> bytes:
-        # The file itself also holds the workflow.
         (image,) = server.queue(prompt)["14"]["images"]
-        return Image.open(io.BytesIO(server.fetch(image))).tobytes()
+        return shown(server, image).tobytes()
 
-    shown, without = picture(graph(1.0)), graph(0.0)
+    patched, without = picture(graph(1.0)), graph(0.0)
     without["12"]["inputs"]["model"] = ["1", 0]
     plain = picture(without)
-    assert shown != plain
+    assert patched != plain
     assert picture(graph(0.0)) == plain
     again = graph(1.0)
     # Something that the host's cache does not know.
     again["14"]["inputs"]["filename_prefix"] = "again"
-    assert picture(again) == shown
+    assert picture(again) == patched
     for name in ("clip_vision/vit-l.safetensors", "ipadapter/toy-adapter.safetensors"):
         (server.base / "models" / name).unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from host import Host, Server
 from hosting.client import Progress
 from hosting.errors import WorkflowError
-from PIL import Image
 from safetensors.torch import save_file
+
+from ..shared.queued import shown
 
 Workflow = dict[str, dict[str, Any]]
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
@@ -47,11 +47,6 @@ def lru(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     pack.write_text(FORGETFUL, encoding="utf-8")
     with Server(host, base=base, arguments=["--cache-lru", "100"]) as running:
         yield running
-
-
-def shown(server: Server, image: dict[str, str]) -> Any:
-    with Image.open(io.BytesIO(server.fetch(image))) as picture:
-        return np.asarray(picture.convert("RGB"), dtype=float)
 
 
 # A record and its run

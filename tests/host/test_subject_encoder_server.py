@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import comfy.sd
 from host import ROOT
 from hosting.server import Server
-from PIL import Image
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS
 from subject_patches.toy.family import register
 
@@ -56,12 +54,11 @@ def test_over_the_queue(server: Server) -> None:
         prompt["9"]["inputs"].update({name: value for name, value in changed.items() if name == "model"})
         prompt["11"]["inputs"].update({name: value for name, value in changed.items() if name == "filename_prefix"})
         (image,) = server.queue(prompt)["11"]["images"]
-        # The file itself also holds the workflow.
-        return Image.open(io.BytesIO(server.fetch(image))).tobytes()
+        return shown(server, image).tobytes()
 
-    shown, plain = picture(), picture(model=["1", 0])
-    assert shown != plain
+    patched, plain = picture(), picture(model=["1", 0])
+    assert patched != plain
     assert picture(strength=0.0) == plain
     # Something that the host's cache does not know.
-    assert picture(filename_prefix="again") == shown
+    assert picture(filename_prefix="again") == patched
     (folder / FILE).unlink()

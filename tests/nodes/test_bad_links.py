@@ -4,14 +4,12 @@ Every input of these types is in the table; each bad value ends at node time in 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import subject_patches
 import torch
 from subject_patches.nodes.align import AlignReferenceNode
 from subject_patches.nodes.anystory_subject import AnyStorySubjectNode
@@ -46,6 +44,7 @@ from subject_patches.tests.shared.models import (
     subject,
     trajectory,
 )
+from subject_patches.tests.shared.schemas import NODES
 from subject_patches.tests.shared.semantics import told
 
 NAN, INF = math.nan, math.inf
@@ -203,12 +202,6 @@ IDLE = {
 SENTENCE = r"^[^;]*[;.] [^;]+\.$"
 
 
-async def _nodes() -> list[type]:
-    pack = subject_patches.SubjectPatches()
-    await pack.on_load()
-    return await pack.get_node_list()
-
-
 def _kinds(node: type) -> dict[str, str]:
     """The inputs of a node that take one of the types of BAD, by their names."""
     found = {}
@@ -229,7 +222,7 @@ def _cases() -> list[Any]:
 
 
 def test_the_table_has_every_link() -> None:
-    assert {(node, name) for node in asyncio.run(_nodes()) for name in _kinds(node)} == set(LINKS)
+    assert {(node, name) for node in NODES.values() for name in _kinds(node)} == set(LINKS)
 
 
 @pytest.mark.parametrize(("node", "name", "bad"), _cases())

@@ -42,7 +42,7 @@ _CANVAS = ("CreateBoundingBoxes", "SubjectPatchesLayout")
 def pictures(server: Server, api: ApiPrompt) -> dict[str, Any]:
     """The one picture (height, width, 3) that each saving node of a workflow gives, by its node's number."""
     outputs = server.queue(api)
-    return {number: _read(server, *entry["images"]) for number, entry in outputs.items() if entry.get("images")}
+    return {number: shown(server, *entry["images"]) for number, entry in outputs.items() if entry.get("images")}
 
 
 def picture(server: Server, api: ApiPrompt) -> Any:
@@ -51,6 +51,7 @@ def picture(server: Server, api: ApiPrompt) -> Any:
     return shown
 
 
-def _read(server: Server, image: dict[str, str]) -> Any:
+def shown(server: Server, image: dict[str, str]) -> Any:
+    """A picture (height, width, 3) of 0 to 255 that a node of a run gave."""
     with Image.open(io.BytesIO(server.fetch(image))) as opened:
         return np.asarray(opened.convert("RGB")).astype(float)

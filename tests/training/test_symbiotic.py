@@ -59,7 +59,7 @@ def test_low_ranks_are_the_lora_that_the_host_loads(model: Any) -> None:
     assert torch.equal(called(network, 1), plain)
     loaded, _ = comfy.sd.load_lora_for_models(small_model(), None, low_ranks.file(), 1.0, 0.0)
     assert len(loaded.patches) == len(low_ranks.names)
-    assert difference(sample(loaded, steps=1), by_hooks) < 1e-3 * float(by_hooks.abs().max())
+    assert difference(sample(loaded, steps=1), by_hooks) < 1e-3
 
 
 def test_tokens_are_trained_as_the_node_shows_them(model: Any) -> None:
@@ -138,7 +138,7 @@ def test_gradients_go_through_the_references_pass(model: Any) -> None:
     for handle in handles:
         handle.remove()
     assert all(bool(each.isfinite().all()) and float(each.abs().max()) > 0 for each in gradients)
-    assert difference(*gradients) > 1e-3 * float(gradients[0].abs().max())
+    assert difference(*gradients) > 1e-3
 
 
 def test_rows_and_layers_are_drawn_as_often_as_said() -> None:
