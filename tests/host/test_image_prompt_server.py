@@ -16,6 +16,7 @@ from subject_patches.patches.mechanisms.image_prompt import in_file_order
 from subject_patches.toy.family import register
 
 from ..shared.models import generator
+from ..shared.queued import shown
 
 TOY = ROOT / "toy" / "weights" / "subject-patches-toy.safetensors"
 TOKENS = 4
