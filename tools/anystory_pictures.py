@@ -24,7 +24,7 @@ EMBLEMS = ("emblem", "second_emblem")
 # What FLUX.1 Redux's SigLIP sees, in patches of 14, and what AnyStory was trained with, in tokens of 16.
 SEEN, PATCHES, SIDE, TOKENS = 384, 27, 512, 32
 CAPTION = "an emblem and an emblem on grass"
-STEPS, LAYERS = 8, "double.0-1, single.5"
+STEPS, LAYERS = 8, "double.0, single.5"
 SUBJECT = "What AnyStory Subject makes of a picture"
 CUT = "The picture and its mask, and both cut out: a square 4 % wider than the subject, white around it"
 FOR_VISION = f"For the vision model, {SEEN} x {SEEN}, and which of its {PATCHES} x {PATCHES} places the subject touches"

@@ -152,7 +152,7 @@ def layout_picture(layout: Layout) -> Tensor:
     pixels = torch.where(count > 0, colours / count.clamp(min=1), torch.full((3,), 0.12))
     picture = Image.fromarray((pixels * 255).round().byte().numpy())
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(max(10, min(layout.width, layout.height) // 28))
+    font = ImageFont.load_default(max(10, min(layout.width, layout.height) // 18))
     for region in layout.regions:
         rows, columns = region.mask.nonzero(as_tuple=True)
         middle = (float(columns.float().mean()), float(rows.float().mean()))

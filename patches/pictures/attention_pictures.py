@@ -19,6 +19,8 @@ _STOPS = ((20, 24, 60), (170, 60, 90), (245, 150, 50), (255, 255, 240))
 _DARK, _GREY, _LIGHT = (24, 26, 32), (90, 90, 90), (225, 225, 225)
 BY_STEP, BY_LAYER = "subjects by steps", "layers by steps"
 _WIDTH, _LEAST, _MOST = 1400, 40, 144
+# Letters are as high as a seventh of a cell is wide, so that they can be read where the whole grid is shown smaller.
+_LETTERS = 10, 20
 
 Place = tuple[Shown, Site, float]
 
@@ -127,25 +129,28 @@ def _sheet(
 def draw_sheets(made: Sequence[Sheet], picture: Tensor, opacity: float) -> Tensor:
     """The sheets below one another, (1, height, width, 3) of 0 to 1; what a layer did not show at a step is grey.
     `picture` is (h, w, 3) of 0 to 1."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     columns = max(len(sheet.columns) for sheet in made)
     width = min(max(_WIDTH // columns, _LEAST), _MOST)
     height = max(round(width * picture.shape[0] / picture.shape[1]), 8)
     small = functional.interpolate(picture.movedim(-1, 0)[None], (height, width), mode="bilinear", antialias=True)
     small = small[0].movedim(0, -1)
-    label, heading, gap = 150, 42, 3
+    letters = min(max(width // 7, _LETTERS[0]), _LETTERS[1])
+    label, heading, gap = 9 * letters, 3 * letters, 3
+    font = ImageFont.load_default(letters)
     panels = []
     for sheet in made:
         size = (label + columns * (width + gap), heading + len(sheet.rows) * (height + gap) + 8)
         panel = Image.new("RGB", size, _DARK)
         pen = ImageDraw.Draw(panel)
-        pen.text((8, 6), sheet.title, fill=_LIGHT)
+        pen.text((8, letters // 3), sheet.title, fill=_LIGHT, font=font)
         for across, name in enumerate(sheet.columns):
-            pen.text((label + across * (width + gap), heading - 15), name, fill=_LIGHT)
+            x, y = label + across * (width + gap), heading - letters - letters // 3
+            pen.text((x, y), name, fill=_LIGHT, font=font)
         for down, name in enumerate(sheet.rows):
             y = heading + down * (height + gap)
-            pen.multiline_text((8, y + 2), _wrapped(name), fill=_LIGHT)
+            pen.multiline_text((8, y + 2), _wrapped(name), fill=_LIGHT, font=font)
             for across in range(len(sheet.columns)):
                 x = label + across * (width + gap)
                 values = sheet.cells.get((down, across))
@@ -161,7 +166,7 @@ def draw_sheets(made: Sequence[Sheet], picture: Tensor, opacity: float) -> Tenso
 def _wrapped(name: str) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(name, 22))
+    return "\n".join(textwrap.wrap(name, 15))
 
 
 def _stacked(panels: Sequence[Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,28 @@ def test_the_given_model_is_untouched(ended: str, model: Any) -> None:
     assert first is None or torch.equal(again, first)
 
 
+@pytest.mark.parametrize("at", [2, 5, 9])
+def test_the_run_after_a_pass_that_failed(at: int, model: Any) -> None:
+    """Whichever block it fails in, of the picture's pass or the references', nothing half done is kept."""
+    patched, plain, done = told(model, settings()), sample(model), itertools.count(1)
+
+    def fail_once(*_: Any) -> None:
+        if next(done) == at:
+            raise RuntimeError("out of memory")
+
+    network = model.model.diffusion_model
+    handles = [block.register_forward_hook(fail_once) for block in (*network.double_blocks, *network.single_blocks)]
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(patched, steps=3)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert hooks_of(model) == 0
+    assert torch.equal(sample(model), plain)
+    assert torch.equal(sample(patched, steps=3), sample(told(model, settings()), steps=3))
+
+
 def test_a_batch_is_its_singles(model: Any) -> None:
     """Each picture of a batch has routes of its own."""
     patched = told(model, settings(count=3))
@@ -78,15 +101,12 @@ def test_a_negative_prompt_sees_nothing(model: Any) -> None:
     """With guidance the unconditional pass stays as it is, whether or not it could share a batch; and several positive
     prompts share theirs."""
     patched = told(model, settings())
-    shared = sample(patched, cfg=3.0)
     one, other = (sample(each, cfg=1.0, steps=1) for each in (patched, model))
     with_negative = sample(patched, cfg=3.0, steps=1)
     negative = sample(model, cfg=1.0, steps=1, positive=prompt(20))
     # Of one step the result is linear in the predictions.
     assert difference(with_negative, negative + 3 * (one - negative)) < 1e-5
     assert difference(one, other) > 0.01
-    longer = sample(patched, cfg=3.0, negative=prompt(20, 9))
-    assert difference(shared, longer) > 0
     half = {"strength": 0.5}
     both = [*prompt(**half), *prompt(**half)]
     assert difference(sample(patched, positive=both), sample(patched)) < 1e-5
@@ -151,15 +171,24 @@ def test_samplers(sampler: str, model: Any) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+def test_schedulers(scheduler: str, model: Any) -> None:
+    run = {"scheduler": scheduler, "steps": 3}
+    result = sample(told(model, settings()), **run)
+    assert result.isfinite().all()
+    assert difference(result, sample(model, **run)) > 0.003
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precisions(dtype: torch.dtype) -> None:
     """The weights of the file are cast to what the model computes in."""
-    model = golden_model(dtype=dtype)
-    given = settings(router=False)
-    result = sample(told(model, given))
-    exact = sample(told(golden_model(), given))
+    rounded, whole, given = golden_model(dtype=dtype), golden_model(), settings(router=False)
+    plain, exact = sample(rounded), sample(whole)
+    result, right = sample(told(rounded, given)), sample(told(whole, given))
     assert result.isfinite().all()
-    assert difference(result, exact) < 0.2
+    assert difference(result, plain) > 0.01
+    # Random weights make much of rounding: patched, it costs little more than it costs the model by itself.
+    assert (result - right).abs().mean() < 2 * (plain - exact).abs().mean()
 
 
 @pytest.mark.parametrize("router", [False, True])

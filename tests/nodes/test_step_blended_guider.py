@@ -82,6 +82,15 @@ def test_a_guider_is_used_again(model: Any, concept: Any) -> None:
     assert torch.equal(sample_with(guider), first)
 
 
+def test_a_batch_is_its_singles(model: Any, concept: Any) -> None:
+    guider, noise = guider_of(model, concept, 2), latent_noise(3, (7, 10), SEED)
+    together = sample_with(guider, noise=noise, latent_image=torch.zeros_like(noise))
+    for row in range(3):
+        own = noise[row : row + 1]
+        alone = sample_with(guider, noise=own, latent_image=torch.zeros_like(own))
+        assert difference(together[row : row + 1], alone) < ROUNDING
+
+
 def test_an_inpainting_mask(model: Any, concept: Any) -> None:
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1

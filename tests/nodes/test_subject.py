@@ -20,6 +20,9 @@ from subject_patches.tests.shared.models import generator
 from subject_patches.tests.shared.small_vaes import NotingVae, noting_vae, small_vae
 from torch import Tensor
 
+# As the host runs nodes; what other tests made so is used here, too.
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
+
 
 def made(image: Tensor, vae: NotingVae | None = None, **values: Any) -> tuple[Subject, ...]:
     given = {"phrase": "", "size": 64, "margin": 0.0, **values}

@@ -110,9 +110,9 @@ def test_a_cell_lies_where_its_row_and_column_say() -> None:
     pixels = (drawn[0] * 255).round()
     for (down, across), values in sheet.cells.items():
         colour = (heat(values[0, 0]) * 255).round()
-        y, x = 42 + down * (115 + 3) + 50, 150 + across * (144 + 3) + 70
+        y, x = 60 + down * (115 + 3) + 50, 180 + across * (144 + 3) + 70
         assert torch.equal(pixels[y, x], colour)
-    assert pixels[42 + 118 + 50, 150 + 2 * 147 + 70].tolist() == [90, 90, 90]
+    assert pixels[60 + 118 + 50, 180 + 2 * 147 + 70].tolist() == [90, 90, 90]
 
 
 def test_the_plot_shows_the_largest_value_in_white() -> None:

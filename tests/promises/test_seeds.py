@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import torch
-from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, fingerprint, over_mechanisms
+from subject_patches.tests.shared.mechanisms import Mechanism, fingerprints, over_mechanisms
 from subject_patches.tests.shared.models import sample
 
 
@@ -27,10 +27,10 @@ def test_also_in_a_fresh_process() -> None:
         "from hosting.device import use_cpu_without_gpu;"
         "from hosting.pack import load_pack;"
         "use_cpu_without_gpu(); load_pack(pathlib.Path.cwd());"
-        "from subject_patches.tests.shared.mechanisms import MECHANISMS, fingerprint;"
-        "print(json.dumps([fingerprint(m) for m in MECHANISMS]))"
+        "from subject_patches.tests.shared.mechanisms import fingerprints;"
+        "print(json.dumps(fingerprints()))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [fingerprint(mechanism) for mechanism in MECHANISMS]
+    assert json.loads(run.stdout.splitlines()[-1]) == fingerprints()

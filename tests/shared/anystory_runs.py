@@ -60,6 +60,7 @@ def sample(
     steps: int = 2,
     cfg: float = 1.0,
     sampler: str = "euler",
+    scheduler: str = "simple",
     seed: int = 5,
     positive: Any = None,
     negative: Any = None,
@@ -69,7 +70,7 @@ def sample(
     guider.set_conds(prompt() if positive is None else positive, prompt(20) if negative is None else negative)
     guider.set_cfg(cfg)
     noise = latent_noise(batch, size, seed)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     with torch.inference_mode():
         return guider.sample(
             noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True,

@@ -18,6 +18,7 @@ from subject_patches.patches.mechanisms.subject import Share, Subject
 from torch import Tensor
 
 from .anystory_models import anystory
+from .dit_models import dit_model
 from .models import (
     CONTEXT,
     auxiliary_prompt,
@@ -252,7 +253,9 @@ FLUX_MECHANISMS = (
 over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 
 
-def fingerprint(mechanism: Mechanism) -> str:
-    """A digest of what a mechanism's patched model samples."""
-    result = sample(mechanism.on(small_model()), batch=2)
-    return hashlib.sha256(result.numpy().tobytes()).hexdigest()
+def fingerprints() -> list[str]:
+    """A digest of what each mechanism's patched model samples."""
+    pairs = [(small_model, each) for each in MECHANISMS]
+    pairs += [(partial(dit_model, "FLUX.1"), each) for each in FLUX_MECHANISMS]
+    results = (sample(mechanism.on(made()), batch=2) for made, mechanism in pairs)
+    return [hashlib.sha256(result.numpy().tobytes()).hexdigest() for result in results]
