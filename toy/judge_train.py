@@ -152,7 +152,7 @@ def train(out: Path, minutes: float, device: torch.device, workers: int, batch: 
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     spawned = {"num_workers": workers, "multiprocessing_context": "spawn", "prefetch_factor": 2} if workers else {}
     loader = DataLoader(Samples(batch, seed, step), batch_size=None, pin_memory=device.type == "cuda", **spawned)
-    progress, saved = Progress("judge", clock), clock.spent
+    progress, saved = Progress("judge"), clock.spent
     for scenes, views in loader:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(2e-3, step, clock.share)
@@ -163,7 +163,7 @@ def train(out: Path, minutes: float, device: torch.device, workers: int, batch: 
         optimiser.step()
         average.update(model, step)
         step += 1
-        progress.step(step, loss, 2 * batch)
+        progress.step(step, loss, 2 * batch, clock.left)
         if clock.share >= 1:
             break
         if clock.spent - saved > 60:

@@ -26,6 +26,7 @@ def pair_parser(description: str, folder: str, file: Path, minutes: float, rate:
     """A parser with the options of both."""
     parser = parser_of(description, folder, file)
     parser.add_argument("--minutes", type=float, default=minutes, help="training time")
+    parser.add_argument("--steps", type=int, help="so many steps instead, whatever time they take")
     parser.add_argument("--toy", type=Path, default=CHECKPOINT, help="the toy's checkpoint that is trained for")
     parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step of each process")
@@ -65,7 +66,7 @@ def run_of(
     """The run of a command line."""
     run = Run(
         name, modules, arguments.folder / f"{name}.state", arguments.minutes, arguments.rate, peers, warmup=100,
-        decay=0.999, optimiser=optimiser, schedule=held_rate,
+        decay=0.999, optimiser=optimiser, schedule=held_rate, steps=arguments.steps,
     )  # fmt: skip
     if arguments.resume:
         run.resume(torch.device("cpu"))
@@ -73,7 +74,7 @@ def run_of(
 
 
 def train(run: Run, lesson: Any, pairs: Callable[..., Any], write: Write, arguments: argparse.Namespace) -> None:
-    """Trains the run's modules by a `Lesson` until its time is up, and writes them; `pairs` of a random generator and a
+    """Trains the run's modules by a `Lesson` until the run is over and writes them; `pairs` of a random generator and a
     capacity are `Pairs`. Every few minutes it says what the lesson measures, of held-out pairs, and writes what it has
     into the run's folder."""
     peers, batch = run.peers, arguments.batch

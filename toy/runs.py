@@ -30,6 +30,11 @@ class Clock:
         """Share of the budget that is spent, 0 to 1."""
         return min(self.spent / self.budget, 1.0)
 
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return max(self.budget - self.spent, 0.0)
+
 
 def learning_rate(peak: float, step: int, share: float, warmup: int = 200) -> float:
     """Linear warm-up over `warmup` steps, then a cosine over the budget down to 1% of `peak`."""
@@ -45,20 +50,20 @@ def held_rate(peak: float, step: int, share: float, warmup: int = 200, fall: flo
 class Progress:
     """Prints a line every few seconds: the step, the loss averaged since the last line, speed and time left."""
 
-    def __init__(self, name: str, clock: Clock, every: float = 10.0) -> None:
-        self.name, self.clock, self.every = name, clock, every
+    def __init__(self, name: str, every: float = 10.0) -> None:
+        self.name, self.every = name, every
         self.last = time.monotonic()
         self.losses: list[torch.Tensor] = []
         self.samples = 0
 
-    def step(self, number: int, loss: torch.Tensor, samples: int) -> None:
+    def step(self, number: int, loss: torch.Tensor, samples: int, left: float) -> None:
+        """`left` is how many seconds there are to come."""
         self.losses.append(loss.detach())
         self.samples += samples
         now = time.monotonic()
         if now - self.last < self.every:
             return
         mean = float(torch.stack(self.losses).mean())
-        left = max(self.clock.budget - self.clock.spent, 0)
         rate = self.samples / (now - self.last)
         print(
             f"{self.name}: step {number}, loss {mean:.4f}, {rate:,.0f} samples/s, {left / 60:.1f} min left", flush=True
@@ -95,7 +100,8 @@ class Peers:
 
 
 class Run:
-    """One trainer's run: the model, its average, its optimiser, how far it is, and the file that lets it go on."""
+    """One trainer's run: the model, its average, its optimiser, how far it is, and the file that lets it go on. With
+    `steps` it takes so many, whatever time they need, and `minutes` says nothing."""
 
     def __init__(
         self,
@@ -109,15 +115,16 @@ class Run:
         decay: float,
         optimiser: Any = None,
         schedule: Callable[[float, int, float, int], float] = learning_rate,
+        steps: int | None = None,
     ) -> None:
         self.name, self.model, self.file = name, model, file
-        self.minutes, self.rate, self.warmup = minutes, rate, warmup
+        self.minutes, self.rate, self.warmup, self.steps = minutes, rate, warmup, steps
         self.peers = peers
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = optimiser or torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=1e-3)
         self.schedule = schedule
         self.average, self.step, self.clock = Average(model, decay), 0, Clock(minutes)
-        self.progress, self.saved = Progress(name, self.clock), 0.0
+        self.progress, self.saved = Progress(name), 0.0
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "average": self.average.module, "optimiser": self.optimiser}
@@ -130,8 +137,13 @@ class Run:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.clock, self.saved = state["step"], Clock(self.minutes, state["spent"]), state["spent"]
-        self.progress = Progress(self.name, self.clock)
+        self.progress = Progress(self.name)
         return True
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is over with the step at hand, 0 to 1."""
+        return self.clock.share if self.steps is None else min((self.step + 1) / self.steps, 1.0)
 
     def save(self) -> None:
         """Writes what `resume` goes on from."""
@@ -141,9 +153,9 @@ class Run:
 
     def advance(self, loss: torch.Tensor, samples: int) -> bool:
         """One step down the gradient of `loss`, with the peers; saves every three minutes, and at the end. False when
-        time is up."""
+        the run is over."""
         loss.backward()
-        share = self.peers.average(self.model, self.clock.share)
+        share = self.peers.average(self.model, self.share)
         for group in self.optimiser.param_groups:
             # A group may learn so many times as fast.
             group["lr"] = self.schedule(self.rate, self.step, share, self.warmup) * group.get("times", 1.0)
@@ -154,7 +166,8 @@ class Run:
         self.step += 1
         going = share < 1
         if self.peers.rank == 0:
-            self.progress.step(self.step, loss, samples * self.peers.count)
+            left = self.clock.left if self.steps is None else self.clock.spent * (1 - share) / share
+            self.progress.step(self.step, loss, samples * self.peers.count, left)
             if not going or self.clock.spent - self.saved > 180:
                 self.save()
         return going

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from hosting.base import manifest_entries
 from hosting.paths import ROOT, environment_python
 from hosting.private import client_folder, ensure_client
 from PIL import Image
@@ -90,15 +91,18 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
 
 def _check_workflows(texts: dict[str, str], names: set[str]) -> None:
     """Each has its model and pictures, where they are the pack's own; README names no other but those it says so of."""
+    mine = {path.name: f"workflows/input/{path.name}" for path in (ROOT / "workflows" / "input").glob("*.png")}
+    mine |= {entry["file"]: entry["path"] for entry in manifest_entries() if entry["path"] is not None}
     workflows = {name: json.loads(text) for name, text in texts.items() if re.match(r"workflows/\w+\.json", name)}
     for name, workflow in workflows.items():
         values = [value for node in workflow["nodes"] for value in node.get("widgets_values") or ()]
-        mine = [value for value in values if re.match(r"subject[-_]patches[-_]\w[\w-]*\.\w+$", str(value))]
-        folders = {"safetensors": "toy/weights", "png": "workflows/input"}
-        assert {f"{folders[value.rpartition('.')[2]]}/{value}" for value in mine} <= names, name
+        assert {mine[value] for value in values if isinstance(value, str) and value in mine} <= names, name
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", texts["README.md"], re.MULTILINE)
     told = {f"workflows/{stem}.json" for row in rows for stem in re.findall(r"\w+", row)}
-    assert {name for name in told - {*workflows} if not name.endswith("_dit.json")} == set()
+    said = r"that end with\s+`(\w+)` and `(\w+)` come with the repository alone"
+    ((ending, alone),) = re.findall(said, texts["README.md"])
+    left_out = {name for name in told if name.endswith((f"{ending}.json", f"/{alone}.json"))}
+    assert left_out == told - {*workflows}
     assert {*workflows} <= told
 
 

@@ -33,6 +33,7 @@ _INPUTS = {
     *("CLIPLoader", "DualCLIPLoader", "BatchImagesNode", "ImageScale", "FluxGuidance"),
     *("ModelSamplingAuraFlow", "ConditioningZeroOut"),
     *("CLIPVisionLoader", "StyleModelLoader", "ModelSamplingFlux", "SubjectPatchesLoadAnyStory"),
+    *("SubjectPatchesLoadSubjectEncoder", "SubjectPatchesLoadSemanticInjection"),
 }
 _GENERATING = {
     *("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "CFGGuider", "DisableNoise", "VAEDecode"),

@@ -7,13 +7,14 @@ among ten of the same plate and colours, which glyphs alone tell apart.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hosting.errors import ToolError
 
 from .emblems import alike, places
-from .given import Given, paired, share
+from .given import PHRASES, Given, Shape, paired, share
 from .recycled_attention import UNPATCHED, Pair
 
 SIBLINGS = 9
@@ -78,7 +79,7 @@ class Case(Pair):
 
 def study(given: Given) -> None:
     """Prints the table over `given.count` cases, and the fall of the noise's error in held-out emblems."""
-    encoder = _encoder()
+    encoder = the_encoder()
     rows: dict[str, list[Shown]] = {name: [] for name in (UNPATCHED, *ROWS)}
     for number in range(given.count):
         case = Case(given, number)
@@ -86,23 +87,26 @@ def study(given: Given) -> None:
         for name, parts in ROWS.items():
             rows[name].append(case.shown(encoder, parts))
         print(f"case {number + 1} of {given.count}", file=sys.stderr, flush=True)
-    print(
-        "| | identity | rise over unpatched | over the best untrained | nearest of ten | emblem found | ground right |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    identity = {name: [each.identity for each in row] for name, row in rows.items()}
-    for name, row in rows.items():
-        print(
-            f"| {name} | {sum(identity[name]) / len(row):.3f} | {paired(identity[UNPATCHED], identity[name])} "
-            f"| {paired(identity[UNTRAINED], identity[name])} | {share([each.nearest for each in row])} "
-            f"| {share([each.emblem for each in row])} | {share([each.background for each in row])} |"
-        )
+    table(rows, rows[UNTRAINED], "over the best untrained")
     print(f"\nThe noise's error in {given.count} held-out emblems, against no reference:\n")
     for name, fall in _falls(encoder, given.count).items():
         print(f"- {name}: {fall:+.1%}")
 
 
-def _encoder() -> Any:
+def table(rows: dict[str, list[Shown]], base: list[Shown], over: str) -> None:
+    """Prints rows of scores, paired with the unpatched ones and, under the words `over`, with those of `base`."""
+    print(f"| | identity | rise over unpatched | {over} | nearest of ten | emblem found | ground right |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        cells = [f"{sum(each.identity for each in row) / len(row):.3f}"]
+        for other in (rows[UNPATCHED], base):
+            first, then = ([each.identity for each in scores] for scores in (other, row))
+            cells.append("" if row is other else paired(first, then))
+        shares = ([each.nearest for each in row], [each.emblem for each in row], [each.background for each in row])
+        print(f"| {name} | {' | '.join([*cells, *map(share, shares)])} |")
+
+
+def the_encoder() -> Any:
     """The toy's encoder. Raises ToolError where there is none yet."""
     from subject_patches.encoders.subject_encoder import read_subject_encoder
     from subject_patches.toy.train_subjects import ENCODER, TRAINED_BY
@@ -126,3 +130,80 @@ def _falls(encoder: Any, count: int) -> dict[str, float]:
     pairs = Pairs(autoencoder, np.random.default_rng((2**41, 6)), count)
     pairs.add(count)
     return stage.falls(encoder.modules, pairs.draw(count, torch.Generator().manual_seed(6)))
+
+
+def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
+    """The benchmark's rows, of U-Nets: what an encoder made of subjects, at random, of references as large as the
+    picture; on the toy also with Encode Subjects itself, which the first picture then pays for."""
+    import torch
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+    from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+    from subject_patches.patches.mechanisms.mask_router import MaskRouter
+    from subject_patches.patches.mechanisms.subject import Subject
+
+    if shape.flux:
+        return {}
+    source = torch.Generator().manual_seed(2)
+    columns = torch.arange(shape.size) * 2 // shape.size
+    halves = MaskRouter((columns == torch.arange(2)[:, None])[:, None].expand(-1, shape.size, -1))
+
+    def made(model: Any, phrase: str) -> Any:
+        return Subject((), phrase, encoded=_random_encoded(model, shape.size, source))
+
+    def recycled(model: Any) -> Any:
+        return RecycledSelfAttentionNode.execute(model, (made(model, ""),)).args[0]
+
+    def routed(model: Any) -> Any:
+        two = tuple(made(model, phrase) for phrase in list(PHRASES)[:2])
+        return RoutedReferenceAttentionNode.execute(model, two, halves).args[0]
+
+    rows = {"a trained encoder's subject": recycled, "two of a trained encoder's subjects, routed": routed}
+    return rows | ({"a trained encoder's subject, with Encode Subjects": _encoding} if shape.name == "toy" else {})
+
+
+def _random_encoded(model: Any, side: int, source: Any) -> Any:
+    """What an encoder might have made of a picture of `side` x `side` latents for a MODEL's layers, all of it the
+    subject's."""
+    import torch
+    from subject_patches.encoders.reference_net import delivering
+    from subject_patches.nodes.image_prompt import layer_channels
+    from subject_patches.patches.families.unet import scales
+    from subject_patches.patches.mechanisms.encoded_subject import EncodedSubject, KeptReference
+    from subject_patches.patches.mechanisms.image_prompt import AdaptedPrompt, in_file_order
+
+    own, cross = layer_channels(model, "self"), layer_channels(model, "cross")
+    halvings = scales(model.model.diffusion_model)
+
+    def pair(channels: int, count: int) -> Any:
+        return tuple(torch.randn(1, count, channels, generator=source) for _ in range(2))
+
+    ready = {at: pair(own[at], (side >> halvings[at.block, at.number]) ** 2) for at in delivering(own)}
+    # As many tokens as the paper's QFormer has, on the toy its own.
+    tokens = 8 if side == 16 else 64
+    shown, empty = (tuple(pair(cross[at], tokens) for at in in_file_order(cross)) for _ in range(2))
+    return EncodedSubject((KeptReference("random", "a U-Net", ready),), AdaptedPrompt("random", shown, empty))
+
+
+def _encoding(model: Any) -> Any:
+    """The toy with a subject that Encode Subjects looks at when the first picture begins, as a queue would run it."""
+    import comfy.patcher_extension
+    import torch
+    from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+    from subject_patches.nodes.subject import SubjectNode
+    from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
+    from subject_patches.toy.sampling import Toy
+
+    vae, encoder = Toy.load().vae, the_encoder()
+    picture = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(3))
+    subject = SubjectNode.made([picture], vae, size=96, mask=[torch.ones(1, 96, 96)]).args[0]
+    shown = EncodeSubjectsNode.execute(subject, encoder, vae).args[0]
+    patched = RecycledSelfAttentionNode.execute(model, shown).args[0]
+    owed = [subject]
+
+    def sample(executor: Any, *given: Any, **named: Any) -> Any:
+        while owed:
+            EncodeSubjectsNode.execute(owed.pop(), encoder, vae)
+        return executor(*given, **named)
+
+    patched.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, sample)
+    return patched

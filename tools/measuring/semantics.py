@@ -1,47 +1,75 @@
 """AnyLogo's tuning on the toy: Table 3's rows, Table 4's, and Figure 7's, each trained.
 
-`toy.train_anylogo` makes what is measured: each row reads the two files that its run left in a folder below `toy/runs`.
+`toy.train_anylogo` makes what is measured: each row reads the two files that its run left in a folder below `toy/runs`,
+or those that come with the repository. The cases are those of the trained subject encoder.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .given import Given
-from .recycled_attention import UNPATCHED, Pair, Score, table
+from .given import Given, Shape
+from .learned import Case, Shown, table, the_encoder
+from .recycled_attention import UNPATCHED
 
-# What each row was trained as, by the folder of its run, and whether it is shown the tokens and the reference.
-TABLES: dict[str, dict[str, tuple[str, bool, bool]]] = {
-    "Table 3: blocked, semantic tokens alone, both (a ReferenceNet's row is of the subject encoder's study)": {
-        "untrained": ("", False, True),
-        "trained, blocked": ("anylogo", False, False),
-        "trained without a reference: semantic tokens": ("anylogo-none", True, False),
-        "trained, reference alone": ("anylogo", False, True),
-        "trained, semantic tokens and reference": ("anylogo", True, True),
+# The noise level of the paper's training, and the node's usual one.
+CURRENT, CLEAN = "current", "nearly clean"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of which run a row is, whether it is shown the tokens, and at which noise level the reference; None: not."""
+
+    run: str
+    tokens: bool = False
+    level: str | None = None
+
+
+TOY, SHIPPED, ENCODER = "", "shipped", "encoder"
+UNTRAINED = Row(TOY, level=CURRENT)
+TABLES: dict[str, dict[str, Row]] = {
+    "Table 3: blocked, semantic tokens alone, a ReferenceNet, recycling": {
+        "untrained": UNTRAINED,
+        "untrained, nearly clean": Row(TOY, level=CLEAN),
+        "trained, blocked": Row("anylogo"),
+        "trained without a reference: semantic tokens": Row("anylogo-none", True),
+        "ReferenceNet and its tokens, longer trained": Row(ENCODER),
+        "recycling, reference alone": Row("anylogo", level=CURRENT),
+        "recycling, semantic tokens and reference": Row("anylogo", True, CURRENT),
     },
     "Table 4: where the reference is delivered": {
-        "encoder": ("anylogo-encoder", True, True),
-        "decoder": ("anylogo", True, True),
-        "encoder and decoder": ("anylogo-both", True, True),
+        "encoder": Row("anylogo-encoder", True, CURRENT),
+        "decoder": Row("anylogo", True, CURRENT),
+        "encoder and decoder": Row("anylogo-both", True, CURRENT),
     },
     "Figure 7: lambda of the training, released when sampling": {
-        "0": ("anylogo-none", True, False),
-        "0.3": ("anylogo-0.3", True, True),
-        "0.6": ("anylogo", True, True),
-        "1": ("anylogo-1", True, True),
+        "0": Row("anylogo-none", True),
+        "0.3": Row("anylogo-0.3", True, CURRENT),
+        "0.6": Row("anylogo", True, CURRENT),
+        "1": Row("anylogo-1", True, CURRENT),
+    },
+    "The files that come with the repository, longer trained": {
+        "untrained": UNTRAINED,
+        "blocked": Row(SHIPPED),
+        "semantic tokens": Row(SHIPPED, True),
+        "reference": Row(SHIPPED, level=CURRENT),
+        "reference, nearly clean": Row(SHIPPED, level=CLEAN),
+        "semantic tokens and reference": Row(SHIPPED, True, CURRENT),
     },
 }
-SITES = {"anylogo-encoder": "encoder", "anylogo-both": "encoder and decoder"}
+SITES = {"anylogo-none": "none", "anylogo-encoder": "encoder", "anylogo-both": "encoder and decoder"}
 
 
 @dataclass
 class Tuned:
-    """A run's result: the toy with its LoRA, and its semantic maps."""
+    """A run's result: the toy with its LoRA, its semantic maps, and where both are."""
 
     model: Any
     semantics: Any
+    files: Any = None
 
 
 def tuned(given: Given, run: str) -> Tuned | None:
@@ -52,43 +80,99 @@ def tuned(given: Given, run: str) -> Tuned | None:
     from subject_patches.toy.command import RUNS
     from subject_patches.toy.train_anylogo import LORA, MAPS
 
-    if not run:
+    if run in (TOY, ENCODER):
         return Tuned(given.toy.model, None)
-    path = RUNS / run / MAPS.name
-    if not path.is_file():
+    files = (MAPS, LORA) if run == SHIPPED else (RUNS / run / MAPS.name, RUNS / run / LORA.name)
+    if not all(path.is_file() for path in files):
         return None
-    model, _ = comfy.sd.load_lora_for_models(given.toy.model, None, load_file(path.with_name(LORA.name)), 1.0, 0.0)
-    return Tuned(model, read_semantic_maps(path))
+    model, _ = comfy.sd.load_lora_for_models(given.toy.model, None, load_file(files[1]), 1.0, 0.0)
+    return Tuned(model, read_semantic_maps(files[0]), files)
 
 
 def study(given: Given) -> None:
-    """Prints the tables, over `given.count` emblem-and-scene pairs; rows of runs that have not been are left out."""
+    """Prints the tables, over `given.count` cases, and what each run does to the noise's error; rows of runs that have
+    not been are left out."""
     rows = {row for named in TABLES.values() for row in named.values()}
-    models = {run: tuned(given, run) for run in {run for run, _, _ in rows}}
-    scores: dict[Any, list[Score]] = {row: [] for row in (UNPATCHED, *rows)}
+    found = {run: tuned(given, run) for run in {row.run for row in rows}}
+    models = {run: made for run, made in found.items() if made is not None}
+    encoder = the_encoder()
+    scores: dict[Any, list[Shown]] = {row: [] for row in (UNPATCHED, *rows) if row == UNPATCHED or row.run in models}
     for number in range(given.count):
-        pair = Pair(given, number)
-        scores[UNPATCHED].append(pair.carried(None))
-        for row in rows:
-            run, tokens, reference = row
-            if (made := models[run]) is not None:
-                patched = patched_by(made, pair.subject, tokens, reference, SITES.get(run, "decoder"))
-                scores[row].append(pair.score_of(patched))
-        print(f"pair {number + 1} of {given.count}", file=sys.stderr, flush=True)
+        case = Case(given, number)
+        for row, seen in scores.items():
+            if row == UNPATCHED:
+                seen.append(case.seen(None))
+            elif row.run == ENCODER:
+                seen.append(case.shown(encoder, "tokens and references"))
+            else:
+                seen.append(case.seen(patched_by(models[row.run], case.subject, row)))
+        print(f"case {number + 1} of {given.count}", file=sys.stderr, flush=True)
     for title, named in TABLES.items():
         print(f"\n{title}:\n")
-        table({UNPATCHED: scores[UNPATCHED], **{name: scores[row] for name, row in named.items() if scores[row]}})
+        mine = {name: scores[row] for name, row in named.items() if row in scores}
+        table({UNPATCHED: scores[UNPATCHED], **mine}, scores[UNTRAINED], "over untrained")
+    print(f"\nThe error of the noise in {given.count} held-out emblems, against the untouched toy without a reference;")
+    print("blocked: in their whole pictures, with neither tokens nor reference:\n")
+    for run, made in models.items():
+        if made.files is not None:
+            told = (f"{name} {fall:+.1%}" for name, fall in falls(made, SITES.get(run, "decoder"), given.count).items())
+            print(f"- {run}: {', '.join(told)}")
 
 
-def patched_by(made: Tuned, subject: Any, tokens: bool, reference: bool, sites: str) -> Any:
+def patched_by(made: Tuned, subject: Any, row: Row) -> Any:
     """A tuned model with the nodes that a row is of."""
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
     from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 
     model = made.model
-    if tokens:
+    if row.tokens:
         model = SemanticInjectionNode.execute(model, subject, made.semantics).args[0]
-    if reference:
-        # As in the paper's training.
-        model = RecycledSelfAttentionNode.execute(model, subject, sites=sites, noise_level="current").args[0]
+    if row.level is not None:
+        given = {"sites": SITES.get(row.run, "decoder"), "noise_level": row.level}
+        model = RecycledSelfAttentionNode.execute(model, subject, **given).args[0]
     return model
+
+
+def falls(made: Tuned, sites: str, count: int) -> dict[str, float]:
+    """See `Lesson.falls`; of other pairs than the training's log."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+    from subject_patches.toy.anylogo import Symbiosis, Tuning
+    from subject_patches.toy.data import Words
+    from subject_patches.toy.pair_training import CHECKPOINT, frozen
+    from subject_patches.toy.pairs import Pairs
+    from subject_patches.toy.train_anylogo import start
+
+    model, autoencoder = frozen(CHECKPOINT)
+    lora = load_file(made.files[1])
+    rank = next(each.shape[0] for name, each in lora.items() if name.endswith("lora_down.weight"))
+    tuning = Tuning(model.unet, rank)
+    start(tuning, *made.files)
+    symbiosis = Symbiosis(model, made.semantics.vision.model.float(), Words()([""]), sites)
+    pairs = Pairs(autoencoder, np.random.default_rng((2**41, 6)), count, grounds=True)
+    pairs.add(count)
+    return symbiosis.falls(tuning, pairs.draw(count, torch.Generator().manual_seed(6)))
+
+
+def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
+    """The benchmark's row, of U-Nets: random tokens, as many as the vision model sees patches (DINOv2's of 518 pixels,
+    on the toy its own's), and the background's one."""
+    import torch
+    from subject_patches.patches.engine.engine import add_edit
+    from subject_patches.patches.families import attention_sites
+    from subject_patches.patches.families.unet import scales
+    from subject_patches.patches.mechanisms.semantic_injection import SemanticInjection, grouped
+    from subject_patches.patches.parts.window import Window
+
+    if shape.flux:
+        return {}
+    source = torch.Generator().manual_seed(4)
+    count = 1 + (12 if shape.name == "toy" else 37) ** 2
+
+    def patch(model: Any) -> Any:
+        groups = grouped(attention_sites(model), scales(model.model.diffusion_model))
+        tokens = {group: torch.randn(1, count, shape.width, generator=source) for group in set(groups.values())}
+        return add_edit(model, SemanticInjection(frozenset(groups), Window(), tokens, groups))
+
+    return {f"semantic injection, {count} tokens": patch}
