@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..patches.mechanisms.aligned import SHADES, Box, aligned, filled_box, without_background
 from ..patches.mechanisms.subject import composite, mask_bounds
-from ..patches.parts.masks import resize_mask
-from .checks import check_choice, check_number, masks_in, pictures_in, tell, upside_down
+from .checks import check_choice, check_each, check_number, masks_in, pictures_in, tell_upside_down
+from .inputs import ADVANCED
 from .types import RETOUCH
 
 KEEP = "keep"
@@ -19,9 +19,7 @@ MARGIN_MAX = 0.45
 
 def background_input(tooltip: str) -> io.Combo.Input:
     """What stands around a subject when it is encoded; `tooltip` says what is usual."""
-    return io.Combo.Input(
-        "background", options=[KEEP, *SHADES], default=KEEP, optional=True, advanced=True, tooltip=tooltip
-    )
+    return io.Combo.Input("background", options=[KEEP, *SHADES], default=KEEP, **ADVANCED, tooltip=tooltip)
 
 
 class AlignReferenceNode(io.ComfyNode):
@@ -57,8 +55,7 @@ class AlignReferenceNode(io.ComfyNode):
                     min=0.0,
                     max=MARGIN_MAX,
                     step=0.01,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Without a layout mask: how much of each side stays free around the subject.",
                 ),
             ],
@@ -78,11 +75,9 @@ class AlignReferenceNode(io.ComfyNode):
         masks = masks_in("mask", mask)
         places = None if layout_mask is None else masks_in("layout_mask", layout_mask)
         count = max(len(pictures), 1 if places is None else len(places))
-        for name, found in (("image", pictures), ("mask", masks), ("layout_mask", places)):
-            if found is not None and len(found) not in (1, count):
-                raise ValueError(
-                    f"There are {len(found)} of {name} for {count} pictures; give one for all, or one for each."
-                )
+        for name, found in (("of image", pictures), ("of mask", masks), ("of layout_mask", places)):
+            if found is not None:
+                check_each(name, len(found), count)
         made = []
         for number in range(count):
             own = [each[min(number, len(each) - 1)][None] for each in (pictures, masks)]
@@ -94,10 +89,7 @@ class AlignReferenceNode(io.ComfyNode):
 
 def _aligned(image: Any, mask: Any, place: Any, background: str, margin: float) -> tuple[Any, Any]:
     image, mask = composite(image, mask)
-    if mask.shape[1:] != image.shape[1:3]:
-        mask = resize_mask(mask, tuple(image.shape[1:3]))
-    if doubt := upside_down("subject's mask", mask[0]):
-        tell(doubt)
+    tell_upside_down("subject's mask", mask[0])
     subject = Box(*mask_bounds(mask[0], 0.0))
     if background != KEEP:
         image = without_background(image, mask, SHADES[background])

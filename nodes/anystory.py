@@ -17,11 +17,11 @@ from ..patches.mechanisms.router import MOST_SUBJECTS
 from ..patches.parts.window import Window
 from .anystory_subject import check_latents
 from .checks import check_choice, check_number
-from .inputs import model_input, model_output
+from .inputs import ADVANCED, SHARE, STRENGTH_MAX, model_input, model_output
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
 AUTO, ON, OFF = "auto", "on", "off"
-SCALE_MAX, SHIFT_MAX, STRENGTH_MAX = 10.0, 100.0, 10.0
+SCALE_MAX, SHIFT_MAX = 10.0, 100.0
 
 
 class AnyStoryNode(io.ComfyNode):
@@ -29,8 +29,8 @@ class AnyStoryNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        share = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": True, "advanced": True}
-        strength = {"default": 1.0, "min": 0.0, "max": STRENGTH_MAX, "step": 0.05, "optional": True, "advanced": True}
+        share = {**SHARE, **ADVANCED}
+        strength = {"default": 1.0, "min": 0.0, "max": STRENGTH_MAX, "step": 0.05, **ADVANCED}
         steps = "as a share of the sampler's steps, rounded to whole ones."
         return io.Schema(
             node_id="SubjectPatchesAnyStory",
@@ -83,16 +83,14 @@ class AnyStoryNode(io.ComfyNode):
                     min=-SHIFT_MAX,
                     max=SHIFT_MAX,
                     step=0.05,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Added to the attention's logits of all references: below 0 they count less, above 0 more. "
                     "-0.7 is about half their weight.",
                 ),
                 io.Boolean.Input(
                     "reference_mask",
                     default=True,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Whether only what lies inside a subject's mask is seen of its reference.",
                 ),
                 io.Float.Input(

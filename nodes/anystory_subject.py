@@ -12,9 +12,8 @@ from ..encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, v
 from ..patches.anystory.anystory_subject import AnyStorySubject
 from ..patches.mechanisms.subject import MEGABYTE, composite, encoded
 from ..patches.parts.cache import FeatureCache
-from ..patches.parts.masks import resize_mask
 from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
-from .inputs import CACHE_MEGABYTES, cache_input, vae_input
+from .inputs import ADVANCED, CACHE_MEGABYTES, cache_input, vae_input
 from .model_files import SUBJECT_ENCODERS
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
 
@@ -85,8 +84,7 @@ class AnyStorySubjectNode(io.ComfyNode):
                     "crop",
                     options=[SQUARE, NONE],
                     default=SQUARE,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip=f"'{SQUARE}' cuts the subject out as the authors' application does, with a mask of black "
                     f"and white. '{NONE}' takes the whole picture, squeezed into a square, and greys of the mask.",
                 ),
@@ -96,8 +94,7 @@ class AnyStorySubjectNode(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=TOKEN,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="The side of the square, in pixels, in which the FLUX sees the reference. AnyStory was "
                     "trained with 512.",
                 ),
@@ -183,8 +180,6 @@ def _given(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[Any, Any]:
         raise ValueError("There is no mask; connect one, or give a picture with a transparent background.")
     if len(mask) != 1:
         raise ValueError(f"There are {len(mask)} masks; AnyStory takes one a subject.")
-    if mask.shape[1:] != image.shape[1:3]:
-        mask = resize_mask(mask, tuple(image.shape[1:3]))
     return to_bytes(image[0]), to_bytes(mask[0])
 
 

@@ -34,7 +34,7 @@ from ..patches.pictures.attention_record import (
     table,
 )
 from .checks import check_choice, check_number, pictures_in
-from .inputs import model_input
+from .inputs import ADVANCED, model_input
 from .types import INSPECT, AttentionRecordType
 
 ALL = "all"
@@ -77,8 +77,7 @@ class RecordAttentionNode(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Which picture of the batch to record, 1 is the first.",
                 ),
             ],
@@ -171,8 +170,7 @@ class AttentionInspectorNode(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Only these layers: blocks in the host's words, for example: middle, output.3, output.4.0. "
                     "Empty: all.",
                 ),
@@ -181,8 +179,7 @@ class AttentionInspectorNode(io.ComfyNode):
                     default=1,
                     min=1,
                     max=MOST_STEPS,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="The first step to show, from 1.",
                 ),
                 io.Int.Input(
@@ -190,8 +187,7 @@ class AttentionInspectorNode(io.ComfyNode):
                     default=MOST_STEPS,
                     min=1,
                     max=MOST_STEPS,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="The last step to show.",
                 ),
                 io.Float.Input(
@@ -200,8 +196,7 @@ class AttentionInspectorNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How much a map covers the picture. 1 shows the map alone.",
                 ),
                 io.String.Input(
@@ -214,8 +209,7 @@ class AttentionInspectorNode(io.ComfyNode):
                 io.Boolean.Input(
                     "tokens",
                     default=False,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Also show each token of a phrase by itself.",
                 ),
             ],

@@ -21,7 +21,7 @@ from ..patches.parts.prompt import (
 )
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
-from .inputs import phrases_input, prompt_clip_input, text_input
+from .inputs import ADVANCED, phrases_input, prompt_clip_input, text_input
 from .types import CONCEPT
 from .written import check_written, refusal
 
@@ -70,7 +70,7 @@ class AuxiliaryPromptNode(io.ComfyNode):
                     tooltip="An auxiliary noun of your own, instead of a preset. It must differ from the concept's; "
                     "one that is usual in the prompt's scene works best.",
                 ),
-                phrases_input(optional=True, advanced=True),
+                phrases_input(**ADVANCED),
             ],
             outputs=[
                 io.Conditioning.Output(

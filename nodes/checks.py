@@ -24,15 +24,21 @@ MEGABYTES_MAX = 65536
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
-    """Raises ValueError unless the value is a number from `least` to `most`."""
+    """Raises ValueError unless the value of the input `name` is a number from `least` to `most`."""
     if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"The {name} is {value}; give a number from {least:g} to {most:g}.")
+        raise ValueError(f"The {name} {_is(name)} {value}; give a number from {least:g} to {most:g}.")
 
 
 def check_choice(name: str, value: str, options: Sequence[str]) -> None:
-    """Raises ValueError unless the value is one of the options."""
+    """Raises ValueError unless the value of the input `name` is one of the options."""
     if value not in options:
-        raise ValueError(f"The {name} is '{value}'; choose one of {', '.join(options)}.")
+        raise ValueError(f"The {name} {_is(name)} '{value}'; choose one of {', '.join(options)}.")
+
+
+def check_each(what: str, found: int, count: int, where: str = "") -> None:
+    """Raises ValueError unless there is one of `what` for all of `count` pictures, or one for each."""
+    if found not in (1, count):
+        raise ValueError(f"There are {found} {what} for {count} pictures{where}; give one for all, or one for each.")
 
 
 def check_loaded(clip: Any = "", vae: Any = "") -> None:
@@ -150,6 +156,12 @@ def single(name: str, values: Sequence[Any], otherwise: Any = None) -> Any:
     return values[0]
 
 
+def tell_upside_down(name: str, mask: torch.Tensor) -> None:
+    """Says of a mask (height, width) on the node that it may be upside down."""
+    if doubt := upside_down(name, mask):
+        tell(doubt)
+
+
 def upside_down(name: str, mask: torch.Tensor) -> str | None:
     """What to tell of a mask (height, width) that covers nearly everything, or all around but not inside; else None."""
     inside = mask > 0.5
@@ -161,6 +173,10 @@ def upside_down(name: str, mask: torch.Tensor) -> str | None:
         f"The {name} covers {share:.0%} of its picture, its edge included. If it is upside down, put Invert Mask "
         "before it."
     )
+
+
+def _is(name: str) -> str:
+    return "are" if name.endswith("s") and not name.endswith("ss") else "is"
 
 
 def _shape(tensor: torch.Tensor) -> str:

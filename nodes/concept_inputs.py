@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .checks import check_choice, check_number
+from .inputs import ADVANCED
 from .training_inputs import CAPTION, rate_input
 
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ class Further:
     start_token: str = AUTO
 
     def __post_init__(self) -> None:
-        check_number("learning rate of the concept's words", self.concept_learning_rate, 0.0, 1.0)
+        check_number("concept_learning_rate", self.concept_learning_rate, 0.0, 1.0)
         for name, least in COUNTS.items():
             value = getattr(self, name)
             if value != -1:
-                check_number(f"number of {TOLD[name]}", value, least, WORDS_MAX)
+                check_number(name, value, least, WORDS_MAX)
         for name, choices in CHOICES.items():
-            check_choice(name.replace("_", " "), getattr(self, name), (AUTO, *choices))
+            check_choice(name, getattr(self, name), (AUTO, *choices))
 
     def settled(self, preset: Scheme, usual: UsualWords) -> Further:
         """These, with what the preset has and what is usual in place of what is left to them."""
@@ -124,8 +125,7 @@ def further_inputs() -> list[Any]:
             multiline=True,
             default="",
             placeholder=CAPTION,
-            optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip="What those pictures show, with {} for the noun: one line for all, or one for each. Nothing is "
             f"'{CAPTION}'.",
         ),
@@ -172,8 +172,7 @@ def _count_inputs() -> list[Any]:
             default=-1,
             min=-1,
             max=WORDS_MAX,
-            optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=f"{text} -1 is the preset's number.",
         )
         for name, text in texts.items()
@@ -185,7 +184,6 @@ def _choice(name: str, tooltip: str) -> io.Combo.Input:
         name,
         options=[AUTO, *CHOICES[name]],
         default=AUTO,
-        optional=True,
-        advanced=True,
+        **ADVANCED,
         tooltip=f"{tooltip} {SUITS}",
     )

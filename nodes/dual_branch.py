@@ -19,7 +19,7 @@ from ..patches.mechanisms.dual_branch import (
 from ..patches.parts.graph import lost
 from ..patches.parts.sites import USUAL
 from .checks import check_choice, check_number, prompt_in
-from .inputs import model_input, model_output, named_sites_input, seed_input, sites_input
+from .inputs import ADVANCED, SHARE, model_input, model_output, named_sites_input, seed_input, sites_input
 from .types import CONCEPT
 
 # Lambda has no limit; a field for numbers needs one, far beyond where the mix stops changing.
@@ -69,9 +69,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                 io.Float.Input(
                     "end_percent",
                     default=0.15,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    **SHARE,
                     tooltip="For which share of the schedule, from its start, the branches run side by side (T_a). The "
                     "paper's is 0.15, the authors' code has 0.3; 0 is the unpatched model. Only these steps cost more.",
                 ),
@@ -79,8 +77,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "gain_mode",
                     options=[USUAL, FIXED, BY_RESOLUTION],
                     default=USUAL,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'fixed' is the authors', with which the mix depends on the picture's size. 'by "
                     "resolution' mixes at every size as 'fixed' does at 512 x 512. 'usual' is 'fixed' for SD 1.x, "
                     "which it is made for, and 'by resolution' for every other family.",
@@ -89,8 +86,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "noise",
                     options=[OWN_NOISE, SAME_NOISE],
                     default=OWN_NOISE,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="What the auxiliary branch starts from: a noise of its own, as in the authors' code, or "
                     "the concept's, which lays both pictures out alike.",
                 ),
@@ -99,8 +95,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     "guidance",
                     options=[SHARED, OWN],
                     default=SHARED,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Whether the auxiliary branch is guided by the generation's negative prediction, or by one "
                     "of its own, which costs another pass in each of these steps.",
                 ),
@@ -110,8 +105,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     min=0.0,
                     max=GAIN_MAX,
                     step=10.0,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How hard places switch between the branches. The authors' is 500.",
                 ),
                 io.Float.Input(
@@ -120,8 +114,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
                     min=0.0,
                     max=SHARPNESS_MAX,
                     step=0.5,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How much the attention to words is sharpened, first over the words and then over the "
                     "places. The authors' is 10.",
                 ),
@@ -149,11 +142,11 @@ class DualBranchIntegrationNode(io.ComfyNode):
         sites: str = USUAL,
         named_sites: str = "",
     ) -> io.NodeOutput:
-        check_number("injection strength", injection_strength, -INJECTION_MAX, INJECTION_MAX)
+        check_number("injection_strength", injection_strength, -INJECTION_MAX, INJECTION_MAX)
         check_number("strength", strength, 0.0, 1.0)
         check_number("gain", gain, 0.0, GAIN_MAX)
         check_number("sharpness", sharpness, 0.0, SHARPNESS_MAX)
-        check_choice("gain mode", gain_mode, (FIXED, BY_RESOLUTION, USUAL))
+        check_choice("gain_mode", gain_mode, (FIXED, BY_RESOLUTION, USUAL))
         check_choice("noise", noise, (OWN_NOISE, SAME_NOISE))
         check_choice("guidance", guidance, (SHARED, OWN))
         prompt_in("concept", concept)

@@ -16,7 +16,7 @@ from ..patches.mechanisms.image_prompt import AdaptedPrompt, ImagePrompt, ReadyP
 from ..patches.mechanisms.subject import Reference, Subject
 from ..patches.parts.sites import Site
 from .checks import check_choice, prompt_in
-from .inputs import subject_input
+from .inputs import ADVANCED, subject_input
 from .model_files import ADAPTERS
 from .types import SEVERAL, AdapterType, SubjectType
 
@@ -90,8 +90,7 @@ class EncodeImagePromptNode(io.ComfyNode):
                     "crop",
                     options=list(CROPS),
                     default="center",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How a picture becomes the vision model's square: its middle, or all of it squeezed.",
                 ),
             ],

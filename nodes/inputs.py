@@ -23,8 +23,10 @@ SHARES = (
     "two samplers does, of the whole."
 )
 STAYS = "The given model stays as it is."
-# As for any input that is seldom changed: an API workflow may leave it out.
+# An input that is seldom changed: an API workflow may leave it out.
 ADVANCED = {"optional": True, "advanced": True}
+# The bounds of a number that is a share of something.
+SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
 # What a node works with
@@ -81,17 +83,12 @@ def subject_input() -> io.Custom.Input:
 # How it acts
 
 
-def strength_input() -> io.Float.Input:
-    """How strongly references act."""
-    return io.Float.Input(
-        "strength",
-        default=1.0,
-        min=0.0,
-        max=STRENGTH_MAX,
-        step=0.05,
-        tooltip="How much weight the references have in attention: 1 is the paper's, 0 shows none of them, above 1 "
-        "pushes harder.",
-    )
+def strength_input(
+    tooltip: str = "How much weight the references have in attention: 1 is the paper's, 0 shows none of them, above 1 "
+    "pushes harder.",
+) -> io.Float.Input:
+    """How strongly references act, or what the tooltip says."""
+    return io.Float.Input("strength", default=1.0, min=0.0, max=STRENGTH_MAX, step=0.05, tooltip=tooltip)
 
 
 def eta_input() -> io.Float.Input:
@@ -133,12 +130,11 @@ def named_sites_input() -> io.String.Input:
 
 def window_inputs() -> list[io.Float.Input]:
     """When a node acts: two shares of the run's schedule."""
-    bounds = {"min": 0.0, "max": 1.0, "step": 0.01}
     begins = f"Where in the run's schedule this begins to act; 0 is its first step. {SHARES}"
     ends = f"Where in the run's schedule this stops; 1 is its last step. Equal to the start: never. {SHARES}"
     return [
-        io.Float.Input("start_percent", default=0.0, tooltip=begins, **bounds),
-        io.Float.Input("end_percent", default=1.0, tooltip=ends, **bounds),
+        io.Float.Input("start_percent", default=0.0, tooltip=begins, **SHARE),
+        io.Float.Input("end_percent", default=1.0, tooltip=ends, **SHARE),
     ]
 
 
@@ -188,9 +184,7 @@ def level_inputs() -> list[io.Input]:
         io.Float.Input(
             "fixed_level",
             default=0.9,
-            min=0.0,
-            max=1.0,
-            step=0.01,
+            **SHARE,
             tooltip="With noise_level 'fixed': where in the model's schedule the reference is looked at. 0 is nothing "
             "but noise, 1 is nearly clean.",
             **ADVANCED,

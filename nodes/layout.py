@@ -14,7 +14,7 @@ from ..patches.parts.prompt import split_phrases
 from ..patches.parts.sites import USUAL
 from ..patches.parts.window import Window
 from .checks import check_choice, check_number, masks_in
-from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
+from .inputs import ADVANCED, model_input, model_output, named_sites_input, sites_input, window_inputs
 from .types import LAYOUT, LayoutType
 
 # The canvas, in pixels.
@@ -202,8 +202,7 @@ class LayoutBiasNode(io.ComfyNode):
                     min=NEGATIVE_MIN,
                     max=0.0,
                     step=0.1,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="With hard_mask off, how much a phrase is weakened: about -1 to -10 is soft, 0 weakens "
                     "nothing. The guidance weight multiplies it too.",
                 ),
@@ -211,8 +210,7 @@ class LayoutBiasNode(io.ComfyNode):
                     "eta",
                     options=[FADING, CONSTANT],
                     default=FADING,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How the push changes over the schedule. 'fading' is the authors': strong at first, "
                     "ln(1 + sigma^2). 'constant' is 1 at every step, what 'fading' is at sigma 1.31.",
                 ),
@@ -220,8 +218,7 @@ class LayoutBiasNode(io.ComfyNode):
                     "statistics",
                     options=[PER_PICTURE, WHOLE_BATCH],
                     default=PER_PICTURE,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="The push is scaled by how much the attention scores vary: in each picture, or over the "
                     "whole batch as in the authors' code, where a picture then depends on the others beside it.",
                 ),
@@ -247,9 +244,9 @@ class LayoutBiasNode(io.ComfyNode):
         statistics: str = PER_PICTURE,
         named_sites: str = "",
     ) -> io.NodeOutput:
-        check_number("guidance weight", guidance_weight, 0.0, GUIDANCE_MAX)
-        check_number("positive weight", positive_weight, 0.0, POSITIVE_MAX)
-        check_number("negative weight", negative_weight, NEGATIVE_MIN, 0.0)
+        check_number("guidance_weight", guidance_weight, 0.0, GUIDANCE_MAX)
+        check_number("positive_weight", positive_weight, 0.0, POSITIVE_MAX)
+        check_number("negative_weight", negative_weight, NEGATIVE_MIN, 0.0)
         negative = HARD if hard_mask else negative_weight
         check_choice("weaken", weaken, (OUTSIDE, OTHER_REGIONS))
         check_choice("eta", eta, (FADING, CONSTANT))

@@ -20,6 +20,7 @@ from ..patches.parts.window import Window
 from .checks import check_choice, check_number, masks_in, prompt_in
 from .image_prompt import at_model, empty_prompt
 from .inputs import (
+    ADVANCED,
     STRENGTH_MAX,
     level_inputs,
     model_input,
@@ -73,8 +74,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="The share of layers and steps that see the reference, chosen by the seed (the paper's "
                     "lambda, sparse recycling). Less gives a freer rendition; 0 is the unpatched model.",
                 ),
@@ -96,8 +96,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
                     "apply_to",
                     options=[COND_ONLY, BOTH],
                     default=COND_ONLY,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'cond only' is the paper's: guidance then pushes towards the subject. 'both' also shows "
                     "the reference to the negative prompt's pass, which weakens that push.",
                 ),

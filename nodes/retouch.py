@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from ..patches.mechanisms.retouch import MultiSourceSwap, path_of
 from ..patches.parts.process import Process
 from ..patches.parts.sites import LATE, USUAL
 from ..patches.parts.window import Window
-from .checks import check_choice, check_number, masks_in, prompt_in, tell, upside_down
-from .inputs import model_input, model_output, named_sites_input, sites_input, window_inputs
+from .checks import check_choice, check_number, masks_in, prompt_in, tell_upside_down
+from .inputs import ADVANCED, SHARE, model_input, model_output, named_sites_input, sites_input, window_inputs
 from .types import RETOUCH, BlendMaskType, TrajectoryType
 
 BOTH, COND_ONLY = "both", "cond only"
@@ -30,7 +29,6 @@ class MultiSourceSwapNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return io.Schema(
             node_id="SubjectPatchesMultiSourceSwap",
             display_name="Multi-Source Attention Swap",
@@ -67,7 +65,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 io.Float.Input(
                     "lambda2",
                     default=0.2,
-                    **share,
+                    **SHARE,
                     tooltip="The share of the schedule in which query, key and value are the layout's. 0.2 is the "
                     "paper's 10 of 50 steps; more keeps more of the layout's structure. A share of the run's own "
                     "schedule, or in a run without noise of the layout trajectory's.",
@@ -75,7 +73,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 io.Float.Input(
                     "mask_blend_start",
                     default=0.6,
-                    **share,
+                    **SHARE,
                     tooltip="From here on the blend mask acts, a share as lambda2 is. 0.6 is the paper's 31st of 50 "
                     "steps.",
                 ),
@@ -96,8 +94,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                 io.Boolean.Input(
                     "swap_cross_attention",
                     default=True,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Whether the layout's query, key and value also replace those of the cross-attention in "
                     "the same blocks, as in the paper's Algorithm 1.",
                 ),
@@ -106,8 +103,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "apply_to",
                     options=[BOTH, COND_ONLY],
                     default=BOTH,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'both': the negative prompt's pass takes from passes with the negative prompt, as in the "
                     "swap that the paper follows. 'cond only' leaves it alone, which costs half as much.",
                 ),
@@ -116,8 +112,7 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "reference_keys",
                     options=[REPLACE, EXTEND],
                     default=REPLACE,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'replace' is the paper's: self-attention sees the reference's keys and values instead of "
                     "the picture's own. 'extend' puts them beside its own, so that the ground stays the picture's.",
                 ),
@@ -145,8 +140,7 @@ class MultiSourceSwapNode(io.ComfyNode):
         reference_keys: str = REPLACE,
     ) -> io.NodeOutput:
         for name, value in (("lambda2", lambda2), ("mask_blend_start", mask_blend_start)):
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1.")
+            check_number(name, value, 0.0, 1.0)
         check_choice("apply_to", apply_to, (BOTH, COND_ONLY))
         check_choice("reference_keys", reference_keys, (REPLACE, EXTEND))
         window = Window(start_percent, end_percent)
@@ -243,8 +237,7 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Connected parts of the attention's mask smaller than this share of the picture are noise.",
                 ),
                 io.Combo.Input(
@@ -288,8 +281,7 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
                         f"Mask {number} of {len(mask)} is empty: no place of its {each.shape[1]} x {each.shape[0]} is "
                         "above one half. Segment the subject in the layout picture, or invert the mask."
                     )
-                if doubt := upside_down(f"mask {number} of {len(mask)}", each):
-                    tell(doubt)
+                tell_upside_down(f"mask {number} of {len(mask)}", each)
         made = AdaptiveMask(mask, phrase, threshold, smallest_component, join == AND)
         return io.NodeOutput(made, _preview(made))
 

@@ -19,6 +19,7 @@ from ..patches.parts.window import Window
 from .checks import check_choice, check_number, prompt_in
 from .image_prompt import at_model, empty_prompt, token_prompt
 from .inputs import (
+    ADVANCED,
     CURRENT,
     ETA_MAX,
     NEARLY_CLEAN,
@@ -72,8 +73,7 @@ class SubjectShareNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=TOKENS_MAX,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How many of the image prompt's tokens count, from its end; 0 is all. Apply Style Model "
                     "puts its tokens (SD 1.x: 8) behind those of a text.",
                 ),
@@ -148,8 +148,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                     "cross_attention",
                     options=[KEPT, SKIPPED],
                     default=KEPT,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Whether the pass over a reference has its cross-attention. 'kept': it reads the prompt. "
                     "'skipped' is the paper's, whose ReferenceNet is trained for it.",
                 ),
@@ -157,8 +156,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 reference_conditioning_input(),
                 io.Conditioning.Input(
                     "background_prompt",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Tokens added where no subject is, as an image prompt is where one is. The paper's are "
                     "those of an empty picture.",
                 ),

@@ -11,7 +11,8 @@ from ..patches.mechanisms.layout_regions import Layout
 from ..patches.mechanisms.map_router import MapRouter
 from ..patches.mechanisms.mask_router import MaskRouter
 from ..patches.mechanisms.router import MOST_SUBJECTS
-from .checks import check_choice, check_number, masks_in, tell, upside_down
+from .checks import check_choice, check_number, masks_in, tell_upside_down
+from .inputs import ADVANCED, SHARE
 from .types import SEVERAL, LayoutType, RouterType
 
 PRECEDING, MEAN = "preceding layer", "running mean"
@@ -60,8 +61,8 @@ class RouteByMasksNode(io.ComfyNode):
             called = [f"Mask {number}" for number in range(1, len(painted) + 1)]
         _check_regions(painted, called)
         for name, region in zip(called, painted, strict=True):
-            if masks is not None and (doubt := upside_down(name.lower(), region)):
-                tell(doubt)
+            if masks is not None:
+                tell_upside_down(name.lower(), region)
         return io.NodeOutput(MaskRouter(painted, tuple(layout.shown()) if layout is not None else ()))
 
 
@@ -81,9 +82,7 @@ class RouteByAttentionNode(io.ComfyNode):
                 io.Float.Input(
                     "threshold",
                     default=0.4,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    **SHARE,
                     tooltip="Background is where every subject's map, stretched to 0 to 1, is at or below this. Higher "
                     "gives the subjects less room; 1 gives them none.",
                 ),
@@ -91,8 +90,7 @@ class RouteByAttentionNode(io.ComfyNode):
                     "maps",
                     options=[PRECEDING, MEAN],
                     default=MEAN,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'preceding layer' is the paper's: each layer goes by the cross-attention just before it. "
                     "'running mean' is steadier: the mean over all layers and steps so far.",
                 ),
@@ -102,8 +100,7 @@ class RouteByAttentionNode(io.ComfyNode):
                     min=0.0,
                     max=SMOOTHING_MAX,
                     step=0.01,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How far the maps are blurred, as a share of the picture's shorter side.",
                 ),
             ],

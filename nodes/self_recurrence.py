@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..patches.mechanisms.self_recurrence import recur, row_noise
 from ..patches.parts.process import Process
 from ..patches.parts.window import Levels, Window
+from .checks import check_number
 from .inputs import seed_input, window_inputs
 from .types import LAYOUT
 
@@ -61,8 +62,7 @@ class SelfRecurrenceNode(io.ComfyNode):
     def execute(
         cls, sampler: Any, turns: int, start_percent: float, end_percent: float, seed: int = 0
     ) -> io.NodeOutput:
-        if not 1 <= turns <= TURNS_MAX:
-            raise ValueError(f"The turns are {turns}; give a number from 1 to {TURNS_MAX}.")
+        check_number("turns", turns, 1, TURNS_MAX)
         window = Window(start_percent, end_percent)
         function = getattr(sampler, "sampler_function", None)
         name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")

@@ -15,11 +15,10 @@ from ..patches.mechanisms.subject import Subject, composite
 from ..patches.parts.sites import USUAL
 from ..patches.parts.window import Window
 from .checks import check_choice, check_number, pictures_in
-from .inputs import model_input, model_output, subject_input, window_inputs
+from .inputs import ADVANCED, STRENGTH_MAX, model_input, model_output, strength_input, subject_input, window_inputs
 from .model_files import SUBJECT_ENCODERS
 from .types import SUBJECT, SemanticsType
 
-STRENGTH_MAX = 10.0
 KEPT, REPLACED = PROMPTS
 
 
@@ -68,14 +67,7 @@ class SemanticInjectionNode(io.ComfyNode):
                 model_input("SD 1.x, SD 2.x or SDXL"),
                 subject_input(),
                 SemanticsType.Input("semantics", tooltip="From Load Semantic Injection."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=STRENGTH_MAX,
-                    step=0.05,
-                    tooltip="How much of it the layers take. 1 is the paper's, 0 is the unpatched model.",
-                ),
+                strength_input("How much of it the layers take. 1 is the paper's, 0 is the unpatched model."),
                 *window_inputs(),
                 io.ClipVision.Input(
                     "clip_vision",
@@ -93,8 +85,7 @@ class SemanticInjectionNode(io.ComfyNode):
                     "prompt",
                     options=[USUAL, KEPT, REPLACED],
                     default=USUAL,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="'kept': the layers attend to the subject's tokens beside the prompt's. 'replaced': in "
                     "their place, as in the paper, whose model reads no text. 'usual' is how the file was trained.",
                 ),

@@ -75,8 +75,7 @@ class StepBlendedGuiderNode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_number("cfg", cfg, 0.0, CFG_MAX)
         check_number("personalised_cfg", personalised_cfg, 0.0, CFG_MAX)
-        if not 0 <= first_steps <= STEPS_MAX:
-            raise ValueError(f"The first_steps are {first_steps}; give a number from 0 to {STEPS_MAX}.")
+        check_number("first_steps", first_steps, 0, STEPS_MAX)
         _check_pair(model, personalised_model)
         for name, prompt in (
             ("positive", positive),

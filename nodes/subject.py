@@ -15,15 +15,15 @@ from .align import KEEP, background_input
 from .checks import (
     MEGABYTES_MAX,
     check_choice,
+    check_each,
     check_loaded,
     check_number,
     masks_in,
     pictures_in,
     single,
-    tell,
-    upside_down,
+    tell_upside_down,
 )
-from .inputs import CACHE_MEGABYTES, cache_input, vae_input
+from .inputs import ADVANCED, CACHE_MEGABYTES, SHARE, cache_input, vae_input
 from .types import SUBJECT, SubjectType
 
 # The least and the greatest longer side in pixels.
@@ -77,11 +77,8 @@ class SubjectNode(io.ComfyNode):
                 io.Float.Input(
                     "margin",
                     default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
+                    **SHARE,
+                    **ADVANCED,
                     tooltip="Space kept around the mask when cropping, as a share of the subject's longer side.",
                 ),
                 io.Mask.Input(
@@ -126,10 +123,8 @@ class SubjectNode(io.ComfyNode):
         check_choice("background", background, (KEEP, *SHADES))
         pictures = [each[None] for batch in image for each in pictures_in("image", batch)]
         masks = [each for batch in mask for each in masks_in("mask", batch)]
-        if masks and len(masks) not in (1, len(pictures)):
-            raise ValueError(
-                f"There are {len(masks)} masks for {len(pictures)} pictures; give one mask, or one for each picture."
-            )
+        if masks:
+            check_each("masks", len(masks), len(pictures))
         references = []
         for number, picture in enumerate(pictures):
             own_mask = masks[min(number, len(masks) - 1)] if masks else None
@@ -142,10 +137,7 @@ class SubjectNode(io.ComfyNode):
 def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str, background: str) -> Reference:
     image, masks = composite(image, None if mask is None else mask[None])
     if masks is not None:
-        if masks.shape[1:] != image.shape[1:3]:
-            masks = resize_mask(masks, tuple(image.shape[1:3]))
-        if doubt := upside_down("subject's mask", masks[0]):
-            tell(doubt)
+        tell_upside_down("subject's mask", masks[0])
         x0, y0, x1, y1 = mask_bounds(masks[0], margin)
         image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
         if background != KEEP:

@@ -15,7 +15,7 @@ from ..patches.mechanisms.image_prompt import AdaptedPrompt
 from ..patches.mechanisms.subject import Reference, Subject, encoded
 from ..patches.parts.masks import resize_mask
 from .checks import check_choice, check_loaded
-from .inputs import subject_input, vae_input
+from .inputs import ADVANCED, subject_input, vae_input
 from .model_files import SUBJECT_ENCODERS
 from .types import SUBJECT, SubjectEncoderType, SubjectType
 
@@ -71,8 +71,7 @@ class EncodeSubjectsNode(io.ComfyNode):
                     "parts",
                     options=[BOTH, TOKENS, REFERENCES],
                     default=BOTH,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="What the subject carries then: 'tokens' say what it is (from the vision model, Eq. 5), "
                     "'references' show its details (from the ReferenceNet, Eq. 6). Both were trained together.",
                 ),

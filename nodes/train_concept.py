@@ -14,6 +14,7 @@ from ..patches.parts.graph import here
 from .checks import check_choice, check_loaded, check_number, single, tell
 from .concept_inputs import AUTO, CHOICES, Further, further_inputs, told
 from .concept_names import check_name, check_unwritten, files_state
+from .inputs import ADVANCED, SHARE
 from .training_inputs import (
     batch_input,
     captions_of,
@@ -102,19 +103,15 @@ class TrainConceptNode(io.ComfyNode):
                     min=0.1,
                     max=1.0,
                     step=0.05,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Random parts of the pictures are trained on too, from this share of their side up. 1 is "
                     "the whole picture only.",
                 ),
                 io.Float.Input(
                     "image_noise",
                     default=0.02,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
+                    **SHARE,
+                    **ADVANCED,
                     tooltip="Noise on those parts (standard deviation, white is 1), so that a picture's grain is not "
                     "learnt.",
                 ),
@@ -124,8 +121,7 @@ class TrainConceptNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=RANK_MAX,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Of the LoRA file: how many directions of each projection's change are kept, the best ones "
                     "for prompts. 0 keeps as many as miss no more than a tenth of what it does to prompts; 4096 all.",
                 ),
@@ -209,10 +205,10 @@ class TrainConceptNode(io.ComfyNode):
         check_learns(model, clip)
         check_choice("preset", preset, PRESETS)
         check_training(steps, batch_size, precision, size)
-        check_number("learning rate", learning_rate, 0.0, 1.0)
-        check_number("word learning rate", word_learning_rate, 0.0, 1.0)
-        check_number("smallest crop", smallest_crop, 0.1, 1.0)
-        check_number("image noise", image_noise, 0.0, 1.0)
+        check_number("learning_rate", learning_rate, 0.0, 1.0)
+        check_number("word_learning_rate", word_learning_rate, 0.0, 1.0)
+        check_number("smallest_crop", smallest_crop, 0.1, 1.0)
+        check_number("image_noise", image_noise, 0.0, 1.0)
         check_number("rank", rank, 0, RANK_MAX)
         words = Further(
             words_before, words_after, concept_words, concept_learning_rate,

@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .checks import check_choice, check_loaded, check_number, single, tell
+from .inputs import ADVANCED
 from .training_inputs import (
     CAPTION,
     batch_input,
@@ -71,8 +72,7 @@ class TrainResidualToken(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.01,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="How much the other words of a prompt are kept as they are: lambda of the paper's Eq. 4. "
                     "More keeps residuals of several subjects apart better, less learns faster.",
                 ),
@@ -89,8 +89,7 @@ class TrainResidualToken(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="a {} on a skateboard",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Further sentences, one a line, with {} for the noun. They join those that come with the "
                     "pack: over them other words are kept, and the residual is their mean.",
                 ),
@@ -98,8 +97,7 @@ class TrainResidualToken(io.ComfyNode):
                     "tunes",
                     options=[ENCODER, ALONE],
                     default=ENCODER,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="What learns. 'text encoder' is the paper's: the residual is its mean shift. 'residual "
                     "alone' needs little memory, no sentences, and a learning rate of about 0.05; the paper "
                     "finds it weaker with several subjects.",
@@ -108,8 +106,7 @@ class TrainResidualToken(io.ComfyNode):
                     "loss",
                     options=[OWN, AS_V],
                     default=OWN,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="What the loss is of. 'what the model predicts' is the paper's, the noise for most models. "
                     "'v' counts strong noise more, where shapes and colours are decided.",
                 ),
@@ -163,7 +160,7 @@ class TrainResidualToken(io.ComfyNode):
 
         noun = checked_noun(noun)
         check_training(steps, batch_size, precision, size)
-        check_number("learning rate", learning_rate, 0.0, 1.0)
+        check_number("learning_rate", learning_rate, 0.0, 1.0)
         check_number("preservation", preservation, 0.0, 1000.0)
         check_choice("tunes", tunes, (ENCODER, ALONE))
         check_choice("loss", loss, (OWN, AS_V))
@@ -180,7 +177,6 @@ class TrainResidualToken(io.ComfyNode):
         _templates(captions, "captions")
         shown = captions_of(captions, noun, len(squares))
         templates = shipped_templates() + _templates(more_templates, "more_templates")
-        _check_widths(model, clip)
         dtype = compute_dtype(precision, model.load_device)
         resumed = resume_name.strip()
         about = {
@@ -224,13 +220,3 @@ def _templates(text: str, name: str) -> list[str]:
         if line.count("{}") != 1:
             raise ValueError(f"The line '{line}' of {name} needs the place of the noun once, written as {{}}.")
     return lines
-
-
-def _check_widths(model: Any, clip: Any) -> None:
-    takes = model.model.model_config.unet_config.get("context_dim")
-    gives = clip.encode_from_tokens(clip.tokenize("")).shape[-1]
-    if takes != gives:
-        raise ValueError(
-            f"The model takes prompts {takes} wide, but this CLIP encodes them {gives} wide; give both from one "
-            "checkpoint."
-        )

@@ -11,12 +11,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.families import attention_sites, family_of
+from ..patches.families import family_of
 from ..patches.families.unet import UNet
 from ..patches.parts.prompt import CLIPS
 from ..training.usual import Usual
 from .checks import check_choice, check_number, pictures_in
-from .inputs import model_input, seed_input, vae_input
+from .inputs import ADVANCED, model_input, seed_input, vae_input
 
 # The host's own type: a dictionary with the list "loss", for its Plot Loss Graph.
 LossMapType = io.Custom("LOSS_MAP")
@@ -60,18 +60,18 @@ def side_input() -> io.Int.Input:
 
 def batch_input() -> io.Int.Input:
     bounds = {"default": 0, "min": 0, "max": BATCH_MAX}
-    return io.Int.Input("batch_size", **bounds, tooltip=f"Pictures in each step. {AUTO}", optional=True, advanced=True)
+    return io.Int.Input("batch_size", **bounds, tooltip=f"Pictures in each step. {AUTO}", **ADVANCED)
 
 
 def rate_input(name: str, step: float, tooltip: str, optional: bool = False) -> io.Float.Input:
-    more = {"optional": True, "advanced": True} if optional else {}
+    more = ADVANCED if optional else {}
     return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=step, tooltip=f"{tooltip} {AUTO}", **more)
 
 
 def check_training(steps: int, batch_size: int, precision: str, size: int) -> None:
     """Raises ValueError for a number or choice of these that the inputs would not take."""
     check_number("steps", steps, 0, STEPS_MAX)
-    check_number("batch size", batch_size, 0, BATCH_MAX)
+    check_number("batch_size", batch_size, 0, BATCH_MAX)
     check_choice("precision", precision, PRECISIONS)
     if size:
         check_number("size", size, *SIDE)
@@ -118,14 +118,20 @@ def digest(pictures: Sequence[Any]) -> str:
 
 def check_learns(model: Any, clip: Any) -> None:
     """Raises ValueError for a model or a CLIP whose words cannot be trained: only CLIP's text encoders give a word a
-    vector of its own, which holds in another prompt too."""
-    attention_sites(model)
-    others = [name for name in clip.tokenize("") if name not in CLIPS]
-    if others or not isinstance(family_of(model), UNet):
-        what = f"this CLIP has {', '.join(others)}" if others else f"this model is {family_of(model).name}"
+    vector of its own, which holds in another prompt too. And for a CLIP that is not the model's."""
+    family, tokens = family_of(model), clip.tokenize("")
+    others = [name for name in tokens if name not in CLIPS]
+    if others or not isinstance(family, UNet):
+        what = f"this CLIP has {', '.join(others)}" if others else f"this model is {family.name}"
         raise ValueError(
             f"Words are trained in the CLIP text encoders of SD 1.x, SD 2.x and SDXL, but {what}: what T5 or a "
             "language model makes of a word depends on the whole prompt; train on a checkpoint of one of those."
+        )
+    takes, gives = family.context_width(model), clip.encode_from_tokens(tokens).shape[-1]
+    if takes != gives:
+        raise ValueError(
+            f"The model takes prompts {takes} wide, but this CLIP encodes them {gives} wide; give both from one "
+            "checkpoint."
         )
 
 
@@ -166,23 +172,20 @@ def training_inputs() -> list[Any]:
             "precision",
             options=list(PRECISIONS),
             default="auto",
-            optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip="What the model computes in; what is trained is kept in fp32. 'auto' is bf16 or fp16 where the GPU "
             "has it, fp32 on a CPU.",
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
             default=True,
-            optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip="Needs much less memory, and about a third more time. Changes nothing in the result.",
         ),
         io.String.Input(
             "resume_name",
             default="",
-            optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip="With a name, a training that was cancelled or whose steps were raised goes on where it stopped. "
             "Its state is kept in the output folder under training/, a few times the size of what is trained.",
         ),

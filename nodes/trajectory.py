@@ -17,8 +17,8 @@ from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, drift_rep
 from ..patches.mechanisms.subject import MEGABYTE, mask_bounds
 from ..patches.parts.cache import FeatureCache
 from ..patches.parts.process import Process
-from .checks import MEGABYTES_MAX, check_number, latents_in, masks_in, prompt_in, tell, upside_down
-from .inputs import cache_input, model_input
+from .checks import MEGABYTES_MAX, check_each, check_number, latents_in, masks_in, prompt_in, tell_upside_down
+from .inputs import ADVANCED, cache_input, model_input
 from .types import RETOUCH, TrajectoryType
 
 ROUNDS_MAX = 20
@@ -53,16 +53,14 @@ class InvertToTrajectoryNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=ROUNDS_MAX,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="For inversions that drift: more turns of each step until it leads back to where it came "
                     "from. Each costs another pass a step; 0 is plain DDIM inversion, 3 is often enough.",
                 ),
                 io.Boolean.Input(
                     "measure_replay",
                     default=False,
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Also replays the inversion and reports how far it drifts, which takes another pass a "
                     "step. The kept latents do not drift.",
                 ),
@@ -105,8 +103,7 @@ class InvertToTrajectoryNode(io.ComfyNode):
         mask: Any = None,
     ) -> io.NodeOutput:
         family = family_of(model).name
-        if not 0 <= fixed_point_rounds <= ROUNDS_MAX:
-            raise ValueError(f"The fixed_point_rounds are {fixed_point_rounds}; give a number from 0 to {ROUNDS_MAX}.")
+        check_number("fixed_point_rounds", fixed_point_rounds, 0, ROUNDS_MAX)
         model_sampling, latent_format = model.get_model_object("model_sampling"), model.model.latent_format
         check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         levels = falling(sigmas, float(model_sampling.sigma_min))
@@ -147,14 +144,10 @@ def _subjects_masks(mask: Any, pictures: int) -> torch.Tensor:
     """Masks of the subject in so many pictures, (1 or pictures, height, width) on the CPU. Raises ValueError for
     another number of them and for an empty one."""
     masks = masks_in("mask", mask).cpu()
-    if len(masks) not in (1, pictures):
-        raise ValueError(
-            f"There are {len(masks)} masks for {pictures} pictures in the latent; give one mask, or one for each."
-        )
+    check_each("masks", len(masks), pictures, " in the latent")
     for number, each in enumerate(masks, 1):
         mask_bounds(each, 0.0)
-        if doubt := upside_down(f"mask {number} of {len(masks)}", each):
-            tell(doubt)
+        tell_upside_down(f"mask {number} of {len(masks)}", each)
     return masks
 
 

@@ -53,8 +53,7 @@ def train_concept(
     others: Regularisation | None = None,
 ) -> Concept:
     """Trains a concept on `latents` (pictures, versions of each, channels, h, w), as the VAE gave them; with `others`
-    half of each step's pictures are those. The given model and CLIP stay as they are. Raises ValueError when the two
-    are not of one family."""
+    half of each step's pictures are those. The given model and CLIP stay as they are."""
     with with_gradients():
         encoder = TextEncoder(clip)
         dtype = compute_dtype(settings.precision, model.load_device)
@@ -62,7 +61,6 @@ def train_concept(
         with loaded(encoder.patcher, denoiser.patcher):
             source = torch.Generator().manual_seed(settings.seed)
             prompts = ConceptPrompts(encoder, settings.noun, settings.scheme, len(latents), source)
-            _check_width(prompts, encoder, denoiser)
             network = denoiser.patcher.model.diffusion_model
             if settings.held:
                 hold_start(network)
@@ -125,14 +123,3 @@ def _drawn(latents: Tensor, count: int, generator: torch.Generator) -> tuple[Ten
     """Numbers of pictures, and of a version of each."""
     numbers = torch.randint(len(latents), (count,), generator=generator)
     return numbers, torch.randint(latents.shape[1], (count,), generator=generator)
-
-
-def _check_width(prompts: ConceptPrompts, encoder: TextEncoder, denoiser: Denoiser) -> None:
-    wanted = denoiser.patcher.model.model_config.unet_config["context_dim"]
-    with torch.no_grad():
-        found = prompts.encode(encoder, [0])[0].shape[-1]
-    if found != wanted:
-        raise ValueError(
-            f"The CLIP gives contexts {found} wide but this model takes {wanted}; connect the CLIP of the same "
-            "checkpoint as the model."
-        )

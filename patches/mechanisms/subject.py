@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..parts.cache import FeatureCache
+from ..parts.masks import resize_mask
 from ..parts.window import Window
 from .encoded_subject import EncodedSubject
 from .image_prompt import AdaptedPrompt, TokenPrompt
@@ -75,7 +76,9 @@ def encoded(vae: Any, picture: Tensor, what: str) -> Tensor:
 
 def composite(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(n, h, w, 3 or 4) to (n, h, w, 3): transparent places become white, and without a mask the opacity is the mask
-    (n, h, w). An opacity of one everywhere is no mask."""
+    (n, h, w). An opacity of one everywhere is no mask; a mask of another size is brought to the pictures'."""
+    if mask is not None and mask.shape[1:] != image.shape[1:3]:
+        mask = resize_mask(mask, tuple(image.shape[1:3]))
     if image.shape[-1] != 4:
         return image[..., :3], mask
     opacity = image[..., 3]

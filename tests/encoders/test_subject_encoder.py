@@ -214,7 +214,7 @@ def test_what_cannot_be_encoded_is_said(model: Any, encoder: SubjectEncoder) -> 
         EncodeSubjectsNode.execute((pictured(),), encoder, small_vae(3))
     with pytest.raises(ValueError, match="The vae input is None"):
         EncodeSubjectsNode.execute((pictured(),), encoder, None)
-    with pytest.raises(ValueError, match="parts is 'all'; choose one of"):
+    with pytest.raises(ValueError, match="parts are 'all'; choose one of"):
         EncodeSubjectsNode.execute((pictured(),), encoder, small_vae(), "all")
     wide = replace(encoder, form=replace(encoder.form, features=64))
     with pytest.raises(ValueError, match=r"reads 64 channels of a vision model, but the one connected gives 32"):

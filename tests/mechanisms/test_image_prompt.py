@@ -88,7 +88,7 @@ def test_the_style_models_tokens_alone(model: Any, vision: Any) -> None:
     ("last", "message"),
     [
         (12, "last_tokens is 12 but the image prompt has 11; 0 takes all of them"),
-        (-1, "The last_tokens is -1; give a number from 0 to 4096"),
+        (-1, "The last_tokens are -1; give a number from 0 to 4096"),
     ],
 )
 def test_tokens_that_are_not_there(last: int, message: str, vision: Any) -> None:

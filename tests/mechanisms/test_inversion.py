@@ -287,5 +287,5 @@ def test_sigmas_that_are_no_levels(sigmas: list[float], model: Any) -> None:
 def test_rounds_out_of_range(rounds: int, model: Any) -> None:
     with pytest.raises(ValueError, match=f"fixed_point_rounds are {rounds}; give a number from 0 to 20"):
         invert(model, randn(1, 4, 8, 8), fixed_point_rounds=rounds)
-    with pytest.raises(ValueError, match="cache_megabytes is -1; give a number from 0 to 65536"):
+    with pytest.raises(ValueError, match="cache_megabytes are -1; give a number from 0 to 65536"):
         invert(model, randn(1, 4, 8, 8), cache_megabytes=-1)

@@ -188,7 +188,7 @@ def test_subject_sentences() -> None:
     refused("There are 3 masks", mask=mask().expand(3, -1, -1))
     refused("The vae input is None", vae=None)
     refused("The size is 100; give a multiple of 16", size=100)
-    refused("The cache_megabytes is -1; give a number from 0 to 65536", cache_megabytes=-1)
+    refused("The cache_megabytes are -1; give a number from 0 to 65536", cache_megabytes=-1)
     refused("style model is not FLUX.1 Redux", style_model=comfy.sd.StyleModel(StyleAdapter(width=32, num_head=2)))
     refused("style model is not FLUX.1 Redux", style_model=None)
     refused("vision model could not be loaded", clip_vision=None)

@@ -40,7 +40,7 @@ def test_one_empty_mask_among_several() -> None:
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_mask_count(count: int) -> None:
-    with pytest.raises(ValueError, match=rf"There are {count} masks for 2 pictures; give one mask, or one for each"):
+    with pytest.raises(ValueError, match=rf"There are {count} masks for 2 pictures; give one for all, or one for each"):
         make_subject(mask=torch.ones(count, 32, 48))
 
 

@@ -19,12 +19,12 @@ SIZE = (7, 10)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"injection_strength": float("nan")}, r"The injection strength is nan; give a number from -1e\+06 to 1e\+06"),
+        ({"injection_strength": float("nan")}, r"The injection_strength is nan; give a number from -1e\+06 to 1e\+06"),
         ({"strength": 1.5}, "The strength is 1.5; give a number from 0 to 1"),
         ({"gain": -1.0}, "The gain is -1.0; give a number from 0 to"),
         ({"sharpness": float("inf")}, "The sharpness is inf"),
         ({"end_percent": 1.2}, "end_percent is 1.2; give a number from 0 to 1"),
-        ({"gain_mode": "none"}, "The gain mode is 'none'; choose one of fixed, by resolution"),
+        ({"gain_mode": "none"}, "The gain_mode is 'none'; choose one of fixed, by resolution"),
         ({"noise": "none"}, "The noise is 'none'; choose one of own, the concept's"),
         ({"guidance": "none"}, "The guidance is 'none'; choose one of shared, own"),
         ({"sites": "named", "named_sites": "output.99"}, "'output.99' names no cross-attention"),

@@ -127,12 +127,12 @@ def test_a_layout_that_cannot_be(inputs: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"guidance_weight": -0.1}, "The guidance weight is -0.1; give a number from 0 to 10"),
-        ({"positive_weight": float("nan")}, "The positive weight is nan"),
-        ({"negative_weight": 1.0}, "The negative weight is 1.0; give a number from -1000 to 0"),
+        ({"guidance_weight": -0.1}, "The guidance_weight is -0.1; give a number from 0 to 10"),
+        ({"positive_weight": float("nan")}, "The positive_weight is nan"),
+        ({"negative_weight": 1.0}, "The negative_weight is 1.0; give a number from -1000 to 0"),
         ({"weaken": "nowhere"}, "weaken is 'nowhere'; choose one of everywhere outside, other regions"),
         ({"eta": "none"}, "eta is 'none'; choose one of fading, constant"),
-        ({"statistics": "none"}, "statistics is 'none'"),
+        ({"statistics": "none"}, "statistics are 'none'"),
         ({"sites": "named"}, "none is named"),
         ({"sites": "named", "named_sites": "output.99"}, "'output.99' names no cross-attention"),
         ({"start_percent": 0.6, "end_percent": 0.4}, "swap the two"),

@@ -265,7 +265,7 @@ def test_trajectories_that_do_not_fit(model: Any) -> None:
 @pytest.mark.parametrize("name", ["lambda2", "mask_blend_start"])
 @pytest.mark.parametrize("value", [-0.1, 1.01, math.nan])
 def test_shares_beyond_the_schedule(name: str, value: float, model: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is {value}, beyond the schedule; give a share of it, from 0 to 1"):
+    with pytest.raises(ValueError, match=rf"{name} is {value}; give a number from 0 to 1"):
         swapped(model, *fresh(1, 2), **{name: value})
 
 
@@ -274,7 +274,7 @@ def test_other_bad_input_of_the_swap(model: Any) -> None:
         swapped(model, None, fresh(1)[0], blend_mask=MASK)
     with pytest.raises(ValueError, match="apply_to is 'all'; choose one of both, cond only"):
         swapped(model, *fresh(1, 2), apply_to="all")
-    with pytest.raises(ValueError, match="reference_keys is 'both'; choose one of replace, extend"):
+    with pytest.raises(ValueError, match="reference_keys are 'both'; choose one of replace, extend"):
         swapped(model, *fresh(1, 2), reference_keys="both")
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
     with pytest.raises(ValueError, match="layout trajectory begins at sigma 20, which a flow model does not have; inv"):

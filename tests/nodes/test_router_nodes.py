@@ -47,7 +47,7 @@ def test_masks_that_are_no_routes(values: dict[str, Any], message: str) -> None:
         ({"threshold": 1.5}, r"The threshold is 1\.5; give a number from 0 to 1\."),
         ({"threshold": math.nan}, "The threshold is nan"),
         ({"smoothing": -0.1}, r"The smoothing is -0\.1; give a number from 0 to 0\.5"),
-        ({"maps": "all"}, "maps is 'all'; choose one of preceding layer, running mean"),
+        ({"maps": "all"}, "maps are 'all'; choose one of preceding layer, running mean"),
     ],
 )
 def test_settings_of_a_router(values: dict[str, Any], message: str) -> None:

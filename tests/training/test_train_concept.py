@@ -173,16 +173,16 @@ def test_the_hosts_loaders_take_the_files(host_folders: Path) -> None:
         ({"noun": "(dog:1.2)"}, "The noun is '[(]dog:1.2[)]'; write words alone"),
         ({"name": "a/b"}, "'a/b' is no name for a concept; write letters"),
         ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
-        ({"learning_rate": float("nan")}, "The learning rate is nan; give a number from 0 to 1"),
-        ({"smallest_crop": 2.0}, "The smallest crop is 2.0"),
-        ({"steps": -1}, "The steps is -1; give a number from 0"),
+        ({"learning_rate": float("nan")}, "The learning_rate is nan; give a number from 0 to 1"),
+        ({"smallest_crop": 2.0}, "The smallest_crop is 2.0"),
+        ({"steps": -1}, "The steps are -1; give a number from 0"),
         ({"size": 8}, "The size is 8; give a number from 64"),
-        ({"batch_size": 65}, "The batch size is 65; give a number from 0 to 64"),
+        ({"batch_size": 65}, "The batch_size is 65; give a number from 0 to 64"),
         ({"precision": "int4"}, "The precision is 'int4'; choose one of auto, bf16"),
         ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
-        ({"words_before": 33}, "The number of words before is 33; give a number from 0 to 32"),
-        ({"concept_words": 0}, "The number of words of the concept is 0; give a number from 1 to 32"),
-        ({"concept_learning_rate": -1.0}, "The learning rate of the concept's words is -1.0"),
+        ({"words_before": 33}, "The words_before is 33; give a number from 0 to 32"),
+        ({"concept_words": 0}, "The concept_words are 0; give a number from 1 to 32"),
+        ({"concept_learning_rate": -1.0}, "The concept_learning_rate is -1.0"),
         ({"mirrored": "twice"}, "The mirrored is 'twice'; choose one of auto, half the time, never"),
         (
             {"regularisation_images": [torch.zeros(3, 64, 64, 3)], "regularisation_captions": "a dog\na {}"},
@@ -202,9 +202,7 @@ def test_what_it_refuses(host_folders: Path, values: dict[str, Any], message: st
 def test_other_families_and_other_files_are_refused(host_folders: Path) -> None:
     with pytest.raises(ValueError, match=r"family SVD_img2vid; it knows SD 1\.x, SD 2\.x, SDXL"):
         made(OTHERS["SVD_img2vid"], matching_clip())
-    with pytest.raises(
-        ValueError, match=f"contexts 24 wide but this model takes {CONTEXT}; connect the CLIP of the same"
-    ):
+    with pytest.raises(ValueError, match=f"takes prompts {CONTEXT} wide, but this CLIP encodes them 24 wide"):
         made(small_model(), small_clip("SD 1.x"))
     with pytest.raises(ValueError, match="The clip input is None"):
         made(small_model(), None)
