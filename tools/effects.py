@@ -8,6 +8,7 @@ choose there. The tables in docs/EFFECTS.md are this command's.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +28,23 @@ def main() -> int:
     parser.add_argument("--toy", choices=("first", "dit"), default="first", help="the U-Net or the transformer")
     parser.add_argument("--count", type=int, default=100, help="cases of each study")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of each picture")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="keep trained concepts there and take those of the same training from there; empty it when the code of "
+        "the training changes",
+    )
     options = parser.parse_args()
     studies = DIT_STUDIES if options.toy == "dit" else STUDIES
     chosen_studies = {name: studies[name] for name in chosen(options.only, studies)}
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
-    _effects(host, chosen_studies, options.toy == "dit", options.count, options.steps)
+    _effects(host, chosen_studies, options)
     return 0
 
 
-def _effects(host: Host, studies: dict[str, Callable[..., None]], dit: bool, count: int, steps: int) -> None:
+def _effects(host: Host, studies: dict[str, Callable[..., None]], options: Namespace) -> None:
     from hosting.pack import import_host, load_pack
     from measuring.given import Given
 
@@ -49,8 +57,9 @@ def _effects(host: Host, studies: dict[str, Callable[..., None]], dit: bool, cou
 
     # Denormal numbers slow a CPU down several times, and mean nothing here.
     torch.set_flush_denormal(True)
-    toy = Toy.load(DIT_CHECKPOINT if dit else CHECKPOINT)
-    given = Given(host, toy, load_judge(), count, steps, SMALL if dit else WHOLE)
+    dit = options.toy == "dit"
+    toy, world = Toy.load(DIT_CHECKPOINT if dit else CHECKPOINT), SMALL if dit else WHOLE
+    given = Given(host, toy, load_judge(), options.count, options.steps, world, options.keep)
     with torch.inference_mode():
         for name, study in studies.items():
             print(f"\n## {name.capitalize()}\n", flush=True)

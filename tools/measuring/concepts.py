@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,11 +106,18 @@ def spread(groups: Sequence[Sequence[Score]]) -> str:
     picture's side squared, the mean over the groups, one a concept, with its standard error."""
     import numpy as np
 
-    centres = [np.array([score.centre for score in group if score.centre is not None]) for group in groups]
-    found = np.array([each.var(0, ddof=1).mean() / 128**2 for each in centres if len(each) > 1])
+    found = np.array([each for each in map(variance, groups) if each is not None])
     if len(found) < 2:
         return "too few found"
     return f"{found.mean():.4f} ± {found.std(ddof=1) / len(found) ** 0.5:.4f}"
+
+
+def variance(group: Sequence[Score]) -> float | None:
+    """The same of one concept; None where fewer than two emblems are found."""
+    import numpy as np
+
+    centres = np.array([score.centre for score in group if score.centre is not None])
+    return float(centres.var(0, ddof=1).mean() / 128**2) if len(centres) > 1 else None
 
 
 @contextmanager
@@ -159,13 +167,47 @@ def learnt(given: Given, number: int, folder: Path, steps: int, rates: tuple[flo
 def learnt_of(
     given: Given, pictured: Pictured, number: int, folder: Path, steps: int, rates: tuple[float, float]
 ) -> Concept:
-    """The same of these views, with the seed `number`."""
-    from subject_patches.training.concept_run import train_concept
+    """The same of these views, with the seed `number`. A training goes on from the shorter one in the same
+    workplace."""
+    from subject_patches.training.state import StateFile
 
-    toy, settings = given.toy, training_settings(given.toy, "plain", steps, rates, number)
-    concept = train_concept(toy.model, toy.clip, pictured.latents(toy.vae, number), settings)
+    toy, settings, name = given.toy, training_settings(given.toy, "plain", steps, rates, number), f"study {number}"
+    concept = kept_or_trained(given, pictured.latents(toy.vae, number), settings, StateFile(name, {"training": name}))
     model = in_use(toy.model, concept, folder / f"study_{number}.safetensors")
     return Concept(pictured.emblem, pictured.views, pictured.identity, model, f"embedding:study_{number} {NOUN}")
+
+
+def kept_or_trained(given: Given, latents: Tensor, settings: Any, state: Any = None, others: Any = None) -> Any:
+    """What `train_concept` makes of these latents with the toy; where the run keeps concepts, one of the same training
+    that an earlier study or run has kept."""
+    from safetensors.torch import load_file
+    from subject_patches.training.concept_files import Concept as Trained
+    from subject_patches.training.concept_run import train_concept
+    from subject_patches.training.files import save_whole
+
+    parts = ("embedding", "difference")
+    file = given.kept and given.kept / f"{_key(latents, settings, others)}.safetensors"
+    if file and file.exists():
+        found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for name, tensor in load_file(file).items():
+            part, own = name.split(":", 1)
+            found[part][own] = tensor
+        return Trained(found["embedding"], found["difference"], {"loss": []})
+    concept = train_concept(given.toy.model, given.toy.clip, latents, settings, state, others)
+    if file:
+        save_whole(file, {f"{part}:{name}": each for part in parts for name, each in getattr(concept, part).items()})
+    return concept
+
+
+def _key(latents: Tensor, settings: Any, others: Any) -> str:
+    """Stands for all that a training of the toy depends on but its code: weights, pictures and settings."""
+    from subject_patches.toy.sampling import CHECKPOINT
+
+    key = hashlib.sha256(CHECKPOINT.read_bytes())
+    key.update(repr((settings, others and others.captions)).encode())
+    for each in (latents, *([others.latents] if others else [])):
+        key.update(each.contiguous().numpy().tobytes())
+    return key.hexdigest()[:24]
 
 
 def in_use(model: Any, concept: Any, file: Path) -> Any:

@@ -5,12 +5,13 @@ diverse layouts are where a concept's views all share one place."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import Concept, Pictured, Score, learnt, learnt_of, plain_grounds, workplace
+from .concepts import Concept, Pictured, Score, learnt, learnt_of, plain_grounds, variance, workplace
 from .emblems import place_masks
-from .given import Given
+from .given import Given, paired
 from .given_back import CFG
 from .retouch import EMBLEMS, LAMBDA1, PROMPTS, ROWS, TRAINING, VANILLA, Cases, table
 
@@ -81,6 +82,16 @@ def diversity(given: Given) -> None:
             print(f"emblem {number + 1} of {emblems}", file=sys.stderr, flush=True)
     print(f"{emblems} emblems whose views all stand in the middle, {count // emblems} prompts each:\n")
     table(rows)
+    print(
+        f"\nThe variance of centres with step blending, against the concept alone: {risen(rows[ALONE], rows[BLENDED])}."
+    )
+
+
+def risen(first: Sequence[Sequence[Score]], other: Sequence[Sequence[Score]]) -> str:
+    """How much the variance of centres rises, concept by concept, of those whose emblem is found in both."""
+    pairs = [(variance(one), variance(two)) for one, two in zip(first, other, strict=True)]
+    both = [(one, two) for one, two in pairs if one is not None and two is not None]
+    return paired([one for one, _ in both], [two for _, two in both], places=4)
 
 
 class CutCases(Cases):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import VIEWS, Pictured, in_use, training_settings, workplace
+from .concepts import VIEWS, Pictured, in_use, kept_or_trained, training_settings, workplace
 from .emblems import NOUN, most_alike
 from .given import Given, Shape, concept_tokens
 from .tradeoff import Score, table
@@ -129,13 +129,12 @@ class Case:
     def trained(self, preset: str, steps: int) -> Any:
         """The toy's MODEL with a concept of so many steps, which is in the prompts from then on. A training goes on
         from its shorter one."""
-        from subject_patches.training.concept_run import train_concept
         from subject_patches.training.state import StateFile
 
         name = f"{preset} {self.number}"
         toy, state = self.given.toy, StateFile(name, {"training": name})
         settings = training_settings(toy, preset, steps, RATES)
-        concept = train_concept(toy.model, toy.clip, self.latents, settings, state)
+        concept = kept_or_trained(self.given, self.latents, settings, state)
         return in_use(toy.model, concept, self.folder / "study.safetensors")
 
     def prompts(self, asked: Asked) -> tuple[Any, Any]:
@@ -168,22 +167,23 @@ def colour_beside(emblem: Any) -> str:
 def _patched(model: Any, concept: Any, auxiliary: Any, name: str) -> Any:
     from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
     from subject_patches.patches.families import attention_sites
-    from subject_patches.patches.mechanisms.dual_branch import DualBranchIntegration
 
     given = {**DEFAULTS, **SETTINGS[name]}
     if given.get("sites") == "named":
         given["named_sites"] = str([site for site in attention_sites(model) if site.kind == "cross"][-1])
     patched = DualBranchIntegrationNode.execute(model, concept, auxiliary, **given).args[0]
-    if name != NO_MASK:
-        return patched
+    return integrated_by(without_masks(), model, patched) if name == NO_MASK else patched
+
+
+def without_masks() -> type:
+    """The paper's Figure 10 without masks: both branches added, each by half so that the size stays."""
+    from subject_patches.patches.mechanisms.dual_branch import DualBranchIntegration
 
     class Unmasked(DualBranchIntegration):
-        """The paper's Figure 10 without masks: both branches added, each by half so that the size stays."""
-
         def mix(self, concept: Tensor, auxiliary: Tensor, weight: Tensor) -> Tensor:
             return (concept + auxiliary) / 2
 
-    return integrated_by(Unmasked, model, patched)
+    return Unmasked
 
 
 def integrated_by(kind: type, model: Any, patched: Any, **more: Any) -> Any:

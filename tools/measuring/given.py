@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hosting.errors import ToolError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from host import Host
     from torch import Tensor
 
@@ -28,7 +30,8 @@ def concept_tokens() -> Any:
 @dataclass(frozen=True)
 class Given:
     """The toy and its judge in this process, the host for a study that needs a server, how many cases to measure, the
-    sampling steps of each, and the world that the toy can draw."""
+    sampling steps of each, the world that the toy can draw, and the folder that trained concepts are kept in, if
+    any."""
 
     host: Host
     toy: Any
@@ -36,6 +39,7 @@ class Given:
     count: int
     steps: int
     world: Any
+    kept: Path | None = None
 
     def picture(self, positive: Any, seed: int, model: Any = None, sampler: Any = None) -> Tensor:
         """One picture (1, 128, 128, 3) of 0 to 1 of a CONDITIONING, at CFG 4; `model` is a patched one, `sampler` a
@@ -133,16 +137,16 @@ def chosen(words: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def paired(first: Sequence[float], other: Sequence[float]) -> str:
-    """The mean rise from `first` to `other`, case by case, with its standard error: "+0.150 ± 0.020". Nothing when
-    they are one and the same."""
+def paired(first: Sequence[float], other: Sequence[float], places: int = 3) -> str:
+    """The mean rise from `first` to `other`, case by case, with its standard error, to so many decimal places:
+    "+0.150 ± 0.020". Nothing when they are one and the same."""
     import numpy as np
 
     if other is first:
         return ""
     rise = np.subtract(other, first)
     error = rise.std(ddof=1) / len(rise) ** 0.5 if len(rise) > 1 else float("nan")
-    return f"{rise.mean():+.3f} ± {error:.3f}"
+    return f"{rise.mean():+.{places}f} ± {error:.{places}f}"
 
 
 def centred(found: Sequence[float], box: Sequence[float]) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import VERSIONS, Pictured, in_use, training_settings, workplace
+from .concepts import VERSIONS, Pictured, in_use, kept_or_trained, training_settings, workplace
 from .emblems import NOUN, alike, places
 from .given import Given, paired
 
@@ -196,11 +196,9 @@ class Case:
 
     def learnt(self, settings: Any, mirrored: bool = False, **more: Any) -> Any:
         """The same with these settings of a training, and `more` that it is given."""
-        from subject_patches.training.concept_run import train_concept
-
-        toy, latents = self.given.toy, self.latents if mirrored else self.latents[:, :VERSIONS]
-        concept = train_concept(toy.model, toy.clip, latents, settings, **more)
-        return in_use(toy.model, concept, self.folder / "study.safetensors")
+        latents = self.latents if mirrored else self.latents[:, :VERSIONS]
+        concept = kept_or_trained(self.given, latents, settings, **more)
+        return in_use(self.given.toy.model, concept, self.folder / "study.safetensors")
 
     @cached_property
     def latents(self) -> Tensor:

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .concepts import training_settings, workplace
-from .dual_branch import ALONE, AUXILIARY, DEFAULTS, LENGTHS, OTHER, RATES, UNTRAINED, WORDS, integrated_by
+from .dual_branch import (
+    AUXILIARY,
+    DEFAULTS,
+    LENGTHS,
+    NO_MASK,
+    OTHER,
+    RATES,
+    UNTRAINED,
+    WORDS,
+    integrated_by,
+    without_masks,
+)
 from .emblems import NOUN, alike, place_masks, places
 from .given import Given, mean, paired, share
 from .ico import Case as Views
@@ -35,7 +46,14 @@ GROUNDS = (
 )
 OWN, OWN_TWO, ORACLE = "the paper's mask, lambda 1", "the paper's mask, lambda 2", "the box as the mask (oracle)"
 SEPARATE, STAR = "separate prompts (Figure 10)", "another auxiliary noun (Figure 12)"
-MIXED: dict[str, dict[str, Any]] = {OWN: {}, OWN_TWO: {"injection_strength": 2.0}, ORACLE: {}, SEPARATE: {}, STAR: {}}
+MIXED: dict[str, dict[str, Any]] = {
+    OWN: {},
+    OWN_TWO: {"injection_strength": 2.0},
+    ORACLE: {},
+    NO_MASK: {},
+    SEPARATE: {},
+    STAR: {},
+}
 # What stands for the concept in the auxiliary prompt (Figure 12).
 NOUNS = {STAR: "gray star"}
 
@@ -61,7 +79,7 @@ def study(given: Given) -> None:
     for name, scores in rows.items():
         cells = [f"{mean(identities(scores)):.3f}", f"{mean(following(scores)):.0%}"]
         cells += [share([getattr(each, part) for each in scores]) for part in ("emblem", "background", "beside")]
-        base = rows[ALONE] if name in MIXED else scores
+        base = rows[_row(LENGTHS[-1])] if name in MIXED else scores
         cells += [paired(of(base), of(scores)) if name in MIXED else "" for of in (identities, following)]
         print(f"| {name} | {' | '.join(cells)} | {above(curve, scores) if name in MIXED else ''} |")
 
@@ -86,13 +104,12 @@ class Case:
         """The rows of the table, each with a score for each picture."""
         toy = self.given.toy
         yield UNTRAINED, self._scored(lambda place: (toy.encode([self._text(place, NOUN)]), toy.model))
-        model = toy.model
+        model, alone = toy.model, []
         for steps in LENGTHS:
             model = self._trained(steps)
-            yield _row(steps), self._scored(lambda place, model=model: (self._prompts(place)[0], model))
+            alone = [self._images(self._prompts(place)[0], model, place) for place in range(len(self.grounds))]
+            yield _row(steps), [score for place, images in enumerate(alone) for score in self._scores(images, place)]
         yield OTHER, self._scored(lambda place: (self._prompts(place)[1], model))
-        alone = [self._images(self._prompts(place)[0], model, place) for place in range(len(self.grounds))]
-        yield ALONE, [score for place, images in enumerate(alone) for score in self._scores(images, place)]
         for name in MIXED:
             yield name, self._scored(lambda place, name=name: self._mixed(place, name, model, alone[place]))
 
@@ -135,6 +152,8 @@ class Case:
         patched = DualBranchIntegrationNode.execute(model, concept, auxiliary, **{**DEFAULTS, **MIXED[name]}).args[0]
         if name == ORACLE:
             patched = integrated_by(_by_a_mask(), model, patched, boxes=place_masks(self.given.judge, alone))
+        if name == NO_MASK:
+            patched = integrated_by(without_masks(), model, patched)
         return concept, patched
 
     def _scored(self, made: Callable[[int], tuple[Any, Any]]) -> list[Score]:
