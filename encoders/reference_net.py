@@ -41,7 +41,7 @@ def shape_of(config: Mapping[str, Any], latent_channels: int) -> str:
     return json.dumps({**told, "latent_channels": latent_channels}, sort_keys=True)
 
 
-def build(shape: str, device: Any = None, dtype: torch.dtype = torch.float32, operations: Any = None) -> nn.Module:
+def build(shape: str, operations: Any = None) -> nn.Module:
     """A ReferenceNet of a `shape` as `shape_of` writes it, its weights as the host's classes leave them.
 
     Raises ValueError where the shape is none."""
@@ -55,7 +55,7 @@ def build(shape: str, device: Any = None, dtype: torch.dtype = torch.float32, op
             raise ValueError(f"it has {', '.join(unknown)}, which are not a U-Net's")
         network = UNetModel(
             image_size=32, in_channels=channels + 1, out_channels=channels, use_spatial_transformer=True, legacy=False,
-            num_classes=None, dtype=dtype, device=device, operations=operations or disable_weight_init, **told,
+            num_classes=None, operations=operations or disable_weight_init, **told,
         )  # fmt: skip
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"The ReferenceNet's shape is not one that a U-Net can have ({error}).") from error

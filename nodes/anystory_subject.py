@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..encoders.anystory import AnyStory, read_anystory, subject_tokens
 from ..encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, vision_pixels
 from ..patches.anystory.anystory_subject import AnyStorySubject
-from ..patches.mechanisms.subject import MEGABYTE, composite, encoded
-from ..patches.parts.cache import FeatureCache
+from ..patches.mechanisms.subject import composite, encoded
+from ..patches.parts.cache import MEGABYTE, FeatureCache
 from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
 from .inputs import ADVANCED, CACHE_MEGABYTES, cache_input, vae_input
 from .model_files import SUBJECT_ENCODERS

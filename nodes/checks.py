@@ -143,11 +143,11 @@ def prompt_in(name: str, conditioning: Any) -> Any:
     return conditioning
 
 
-def single(name: str, values: Sequence[Any], otherwise: Any = None) -> Any:
-    """The value of an input whose node takes lists, where a list makes no sense for it; `otherwise` of an optional one
-    that is not connected. Raises ValueError for a list of several."""
+def single(name: str, values: Sequence[Any]) -> Any:
+    """The value of an input whose node takes lists, where a list makes no sense for it; None of an optional one that is
+    not connected. Raises ValueError for a list of several."""
     if not values:
-        return otherwise
+        return None
     if len(values) > 1:
         raise ValueError(
             f"The {name} comes as a list of {len(values)}, but this node makes one thing of all its pictures; give one "

@@ -8,8 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.mechanisms.aligned import SHADES, without_background
-from ..patches.mechanisms.subject import MEGABYTE, Reference, Subject, composite, encoded, fit, mask_bounds
-from ..patches.parts.cache import FeatureCache
+from ..patches.mechanisms.subject import Reference, Subject, composite, encoded, fit, mask_bounds
+from ..patches.parts.cache import MEGABYTE, FeatureCache
 from ..patches.parts.masks import resize_mask
 from .align import KEEP, background_input
 from .checks import (

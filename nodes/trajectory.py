@@ -14,8 +14,8 @@ from comfy_api.latest import io
 
 from ..patches.families import family_of
 from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, drift_report, inverted, replayed
-from ..patches.mechanisms.subject import MEGABYTE, mask_bounds
-from ..patches.parts.cache import FeatureCache
+from ..patches.mechanisms.subject import mask_bounds
+from ..patches.parts.cache import MEGABYTE, FeatureCache
 from ..patches.parts.process import Process
 from .checks import MEGABYTES_MAX, check_each, check_number, latents_in, masks_in, prompt_in, tell_upside_down
 from .inputs import ADVANCED, cache_input, model_input

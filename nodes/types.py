@@ -16,9 +16,9 @@ FAMILIES = (
     "Cosmos-Predict2 or Wan"
 )
 
-# A tuple of patches.subject.Subject.
+# A tuple of patches.mechanisms.subject.Subject.
 SubjectType = io.Custom("SUBJECT_PATCHES_SUBJECT")
-# One patches.attention_record.AttentionRuns.
+# One patches.pictures.attention_record.AttentionRuns.
 AttentionRecordType = io.Custom("SUBJECT_PATCHES_ATTENTION_RECORD")
 # One encoders.ip_adapter.ImagePromptAdapter.
 AdapterType = io.Custom("SUBJECT_PATCHES_IMAGE_PROMPT_ADAPTER")
@@ -28,15 +28,15 @@ SemanticsType = io.Custom("SUBJECT_PATCHES_SEMANTICS")
 AnyStoryType = io.Custom("SUBJECT_PATCHES_ANYSTORY")
 # One encoders.subject_encoder.SubjectEncoder.
 SubjectEncoderType = io.Custom("SUBJECT_PATCHES_SUBJECT_ENCODER")
-# A tuple of patches.anystory_subject.AnyStorySubject.
+# A tuple of patches.anystory.anystory_subject.AnyStorySubject.
 AnyStorySubjectType = io.Custom("SUBJECT_PATCHES_ANYSTORY_SUBJECT")
-# One patches.router.Router.
+# One patches.mechanisms.router.Router.
 RouterType = io.Custom("SUBJECT_PATCHES_ROUTER")
-# One patches.layout_regions.Layout.
+# One patches.mechanisms.layout_regions.Layout.
 LayoutType = io.Custom("SUBJECT_PATCHES_LAYOUT")
-# One patches.residual.ResidualToken.
+# One patches.mechanisms.residual.ResidualToken.
 ResidualTokenType = io.Custom("SUBJECT_PATCHES_RESIDUAL_TOKEN")
-# One patches.inversion.Inversion.
+# One patches.mechanisms.inversion.Inversion.
 TrajectoryType = io.Custom("SUBJECT_PATCHES_TRAJECTORY")
-# One patches.blend_mask.AdaptiveMask.
+# One patches.mechanisms.blend_mask.AdaptiveMask.
 BlendMaskType = io.Custom("SUBJECT_PATCHES_BLEND_MASK")

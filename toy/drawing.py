@@ -23,14 +23,14 @@ class Picture:
     boxes: NDArray[np.int64] = field(repr=False)
 
 
-def _interpolation(cells: int, wrap: bool = False) -> Field:
-    position = np.arange(SIZE) * (cells - (0 if wrap else 1)) / SIZE
+def _interpolation(cells: int) -> Field:
+    position = np.arange(SIZE) * (cells - 1) / SIZE
     low = np.floor(position).astype(int)
     fraction = (position - low).astype(np.float32)
     matrix = np.zeros((SIZE, cells), dtype=np.float32)
     rows = np.arange(SIZE)
     matrix[rows, low] += 1 - fraction
-    matrix[rows, (low + 1) % cells] += fraction
+    matrix[rows, low + 1] += fraction
     return matrix
 
 

@@ -126,10 +126,10 @@ def _start_held(_layer: torch.nn.Module, _inputs: tuple[Tensor, ...], projected:
 
 
 def as_lora(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], spread: Tensor, rank: int = 0, error: float = ERROR
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], spread: Tensor, rank: int = 0
 ) -> dict[str, Tensor]:
     """What a training changed, as the host's LoRA loaders take it, in float16, by the weights' names: of each weight
-    two thin matrices of `rank`, or where that is 0 of the least rank that misses no more than `error` of what the
+    two thin matrices of `rank`, or where that is 0 of the least rank that misses no more than ERROR of what the
     change does to prompts of the covariance `spread`; the whole change where they would be no smaller."""
     found = {}
     for name, weight in before.items():
@@ -138,7 +138,7 @@ def as_lora(
         # Where the training was, a GPU does this in a fraction of the time; Apple's have no float64.
         trained = trained.cpu() if trained.device.type == "mps" else trained
         change = trained.float() - weight.to(trained.device).float()
-        thin = factors(change, spread.to(change.device), rank, error)
+        thin = factors(change, spread.to(change.device), rank, ERROR)
         if thin is None:
             found[f"{key}.diff"] = change.half().cpu()
         else:

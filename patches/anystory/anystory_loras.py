@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 
-from ...encoders.anystory import AnyStory
+if TYPE_CHECKING:
+    from ...encoders.anystory import AnyStory
 
 REFERENCES, ROUTER = "ref", "router"
 # Told what a layer took and gave, before a LoRA adds to it.

@@ -34,7 +34,6 @@ class RouterStream:
     behind: int = 0
     state: Tensor | None = None
     logits: Tensor | None = None
-    _pe: Tensor | None = None
     _seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def begin(self, tokens: Tensor, like: Tensor, behind: int) -> None:

@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 
 import comfy.conds
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..engine.call import AttentionCall
 from ..engine.edit import Edit
-from ..engine.engine import SESSION, add_edit
+from ..engine.engine import SESSION, add_edit, wrap
 from ..engine.session import UNCONDITIONED, Session
 from ..engine.streams import Features, Stream
 from ..parts.sites import Site
@@ -209,13 +208,7 @@ def add_anystory(model: Any, sites: frozenset[Site], settings: AnyStorySettings)
     patched.set_injections(KEY, [*(patched.get_injections(KEY) or ()), settings.loras.injection()])
     others = [each for each in patched.get_additional_models_with_key(KEY) if each.model is not settings.weights.model]
     patched.set_additional_models(KEY, [*others, settings.weights])
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _sample),
-        (WrappersMP.PREDICT_NOISE, _predict_noise),
-        (WrappersMP.APPLY_MODEL, _apply_model),
-    ):
-        if not patched.get_wrappers(kind, KEY):
-            patched.add_wrapper_with_key(kind, KEY, wrapper)
+    wrap(patched, KEY, _sample, _predict_noise, _apply_model)
     return patched
 
 

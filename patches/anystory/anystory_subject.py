@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..mechanisms.subject import MEGABYTE
-from ..parts.cache import FeatureCache
+from ..parts.cache import MEGABYTE, FeatureCache
 
 
 @dataclass(frozen=True, eq=False)

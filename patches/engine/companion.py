@@ -27,7 +27,8 @@ from torch import Tensor
 _WRAPPING = frozenset({"model_function_wrapper", "context_handler"})
 # What the host tells of the picture's own call.
 _OF_A_CALL = frozenset({"context_window"})
-_PACK = __package__.partition(".")[0]
+# Where patches of ours are made, in any room.
+_OURS = __package__.rpartition(".")[0]
 _OF_ATTENTION = frozenset({"attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch"})
 _ACTING = frozenset({"patches", "optimized_attention_override"})
 Patch = Callable[..., Any]
@@ -74,7 +75,7 @@ def companion_call(options: Mapping[str, Any], left_out: Set[str]) -> dict[str, 
     patches = {}
     for place, listed in options.get("patches", {}).items():
         kept = [each for each in listed if owner_of(each) not in left_out]
-        patches[place] = [each if owner_of(each) == _PACK else _watched(place, each) for each in kept]
+        patches[place] = [each if owner_of(each) == _OURS else _watched(place, each) for each in kept]
     return {**_without_replacements(options), "patches": patches}
 
 
@@ -85,7 +86,7 @@ def owner_of(patch: Any) -> str:
     if isinstance(patch, MethodType):
         patch = type(patch.__self__)
     module = getattr(patch, "__module__", None) or type(patch).__module__
-    return _PACK if module.startswith(f"{__package__}.") else module
+    return _OURS if module.startswith(f"{_OURS}.") else module
 
 
 def _watched(place: str, patch: Patch) -> Patch:

@@ -10,7 +10,7 @@ session.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from .slots import composed, editor, plain, recorder, watched
 from .streams import Denoising, Kept
 from .widening import Widening
 
+Wrapper = Callable[..., Any]
 KEY = "subject_patches"
 SESSION = "subject_patches_session"
 
@@ -42,14 +43,20 @@ def add_edit(model: Any, edit: Edit) -> Any:
     patched = model.clone()
     options = patched.model_options["transformer_options"]
     options[KEY] = (*options.get(KEY, ()), edit)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _sample),
-        (WrappersMP.PREDICT_NOISE, _predict_noise),
-        (WrappersMP.APPLY_MODEL, _apply_model),
-    ):
-        if not patched.get_wrappers(kind, KEY):
-            patched.add_wrapper_with_key(kind, KEY, wrapper)
+    wrap(patched, KEY, _sample, _predict_noise, _apply_model)
     return patched
+
+
+def wrap(patched: Any, key: str, sample: Wrapper, predict_noise: Wrapper, apply_model: Wrapper) -> None:
+    """Registers the wrappers of a run of a MODEL under a key, where they are not yet."""
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: sample,
+        WrappersMP.PREDICT_NOISE: predict_noise,
+        WrappersMP.APPLY_MODEL: apply_model,
+    }
+    for kind, wrapper in wrappers.items():
+        if not patched.get_wrappers(kind, key):
+            patched.add_wrapper_with_key(kind, key, wrapper)
 
 
 def _sample(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import Tokens, Transformer
+from ..families import Counts, Tokens, Transformer
 from ..parts.sites import Site
 from .attention import OVERRIDE, Attention
 from .call import BATCH, PLACES, AttentionCall, Extension
@@ -151,10 +151,11 @@ class Opening:
         if around.lost:
             return None
         if around.change is None:
-            queries, keys = attention.count("q"), attention.count("k")
-            return self.family.tokens(
-                site.kind, queries, keys, grid, self.context, references, around.begins, self.ahead
-            )
+            counts = Counts(
+                attention.count("q"), attention.count("k"), math.prod(grid), self.context, references, around.begins,
+                self.ahead,
+            )  # fmt: skip
+            return self.family.tokens(site.kind, counts)
         queries, keys, prompts = around.change.queries, around.change.keys, set(around.change.prompts)
         prompt = self._prompt(prompts.pop()) if len(prompts) == 1 else None
         return Tokens(slice(queries, queries + around.count), slice(keys, keys + around.count), prompt)

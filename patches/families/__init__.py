@@ -13,11 +13,11 @@ from .krea import KREAS
 from .lumina import LUMINAS
 from .mmdit import MMDITS
 from .qwen import QWENS
-from .transformer import Tokens, Transformer
+from .transformer import Counts, Tokens, Transformer
 from .unet import UNETS
 from .wan import WANS
 
-__all__ = ["FAMILIES", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
+__all__ = ["FAMILIES", "Counts", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
 
 # A description of the host's may be a subclass of another's: the more particular family comes first.
 FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *LUMINAS, *KREAS, *QWENS, *COSMOSES, *WANS, *HIDREAMS, *MMDITS)

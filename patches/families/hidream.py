@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..parts.sites import Kind
 from .rope import Rope, rope_of
-from .transformer import Blocks, Tokens, Transformer
+from .transformer import Blocks, Counts, Tokens, Transformer
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,11 @@ class HiDream(Transformer):
             )
         return context.shape[1] + 2 * given["encoder_hidden_states_llama3"].shape[2]
 
-    def tokens(
-        self,
-        kind: Kind,
-        queries: int,
-        keys: int,
-        grid: tuple[int, int],
-        context: int,
-        references: int,
-        begins: int | None,
-        ahead: int = 0,
-    ) -> Tokens | None:
-        count = math.prod(grid)
-        if not queries == keys == count + context:
+    def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
+        count, every = counts.picture, counts.picture + counts.context
+        if not counts.queries == counts.keys == every:
             return None
-        return Tokens(slice(0, count), slice(0, count), slice(count, count + context))
+        return Tokens(slice(0, count), slice(0, count), slice(count, every))
 
     def rope(self, network: Any) -> Rope:
         return rope_of(network.pe_embedder)

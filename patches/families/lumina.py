@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..parts.sites import Kind
 from .rope import Rope, rope_of
-from .transformer import Blocks, Tokens, Transformer
+from .transformer import Blocks, Counts, Tokens, Transformer
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,10 @@ class Lumina(Transformer):
         """How many tokens the model makes of so many."""
         return -(-tokens // self.multiple) * self.multiple
 
-    def tokens(
-        self,
-        kind: Kind,
-        queries: int,
-        keys: int,
-        grid: tuple[int, int],
-        context: int,
-        references: int,
-        begins: int | None,
-        ahead: int = 0,
-    ) -> Tokens | None:
-        count = math.prod(grid)
-        start = queries - self.filled(count)
-        if start < context or queries != keys:
+    def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
+        count, context, ahead = counts.picture, counts.context, counts.ahead
+        start = counts.queries - self.filled(count)
+        if start < context or counts.queries != counts.keys:
             return None
         # With pictures of the host's own, more of theirs follows the prompt.
         end = ahead + self.filled(context)

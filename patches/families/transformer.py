@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -37,6 +36,21 @@ class Tokens:
     picture: slice
     own: slice | None
     prompt: slice | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many `queries` and `keys` an attention has, and how many tokens its `picture`, its `context` and the host's
+    reference latents (`references`) have; `begins` is where the host says that the picture begins, if it does, and
+    `ahead` what `Transformer.tokens_ahead` gives."""
+
+    queries: int
+    keys: int
+    picture: int
+    context: int
+    references: int = 0
+    begins: int | None = None
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,31 +99,20 @@ class Transformer(Family):
         """The (height, width) of the picture's tokens, of latents (height, width)."""
         return (-(-latent[0] // self.patch), -(-latent[1] // self.patch))
 
-    def tokens(
-        self,
-        kind: Kind,
-        queries: int,
-        keys: int,
-        grid: tuple[int, int],
-        context: int,
-        references: int,
-        begins: int | None,
-        ahead: int = 0,
-    ) -> Tokens | None:
-        """Where tokens lie in an attention of so many queries and keys, of a picture of `grid`; None where another pack
-        changed them. `context` is the length of the context, `references` the number of tokens of the host's reference
-        latents, `begins` where the host says that the picture begins, if it does; `ahead` is what `tokens_ahead` gives.
+    def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
+        """Where tokens lie in an attention; None where another pack changed them.
 
         A joint attention's tokens are here the context, what others put behind it, the picture, the references."""
-        count = math.prod(grid)
+        count, context = counts.picture, counts.context
         if kind == "self":
-            return Tokens(slice(0, count), None, None) if queries == count else None
+            return Tokens(slice(0, count), None, None) if counts.queries == count else None
         if kind == "cross":
-            known = queries == count and keys >= context
+            known = counts.queries == count and counts.keys >= context
             # Of more keys another pack's are some, and nothing says which.
-            return Tokens(slice(0, count), None, slice(0, context) if keys == context else None) if known else None
-        start = queries - references - count if begins is None else begins
-        if start < context or start + count > min(queries, keys):
+            prompt = slice(0, context) if counts.keys == context else None
+            return Tokens(slice(0, count), None, prompt) if known else None
+        start = counts.queries - counts.references - count if counts.begins is None else counts.begins
+        if start < context or start + count > min(counts.queries, counts.keys):
             return None
         return Tokens(slice(start, start + count), slice(start, start + count), slice(0, context))
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..engine.streams import Trajectory
-from ..parts.cache import FeatureCache
+from ..parts.cache import MEGABYTE, FeatureCache
 from ..parts.process import DIFFUSION, Process
-from .subject import MEGABYTE
 
 FORMAT = "subject patches trajectory"
 CACHE_MEGABYTES = 4096

@@ -53,8 +53,10 @@ def routed_reference_attention(
 
 
 def token_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Softmax(Q K_i^T / sqrt(d)) V_i of Eq. 5: tensors (rows, tokens, channels)."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    """Softmax(Q K_i^T / sqrt(d)) V_i of Eq. 5: tensors (rows, tokens, channels), keys and values of every row or of one
+    for all."""
+    rows = len(query)
+    q, k, v = (t.expand(rows, -1, -1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -69,8 +71,7 @@ def inject(output: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int
         rows = slice(None) if shared else slice(row, row + 1)
         queries = places.nonzero().squeeze(1).to(query.device)
         if len(queries):
-            own = query[rows][:, queries]
-            term = token_attention(own, key.expand(len(own), -1, -1), value.expand(len(own), -1, -1), heads)
+            term = token_attention(query[rows][:, queries], key, value, heads)
             output[rows, queries] += eta * term.to(output)
     return output
 
@@ -164,9 +165,7 @@ class EmptyTokens(Edit):
         query, heads = call.query, call.heads
 
         def add(output: Tensor) -> Tensor:
-            rows = len(query)
-            term = token_attention(query, key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
-            return output + self.eta * term
+            return output + self.eta * token_attention(query, key, value, heads)
 
         call.blend(add)
 

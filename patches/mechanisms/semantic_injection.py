@@ -76,8 +76,7 @@ class SemanticInjection(Edit):
         query, heads = call.query, call.heads
 
         def inject(output: Tensor) -> Tensor:
-            rows = len(query)
-            term = token_attention(query, key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
+            term = token_attention(query, key, value, heads)
             return injected(output, term.to(output), self.strength, self.replaces)
 
         # What other nodes add to the layer stays: only the attention to the prompt is replaced.

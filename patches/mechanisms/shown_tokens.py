@@ -39,7 +39,7 @@ class ShownTokens(Edit):
             check_rows("region masks", len(self.region_mask), len(start.noise))
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        query, heads, rows = call.query, call.heads, len(call.query)
+        query, heads = call.query, call.heads
         shares: list[tuple[ImagePrompt, Tensor | float]] = [(prompt, self.eta) for prompt in self.prompts]
         if self.region_mask is not None:
             if call.grid is None:
@@ -52,8 +52,7 @@ class ShownTokens(Edit):
 
         def add(output: Tensor) -> Tensor:
             for (key, value), share in ready:
-                term = token_attention(query, key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
-                output = output + share * term
+                output = output + share * token_attention(query, key, value, heads)
             return output
 
         call.blend(add)

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..parts.cache import FeatureCache
+from ..parts.cache import MEGABYTE, FeatureCache
 from ..parts.masks import resize_mask
 from ..parts.window import Window
 from .encoded_subject import EncodedSubject
 from .image_prompt import AdaptedPrompt, TokenPrompt
-
-MEGABYTE = 2**20
 
 
 @dataclass(frozen=True, eq=False)

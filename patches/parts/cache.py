@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .sites import Site
 
+MEGABYTE = 2**20
 # What a site's features are kept as: "query", "key", "value" or "output", each (rows, tokens, channels).
 Features = Mapping[str, Tensor]
 
@@ -32,7 +33,7 @@ class FeatureCache:
     what fits. `large` is the size in bytes from which everything is kept on the offload device."""
 
     max_bytes: int
-    large: int = 512 * 2**20
+    large: int = 512 * MEGABYTE
     _entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict, repr=False)
     _size: int = 0
 

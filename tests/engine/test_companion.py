@@ -11,6 +11,8 @@ import pytest
 import torch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_tomesd import TomePatchModel
+from subject_patches.patches.engine.companion import owner_of, silenced
+from subject_patches.patches.mechanisms.semantic_injection import injected
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import (
     auxiliary_prompt,
@@ -136,3 +138,7 @@ def test_context_windows_do_not_cut_a_companion(model: Any) -> None:
         sample(recycled(windowed), size=(6, 14))
     assert {tuple(call["x"].shape[-2:]) for call in calls if len(call["x"]) == 1} == {(6, 8)}
     assert all(call["x"].shape[-1] < 14 for call in calls if len(call["x"]) == 2)
+
+
+def test_patches_of_ours_have_one_owner_whatever_room_they_are_of() -> None:
+    assert owner_of(silenced) == owner_of(partial(injected, replaces=True)) != owner_of(couple)

@@ -10,7 +10,7 @@ from typing import Any
 import comfy.ldm.modules.attention
 import pytest
 import torch
-from subject_patches.patches.families import Transformer, family_of
+from subject_patches.patches.families import Counts, Transformer, family_of
 from subject_patches.patches.families.lumina import Lumina
 from subject_patches.patches.parts.sites import Site
 from subject_patches.tests.shared.dense_dit import arguments, forward
@@ -131,7 +131,7 @@ def test_the_picture_lies_where_it_is_said_to(taken: Census) -> None:
     for site, each in zip(taken.sites, taken.of_blocks, strict=True):
         queries, keys = (shape[1] for shape in each["shape"][:2])
         assert (queries, keys) == expected[site.kind], f"{site} has other tokens than prompt and picture"
-        assert taken.family.tokens(site.kind, queries, keys, grid, taken.length, 0, None) is not None
+        assert taken.family.tokens(site.kind, Counts(queries, keys, count, taken.length)) is not None
     if taken.family.tells:
         assert taken.slices == [[taken.length, taken.length + count]] * len(taken.sites), "img_slice is another"
 

@@ -15,12 +15,11 @@ from subject_patches.nodes.trajectory import InvertToTrajectoryNode
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.blend_mask import AdaptiveMask
-from subject_patches.patches.mechanisms.subject import MEGABYTE
+from subject_patches.patches.parts.cache import MEGABYTE, FeatureCache
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.layouts import box
 from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.models import (
-    FeatureCache,
     counted,
     difference,
     inputs_of,

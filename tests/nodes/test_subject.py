@@ -8,7 +8,6 @@ import pytest
 import torch
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.patches.mechanisms.subject import (
-    MEGABYTE,
     Reference,
     Subject,
     composite,
@@ -16,6 +15,7 @@ from subject_patches.patches.mechanisms.subject import (
     fitted_size,
     mask_bounds,
 )
+from subject_patches.patches.parts.cache import MEGABYTE
 from subject_patches.tests.shared.models import generator
 from subject_patches.tests.shared.small_vaes import NotingVae, noting_vae, small_vae
 from torch import Tensor

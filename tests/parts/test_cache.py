@@ -12,8 +12,7 @@ import torch
 from comfy.sd import load_bypass_lora_for_models
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from subject_patches.nodes.inputs import NEARLY_CLEAN
-from subject_patches.patches.mechanisms.subject import MEGABYTE
-from subject_patches.patches.parts.cache import FeatureCache
+from subject_patches.patches.parts.cache import MEGABYTE, FeatureCache
 from subject_patches.patches.parts.sites import Site
 from subject_patches.tests.shared.models import (
     counted,

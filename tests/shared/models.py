@@ -22,8 +22,8 @@ from subject_patches.patches.families import Transformer, family_of
 from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY, BranchTokens
 from subject_patches.patches.mechanisms.inversion import Inversion
 from subject_patches.patches.mechanisms.layout_regions import Layout
-from subject_patches.patches.mechanisms.subject import MEGABYTE, Reference, Share, Subject
-from subject_patches.patches.parts.cache import FeatureCache
+from subject_patches.patches.mechanisms.subject import Reference, Share, Subject
+from subject_patches.patches.parts.cache import MEGABYTE, FeatureCache
 from subject_patches.patches.parts.prompt import SPANS_KEY
 from torch import Tensor
 
