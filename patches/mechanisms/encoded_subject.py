@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ..engine.call import AttentionCall
+from ..parts.brought import Brought
 from ..parts.sites import Site
 from .image_prompt import AdaptedPrompt, KeysAndValues
-
-Place = tuple[Site, torch.device, torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +24,7 @@ class KeptReference:
     encoder: str
     family: str
     ready: Mapping[Site, KeysAndValues]
-    _placed: dict[Place, KeysAndValues] = field(default_factory=dict, repr=False)
+    _brought: Brought = field(default_factory=Brought, repr=False)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -34,7 +32,7 @@ class KeptReference:
 
     def begin(self) -> KeptReference:
         """The same for one run, which holds what it has brought to the run's device."""
-        return replace(self, _placed={})
+        return replace(self, _brought=Brought())
 
     def check(self, channels: Mapping[Site, int]) -> None:
         """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""
@@ -49,12 +47,8 @@ class KeptReference:
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues | None:
         """Keys and values for a call, on its device and in its type; None where there are none for its layer."""
-        if call.site not in self.ready:
-            return None
-        place = (call.site, call.query.device, call.query.dtype)
-        if place not in self._placed:
-            self._placed[place] = tuple(each.to(call.query) for each in self.ready[call.site])
-        return self._placed[place]
+        ready = self.ready.get(call.site)
+        return None if ready is None else self._brought.to(call.query, ready, call.site)
 
 
 def lend_kept(call: AttentionCall, kept: tuple[KeptReference, ...], bias: Tensor | None, route: Tensor | None) -> None:

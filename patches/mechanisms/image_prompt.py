@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from ..engine.call import AttentionCall
+from ..parts.brought import Brought
 from ..parts.sites import Site
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -19,6 +20,9 @@ _FILE_ORDER = ("input", "output", "middle")
 class ImagePrompt(Protocol):
     """What a layer shows of a subject besides the text."""
 
+    def begin(self) -> ImagePrompt:
+        """The same for one run, which holds what it has brought to the run's device."""
+
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
         """Keys and values (1, n, channels) for a call, on its device and in its type."""
 
@@ -28,9 +32,13 @@ class TokenPrompt:
     """Tokens (1, n, channels of a prompt): the layer's own projections make its keys and values."""
 
     tokens: Tensor
+    _brought: Brought = field(default_factory=Brought, repr=False)
+
+    def begin(self) -> TokenPrompt:
+        return replace(self, _brought=Brought())
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
-        return call.project(self.tokens.to(call.query))
+        return call.project(*self._brought.to(call.query, (self.tokens,)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +46,13 @@ class ReadyPrompt:
     """Keys and values (1, n, channels) by site, of projections that were trained for it."""
 
     ready: Mapping[Site, KeysAndValues]
+    _brought: Brought = field(default_factory=Brought, repr=False)
+
+    def begin(self) -> ReadyPrompt:
+        return replace(self, _brought=Brought())
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
-        key, value = self.ready[call.site]
-        return key.to(call.query), value.to(call.query)
+        return self._brought.to(call.query, self.ready[call.site], call.site)
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class RoutedTokens(Edit):
 
     def begun(self, routing: Routing) -> RoutedTokens:
         """The edit for one run, with that run's routing."""
-        return replace(self, routing=routing)
+        return replace(self, routing=routing, prompt=self.prompt.begin())
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.grid is None:
@@ -153,9 +153,12 @@ class EmptyTokens(Edit):
     prompt: ImagePrompt
     eta: float = 1.0
 
+    def begin(self) -> EmptyTokens:
+        return replace(self, prompt=self.prompt.begin())
+
     def begun(self, routing: Routing) -> EmptyTokens:
         """The edit for one run: the routing does not decide it."""
-        return self
+        return self.begin()
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.generated and not chunk.conditioned

@@ -9,7 +9,7 @@ prompt's, and the layer's own projections make keys and values of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..engine.call import AttentionCall
 from ..engine.edit import Edit
 from ..engine.streams import Features, Stream
+from ..parts.brought import Brought
 from ..parts.sites import Site
 from .routed_reference import token_attention
 
@@ -70,9 +71,14 @@ class SemanticInjection(Edit):
     groups: Mapping[Site, int]
     strength: float = 1.0
     replaces: bool = False
+    _brought: Brought = field(default_factory=Brought, repr=False)
+
+    def begin(self) -> SemanticInjection:
+        return replace(self, _brought=Brought())
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        key, value = call.project(self.tokens[self.groups[call.site]].to(call.query))
+        group = self.groups[call.site]
+        key, value = call.project(*self._brought.to(call.query, (self.tokens[group],), group))
         query, heads = call.query, call.heads
 
         def inject(output: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class ShownTokens(Edit):
     _regions: Regions = field(default_factory=Regions, repr=False)
 
     def begin(self) -> ShownTokens:
-        return replace(self, _regions=Regions())
+        prompts = tuple(prompt.begin() for prompt in self.prompts)
+        return replace(self, prompts=prompts, empty=self.empty.begin(), _regions=Regions())
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:
