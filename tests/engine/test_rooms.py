@@ -1,14 +1,35 @@
-"""The rooms of patches/: each imports from itself and from those before it."""
+"""What imports what: of the pack's folders, and of the rooms of patches/, each from itself and from those before it."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from host import ROOT
 
 ROOMS = ("parts", "families", "engine", "mechanisms", "anystory", "pictures")
 PATCHES = ROOT / "patches"
+# The toys and the tools know the pack, and it none of them.
+FOLDERS = ("patches", "encoders", "training", "nodes")
+# What trainings take by themselves depends on the family, of which the toy is one.
+KNOWS_THE_TOY = "training/usual.py"
+
+
+def _imports(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Where a file's relative imports lead from the root, also those within functions, and where they stand; those for
+    types alone left out."""
+    package = path.parent.relative_to(ROOT).parts
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    of_types = [
+        each for each in ast.walk(tree) if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING"
+    ]
+    left_out = {id(node) for each in of_types for node in ast.walk(each)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in left_out:
+            named = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            yield named, f"{path.relative_to(ROOT)}, line {node.lineno}"
 
 
 def test_every_file_is_in_a_room() -> None:
@@ -18,15 +39,16 @@ def test_every_file_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_go_one_way(room: str) -> None:
-    """Also those within functions. `encoders` is no room: what patches/ needs of it is its modules alone."""
     allowed = ROOMS[: ROOMS.index(room) + 1]
-    for path in sorted((PATCHES / room).rglob("*.py")):
-        package = path.parent.relative_to(ROOT).parts
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            named = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
-            if named[0] == "patches":
-                assert named[1] in allowed, f"{path.relative_to(ROOT)}, line {node.lineno}"
-            else:
-                assert named[0] == "encoders", f"{path.relative_to(ROOT)}, line {node.lineno}"
+    for path in (PATCHES / room).rglob("*.py"):
+        for named, place in _imports(path):
+            assert named[0] == "patches", place
+            assert named[1] in allowed, place
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_one_way_too(folder: str) -> None:
+    allowed = FOLDERS[: FOLDERS.index(folder) + 1]
+    for path in (ROOT / folder).rglob("*.py"):
+        for named, place in _imports(path):
+            assert named[0] in allowed or place.startswith(KNOWS_THE_TOY), place
