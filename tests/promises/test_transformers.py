@@ -11,7 +11,7 @@ import comfy.model_management
 import pytest
 import torch
 from subject_patches.patches.families import attention_sites
-from subject_patches.tests.shared.dit_models import PATCHED, dit_model
+from subject_patches.tests.shared.dit_models import PATCHED, description_of, dit_model
 from subject_patches.tests.shared.left_behind import interrupt, left_of_sessions, state_of
 from subject_patches.tests.shared.mechanisms import FLUX_MECHANISMS, IDLE, MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import difference, prompt, sample, second_context, subject_for
@@ -122,12 +122,29 @@ def test_what_several_promise_together(name: str) -> None:
     assert patched.model.model_lowvram
     assert torch.equal(sample(patched), whole)
     assert torch.equal(sample(model), plain)
+    # 5. Any width and height; the others run at 7 x 9.
+    for size in ((5, 12), (16, 3), (1, 6)):
+        given = {"size": size, "steps": 1}
+        plain, whole = sample(model, **given), sample(patched, **given)
+        assert whole.shape == plain.shape
+        assert whole.isfinite().all()
+        assert difference(whole, plain) > 1e-3
+        assert torch.equal(sample(idle, **given), plain)
 
 
-@pytest.mark.parametrize("name", PATCHED)
-def test_half_precision(name: str) -> None:
+# In which the host runs a family's models.
+HALVES = [
+    (name, dtype)
+    for name in PATCHED
+    for dtype in description_of(name).supported_inference_dtypes
+    if dtype != torch.float32
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALVES)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """Patched, it costs no more than it costs the model by itself, whose random weights make much of it."""
-    rounded, exact = dit_model(name, dtype=torch.bfloat16), dit_model(name)
+    rounded, exact = dit_model(name, dtype=dtype), dit_model(name)
     exact.model.diffusion_model.load_state_dict(rounded.model.diffusion_model.state_dict())
     cost = (sample(rounded, steps=1) - sample(exact, steps=1)).abs().mean()
     result, right = sample(together(rounded), steps=1), sample(together(exact), steps=1)

@@ -54,7 +54,8 @@ def is_numbered(model: Any) -> bool:
 @dataclass
 class ByHand:
     """An override that lets the picture of the conditioned chunk attend to a reference, which it runs at the noise
-    level of each step. Only with plain guidance."""
+    level of each step. Only with plain guidance. So many tokens of the host's own references are `behind` the
+    picture."""
 
     model: Any
     who: Subject
@@ -62,6 +63,7 @@ class ByHand:
     latent: tuple[int, int]
     patch: int
     seed: int = 0
+    behind: int = 0
     sigma: float = float("nan")
     calls: int = 0
     lent: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -109,7 +111,7 @@ class ByHand:
             return output
         mine, theirs = self.lent[self.calls % len(self.lent)]
         self.calls += 1
-        start = self.begins(query, key, height * width)
+        start = self.begins(query, key, height * width + self.behind)
         own, chunks = slice(start, start + height * width), options["cond_or_uncond"]
         size = len(query) // len(chunks)
         result = output.clone()

@@ -278,10 +278,15 @@ DITS: dict[str, Dit] = {
 PATCHED = tuple(name for name in DITS if name != "FLUX.1 schnell")
 
 
+def description_of(name: str) -> Any:
+    """The host's description of a released file of a family of `DITS`."""
+    return comfy.model_detection.model_config_from_unet_config(DITS[name].detected, {})
+
+
 def dit_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """The small MODEL of a family of `DITS`; `config` goes over its configuration."""
     dit = DITS[name]
-    description = type(comfy.model_detection.model_config_from_unet_config(dit.detected, {}))
+    description = type(description_of(name))
     small = {**dit.detected, **dit.small, **config}
     model = model_of(description, small, seed=seed, dtype=dtype, fill_with=dit.fill_with)
     network = model.model.diffusion_model

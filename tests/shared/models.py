@@ -164,30 +164,18 @@ def sample(
     noise = latent_noise(batch, size, seed, model.model.latent_format.latent_channels, frames_of(model))
     # The host draws its noise from the global generator, so each run of a workflow begins with it seeded.
     torch.manual_seed(seed)
-    if function is not None:
-        prompts = (known_prompt() if positive is None else positive, prompt(2) if negative is None else negative)
-        latent = torch.zeros_like(noise) if latent is None else latent
-        with torch.inference_mode():
-            return comfy.sample.sample_custom(
-                model, noise, cfg, comfy.samplers.KSAMPLER(function), levels(model, steps), *prompts, latent,
-                noise_mask=mask, callback=callback, disable_pbar=True, seed=seed,
-            )  # fmt: skip
+    positive = known_prompt(**second_context(model, 1)) if positive is None else positive
+    negative = prompt(2, **second_context(model, 2)) if negative is None else negative
+    latent = torch.zeros_like(noise) if latent is None else latent
+    given = {"noise_mask": mask, "callback": callback, "disable_pbar": True, "seed": seed}
     with torch.inference_mode():
+        if function is not None:
+            return comfy.sample.sample_custom(
+                model, noise, cfg, comfy.samplers.KSAMPLER(function), levels(model, steps), positive, negative, latent,
+                **given,
+            )  # fmt: skip
         return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            known_prompt(**second_context(model, 1)) if positive is None else positive,
-            prompt(2, **second_context(model, 2)) if negative is None else negative,
-            torch.zeros_like(noise) if latent is None else latent,
-            denoise=denoise,
-            noise_mask=mask,
-            callback=callback,
-            disable_pbar=True,
-            seed=seed,
+            model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise, **given
         )
 
 
