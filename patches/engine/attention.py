@@ -54,24 +54,28 @@ class Attention:
             return self.function(*self.args, **self.named)
         return self.inner(self.function, *self.args, **self.named)
 
-    def tokens(self, name: str, rows: slice = slice(None), part: slice = slice(None)) -> Tensor:
-        """Some queries ("q"), keys ("k") or values ("v") of some rows: (rows, n, channels), heads not yet split."""
+    def some(self, name: str, rows: slice = slice(None), part: slice = slice(None)) -> Tensor:
+        """Some queries ("q"), keys ("k") or values ("v") of some rows: (rows, n, channels), or as they came where that
+        is with heads apart: (rows, heads, n, width), as many heads of keys as of queries."""
         whole = self.values[name]
         if not self.split:
             some = whole[rows, part]
             # SD 3's values have their heads split although its queries have not.
             return some.flatten(2) if some.ndim == 4 else some
         some = whole[rows, :, part]
-        if some.shape[1] != self.heads:
-            some = some.repeat_interleave(self.heads // some.shape[1], 1)
-        return some.transpose(1, 2).flatten(2)
+        return some if some.shape[1] == self.heads else some.repeat_interleave(self.heads // some.shape[1], 1)
+
+    def tokens(self, name: str, rows: slice = slice(None), part: slice = slice(None)) -> Tensor:
+        """The same with heads not split: (rows, n, channels)."""
+        some = self.some(name, rows, part)
+        return some.transpose(1, 2).flatten(2) if self.split else some
 
     def keys_and_values(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """All keys and values of some rows, as `tokens` gives them; made once, since several attentions may read
+        """All keys and values of some rows, as `some` gives them; made once, since several attentions may read
         them."""
         for name in ("k", "v"):
             if (name, rows.start, rows.stop) not in self._whole:
-                self._whole[name, rows.start, rows.stop] = self.tokens(name, rows)
+                self._whole[name, rows.start, rows.stop] = self.some(name, rows)
         return tuple(self._whole[name, rows.start, rows.stop] for name in ("k", "v"))
 
     def bias(self, rows: slice, queries: slice) -> Tensor | None:
@@ -96,7 +100,7 @@ class Attention:
         return () if mask is None else (Bias(mask, 0, self.count("k")),)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The same attention on other tokens: (rows, n, channels) throughout."""
+        """The same attention on other tokens, (rows, n, channels) or with heads apart: (rows, queries, channels)."""
         given, values = self._given(query, key, value, mask)
         if self.inner is None:
             return self.function(*given, **values)
@@ -111,6 +115,7 @@ class Attention:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         values = {n: v for n, v in self.values.items() if n not in (*_NAMES[:5], *_SHAPES)}
+        values |= {"skip_reshape": True} if query.ndim == 4 else {}
         return (query, key, value, self.heads), values if mask is None else {**values, "mask": mask}
 
     def flat(self, output: Tensor) -> Tensor:

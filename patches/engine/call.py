@@ -66,10 +66,31 @@ class Blend:
     of_prompt: bool = False
 
 
+class _Tokens:
+    """A call's query, key or value. The attentions of most transformers have heads apart, (rows, heads, tokens, width);
+    as edits see them, (rows, tokens, channels), they are copied, so only when one looks."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.given, self.flat = f"_{name}", f"_flat_{name}"
+
+    def __set__(self, call: AttentionCall, tokens: Tensor) -> None:
+        vars(call)[self.given] = tokens
+        vars(call)[self.flat] = tokens if tokens.ndim == 3 else None
+
+    def __get__(self, call: AttentionCall | None, owner: type) -> Tensor:
+        if call is None:
+            # A field without a default.
+            raise AttributeError(self.given)
+        if vars(call)[self.flat] is None:
+            vars(call)[self.flat] = vars(call)[self.given].transpose(1, 2).flatten(2)
+        return vars(call)[self.flat]
+
+
 @dataclass
 class AttentionCall:
-    """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split. Of a joint attention
-    of prompt and picture it has the picture's queries only, over all keys: queries do not know of each other.
+    """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split, or given with heads
+    apart (rows, heads, tokens, width): see `given`. Of a joint attention of prompt and picture it has the picture's
+    queries only, over all keys: queries do not know of each other.
 
     `grid` is the (height, width) of the query tokens, or None where another pack changed their number; an edit that
     needs places must then leave the call as it is. `prompt` is where among the keys the prompt's tokens are, as often
@@ -78,9 +99,9 @@ class AttentionCall:
     place of the layer's own. `project` gives the layer's own keys and values of other tokens (rows, n, channels of what
     the layer attends to)."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor = _Tokens()
+    key: Tensor = _Tokens()
+    value: Tensor = _Tokens()
     heads: int
     site: Site
     chunk: Chunk
@@ -97,6 +118,28 @@ class AttentionCall:
     replaced: set[str] = field(default_factory=set)
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._like = self._query
+
+    def given(self, name: str) -> Tensor:
+        """The "query", "key" or "value" in the form in which the call was given its query."""
+        return formed(vars(self)[f"_{name}"], self._like)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many rows, queries and channels it has."""
+        query = self._query
+        return query.shape[0], query.shape[-2], query.shape[-1] * (self.heads if query.ndim == 4 else 1)
+
+    @property
+    def keys(self) -> int:
+        """How many keys it has of its own."""
+        return self._key.shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        return self._query.device
 
     def leave(self, node: str) -> None:
         """Tells that an edit of `node` leaves the call as it is, because another pack changed what it needs."""
@@ -129,19 +172,19 @@ class AttentionCall:
             self.biases = self.biases if key is None else ()
         else:
             self._splice(self.own, key, value)
-        if self.key.shape[1] != self.value.shape[1]:
-            raise ValueError(f"{self.key.shape[1]} keys cannot go with {self.value.shape[1]} values at {self.site}.")
+        if self.keys != self._value.shape[-2]:
+            raise ValueError(f"{self.keys} keys cannot go with {self._value.shape[-2]} values at {self.site}.")
         self.amended = True
 
     def _splice(self, own: slice, key: Tensor | None, value: Tensor | None) -> None:
         def spliced(whole: Tensor, part: Tensor | None) -> Tensor:
             return whole if part is None else torch.cat([whole[:, : own.start], part, whole[:, own.stop :]], 1)
 
-        count = self.key.shape[1]
+        count = self.keys
         if key is not None:
             self.biases = tuple(rest for b in self.biases for rest in b.without(own.start, own.stop, key.shape[1]))
         self.key, self.value = spliced(self.key, key), spliced(self.value, value)
-        more = self.key.shape[1] - count
+        more = self.keys - count
         self.own = slice(own.start, own.stop + more)
         if more and self.prompt is not None and self.prompt.start >= own.stop:
             self.prompt = slice(self.prompt.start + more, self.prompt.stop + more)
@@ -179,7 +222,7 @@ class AttentionCall:
     def bias(self, bias: Tensor, tokens: Sequence[int] | slice | None = None) -> None:
         """Adds to the scaled logits of the call's own keys: `bias` is broadcastable to (rows, queries, keys), or to
         (rows, queries, len(tokens)) when `tokens` names the keys it is for."""
-        tokens = slice(0, self.key.shape[1]) if tokens is None else tokens
+        tokens = slice(0, self.keys) if tokens is None else tokens
         if not isinstance(tokens, slice):
             first, tokens = min(tokens), list(tokens)
             full = bias.new_zeros((*bias.shape[:-1], max(tokens) + 1 - first))
@@ -203,7 +246,7 @@ class AttentionCall:
     def widened(self, tokens: Tensor) -> Tensor:
         """A companion's tokens (..., channels) as wide as the call's, where a model repeats the heads of its keys and
         values and one of each was kept."""
-        times = self.query.shape[-1] // tokens.shape[-1]
+        times = self.shape[2] // tokens.shape[-1]
         if times == 1:
             return tokens
         split = tokens.unflatten(-1, (self.heads // times, -1))
@@ -211,7 +254,7 @@ class AttentionCall:
 
     def parts(self, keys: int) -> Iterator[slice]:
         """The queries, some at a time: as many as have not too many logits over so many keys to be held at once."""
-        rows, queries = self.query.shape[:2]
+        rows, queries, _ = self.shape
         count = max(_HELD // max(rows * self.heads * keys, 1), 1)
         return (slice(start, min(start + count, queries)) for start in range(0, queries, count))
 
@@ -226,9 +269,9 @@ class AttentionCall:
     def bias_of(self, keys: slice) -> Tensor | None:
         """What the model and edits add to the logits of some of the call's own keys: broadcastable to (rows, queries,
         keys) in float32, None for nothing."""
-        start, stop, _ = keys.indices(self.key.shape[1])
+        start, stop, _ = keys.indices(self.keys)
         parts = [part.moved(-start) for each in self.biases if (part := each.part(start, stop)) is not None]
-        return summed(parts, stop - start, self.query.device)
+        return summed(parts, stop - start, self.device)
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -241,7 +284,7 @@ class AttentionCall:
 
     def extension_share(self) -> Tensor:
         """Share of the attention mass that lies on the extensions: (rows, heads, queries), 0 to 1."""
-        most = max(self.key.shape[1], *(extension.key.shape[1] for extension in self.extensions))
+        most = max(self.keys, *(extension.key.shape[1] for extension in self.extensions))
         return torch.cat([self._extension_share(part) for part in self.parts(most)], -1)
 
     def _extension_share(self, part: slice) -> Tensor:
@@ -276,8 +319,17 @@ def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
 
 
 def head_split(tokens: Tensor, heads: int) -> Tensor:
-    """(rows, tokens, channels) to (rows, heads, tokens, channels / heads) in float32."""
-    return tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(rows, tokens, channels) to (rows, heads, tokens, channels / heads) in float32, where they are not so already."""
+    return tokens.float() if tokens.ndim == 4 else tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def formed(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens (rows, n, channels), or with heads apart, in the form of `like`, which has as many channels."""
+    if tokens.ndim == like.ndim:
+        return tokens
+    if like.ndim == 3:
+        return tokens.transpose(1, 2).flatten(2)
+    return tokens.unflatten(-1, (like.shape[1], -1)).transpose(1, 2)
 
 
 def per_head(bias: Tensor) -> Tensor:

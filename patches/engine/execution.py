@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from .bias import Bias, mask_of
-from .call import AttentionCall, Extension
+from .call import AttentionCall, Extension, formed
 
-# (query, key, value, mask) -> output, all (rows, tokens, channels); the mask is additive and None or broadcastable
-# to (rows, queries, keys).
+# (query, key, value, mask) -> output (rows, queries, channels). The first three are (rows, tokens, channels), or have
+# their heads apart, (rows, heads, tokens, width); the mask is additive and None or broadcastable to (rows, queries,
+# keys).
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One attention to compute: some queries (rows, n, channels) of `call`, at its `places` (None is all of them), over
-    the call's own tokens and those of `seen`."""
+    """One attention to compute: some queries of `call`, as it was given them, at its `places` (None is all of them),
+    over the call's own tokens and those of `seen`."""
 
     call: AttentionCall
     query: Tensor
@@ -31,22 +32,26 @@ class _Job:
 
     @cached_property
     def keys(self) -> int:
-        return self.call.key.shape[1] + sum(e.key.shape[1] for e in self.seen)
+        return self.call.keys + sum(e.key.shape[1] for e in self.seen)
 
     @cached_property
     def masked(self) -> bool:
         return bool(self.call.biases) or any(e.bias is not None for e in self.seen)
 
     def attended(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Its keys and its values, in parts (rows, n, channels)."""
+        """Its keys and its values, in parts, as the call was given its own."""
         rows = self.query.shape[0]
-        keys = [self.call.key, *(e.key.expand(rows, -1, -1) for e in self.seen)]
-        return keys, [self.call.value, *(e.value.expand(rows, -1, -1) for e in self.seen)]
+
+        def lent(tokens: Tensor) -> Tensor:
+            return formed(tokens.expand(rows, -1, -1), self.query)
+
+        keys = [self.call.given("key"), *(lent(e.key) for e in self.seen)]
+        return keys, [self.call.given("value"), *(lent(e.value) for e in self.seen)]
 
     def mask(self) -> Tensor | None:
         if not self.masked:
             return None
-        biases, start = list(self.call.biases), self.call.key.shape[1]
+        biases, start = list(self.call.biases), self.call.keys
         for extension in self.seen:
             stop = start + extension.key.shape[1]
             biases += [] if extension.bias is None else [Bias(extension.bias, start, stop)]
@@ -68,9 +73,9 @@ def _singles(call: AttentionCall) -> list[AttentionCall]:
 
         own = {name: part(route, 2) for name, route in routes.items()} | {id(None): None}
         extensions = [Extension(part(e.key), part(e.value), part(e.bias), own[id(e.route)]) for e in call.extensions]
-        rows = slice(row, row + 1)
+        tokens = (call.given(name)[row : row + 1] for name in ("query", "key", "value"))
         return AttentionCall(
-            call.query[rows], call.key[rows], call.value[rows], call.heads, call.site, call.chunk, call.grid,
+            *tokens, call.heads, call.site, call.chunk, call.grid,
             extensions=extensions, biases=tuple(replace(b, values=part(b.values)) for b in call.biases),
         )  # fmt: skip
 
@@ -96,8 +101,9 @@ def _jobs(call: AttentionCall) -> list[_Job]:
     """The attentions of a call whose rows share their routes. Queries that see the same extensions form a group; a
     group needs no mask to be kept from the others' keys."""
     routes = {id(e.route): e.route[0] for e in call.extensions if e.route is not None}
+    query = call.given("query")
     if not routes:
-        return [_Job(call, call.query, None, call.extensions)]
+        return [_Job(call, query, None, call.extensions)]
     columns = torch.stack(list(routes.values()), 1)
     patterns, order = _patterns(columns).sort()
     numbers, sizes = patterns.unique_consecutive(return_counts=True)
@@ -108,11 +114,11 @@ def _jobs(call: AttentionCall) -> list[_Job]:
         return [e for e in call.extensions if e.route is None or member[id(e.route)]]
 
     if len(numbers) == 1:
-        return [_Job(call, call.query, None, seen(members[0]))]
-    order = order.to(call.query.device)
+        return [_Job(call, query, None, seen(members[0]))]
+    order = order.to(call.device)
     groups = zip(members, order.split(sizes.tolist()), strict=True)
-    queries = call.query[:, order].split(sizes.tolist(), 1)
-    return [_Job(call, query, places, seen(member)) for query, (member, places) in zip(queries, groups, strict=True)]
+    queries = query.index_select(-2, order).split(sizes.tolist(), -2)
+    return [_Job(call, part, places, seen(member)) for part, (member, places) in zip(queries, groups, strict=True)]
 
 
 # Attentions over as many keys run as one, their queries filled up to as many, while that costs less than a call of its
@@ -125,11 +131,11 @@ _HELD = 2**21
 def _together(jobs: Sequence[_Job]) -> list[list[int]]:
     """The numbers of the jobs, in groups that run as one; a group's first has the most queries."""
     groups: list[list[int]] = []
-    sizes = [(job.query.shape[0], job.keys, job.query.shape[1]) for job in jobs]
+    sizes = [(job.query.shape[0], job.keys, job.query.shape[-2]) for job in jobs]
     for number in sorted(range(len(jobs)), key=lambda n: (jobs[n].masked, sizes[n]), reverse=True):
         rows, keys, queries = sizes[number]
         if groups and not jobs[number].masked and not jobs[groups[-1][0]].masked:
-            size = rows * keys * jobs[number].query.shape[2]
+            size = rows * keys * jobs[number].call.shape[2]
             alike = sizes[groups[-1][0]][:2] == (rows, keys)
             cheap = (sizes[groups[-1][0]][2] - queries) * size <= _FILLED_UP and (len(groups[-1]) + 1) * size <= _HELD
             if alike and cheap:
@@ -140,14 +146,15 @@ def _together(jobs: Sequence[_Job]) -> list[list[int]]:
 
 
 def _filled_up(query: Tensor, count: int) -> Tensor:
-    missing = count - query.shape[1]
+    missing = count - query.shape[-2]
     return functional.pad(query, (0, 0, 0, missing)) if missing else query
 
 
 def _joined(parts: Sequence[Tensor], count: int) -> Tensor:
-    """Parts (rows, n, channels) of `count` attentions, in turn, as one batch: (rows * count, n of each, channels)."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
-    return whole.unflatten(1, (count, -1)).flatten(0, 1)
+    """Parts (rows, ..., n, channels) of `count` attentions, in turn, as one batch: (rows * count, ..., n of each,
+    channels)."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
+    return whole.unflatten(-2, (count, -1)).movedim(-3, 1).flatten(0, 1)
 
 
 @dataclass
@@ -160,21 +167,21 @@ class _Kept:
     @classmethod
     def of(cls, call: AttentionCall, keys: int) -> _Kept:
         """With room for so many keys."""
-        own = call.key.shape[1]
-        whole = tuple(each.new_empty((each.shape[0], keys, each.shape[2])) for each in (call.key, call.value))
-        for room, each in zip(whole, (call.key, call.value), strict=True):
-            room[:, :own] = each
+        given = call.given("key"), call.given("value")
+        whole = tuple(each.new_empty((*each.shape[:-2], keys, each.shape[-1])) for each in given)
+        for room, each in zip(whole, given, strict=True):
+            room[..., : call.keys, :] = each
         return cls(whole)
 
     def attended(self, job: _Job) -> tuple[Tensor, Tensor]:
-        """A job's keys and values (rows, n, channels)."""
-        start = job.call.key.shape[1]
+        """A job's keys and values."""
+        start = job.call.keys
         for extension in job.seen:
             stop = start + extension.key.shape[1]
             for room, each in zip(self.whole, (extension.key, extension.value), strict=True):
-                room[:, start:stop] = each
+                room[..., start:stop, :] = formed(each, room)
             start = stop
-        return self.whole[0][:, :start], self.whole[1][:, :start]
+        return self.whole[0][..., :start, :], self.whole[1][..., :start, :]
 
 
 def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
@@ -191,12 +198,12 @@ def _attended(jobs: Sequence[_Job], attend: Attend) -> list[Tensor]:
                 kept[id(job.call)] = _Kept.of(job.call, max(each.keys for each in others))
             results[numbers[0]] = attend(job.query, *kept[id(job.call)].attended(job), job.mask())
             continue
-        queries = [_filled_up(each.query, job.query.shape[1]) for each in group]
+        queries = [_filled_up(each.query, job.query.shape[-2]) for each in group]
         keys, values = zip(*(each.attended() for each in group), strict=True)
         parts = (_joined(each, len(group)) for each in (queries, list(chain(*keys)), list(chain(*values))))
         outputs = attend(*parts, job.mask()).unflatten(0, (-1, len(group)))
         for place, (number, each) in enumerate(zip(numbers, group, strict=True)):
-            results[number] = outputs[:, place, : each.query.shape[1]]
+            results[number] = outputs[:, place, : each.query.shape[-2]]
     return [results[number] for number in range(len(jobs))]
 
 
@@ -227,18 +234,18 @@ def execute(calls: Sequence[AttentionCall], attend: Attend) -> list[Tensor]:
 def extended(
     attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, more: Sequence[Extension]
 ) -> Tensor:
-    """The attention of queries (rows, n, channels) that see everything, over keys and `more` of them; `mask` is for the
-    former, and a bias of the latter the same for every query."""
+    """The attention of queries that see everything, over keys and `more` of them, all of a form that `attend` takes;
+    `mask` is for the former, and a bias of the latter the same for every query."""
     if not more:
         return attend(query, key, value, mask)
-    rows, start = len(query), key.shape[1]
+    rows, start = len(query), key.shape[-2]
     biases = [] if mask is None else [Bias(mask, 0, start)]
     for each in more:
         stop = start + each.key.shape[1]
         biases += [] if each.bias is None else [Bias(each.bias, start, stop)]
         start = stop
     key, value = (
-        torch.cat([own, *(getattr(each, name).to(own).expand(rows, -1, -1) for each in more)], 1)
+        torch.cat([own, *(formed(getattr(each, name).to(own).expand(rows, -1, -1), own) for each in more)], -2)
         for own, name in ((key, "key"), (value, "value"))
     )
     return attend(query, key, value, mask_of([(each, None) for each in biases], start, query) if biases else None)
@@ -247,10 +254,11 @@ def extended(
 def prompt_only(call: AttentionCall) -> AttentionCall:
     """A call of the same attention in which only the prompt's keys have values: its output is the prompt's part of the
     output, exactly, because an output is linear in the values."""
-    value = torch.zeros_like(call.value)
-    value[:, call.prompt] = call.value[:, call.prompt]
+    query, key, given = (call.given(name) for name in ("query", "key", "value"))
+    value = torch.zeros_like(given)
+    value[..., call.prompt, :] = given[..., call.prompt, :]
     extensions = [replace(e, value=torch.zeros_like(e.value)) for e in call.extensions]
-    return replace(call, value=value, extensions=extensions, blends=[])
+    return replace(call, query=query, key=key, value=value, extensions=extensions, blends=[])
 
 
 def _blended(call: AttentionCall, output: Tensor, of_prompts: Iterator[Tensor]) -> Tensor:

@@ -23,8 +23,8 @@ def heeds(output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     """Whether `output` of an attention is the one with the mask, not the one without: by some queries of its first row,
     computed anew. None where the two hardly differ; what is neither counts as one with the mask, which some function
     went on with."""
-    places = torch.linspace(0, query.shape[1] - 1, _QUERIES, device=query.device).long().unique()
-    q, k, v = (head_split(each, heads) for each in (query[:1, places], key[:1], value[:1]))
+    places = torch.linspace(0, query.shape[-2] - 1, _QUERIES, device=query.device).long().unique()
+    q, k, v = (head_split(each, heads) for each in (query[:1, ..., places, :], key[:1], value[:1]))
     logits = (q @ k.mT) * q.shape[-1] ** -0.5
     bias = mask[:1] if mask.shape[1] == 1 else mask[:1, places]
     without, right = ((each.softmax(-1) @ v).transpose(1, 2).flatten(2) for each in (logits, logits + per_head(bias)))

@@ -170,7 +170,7 @@ class Opening:
         if change is not None:
             chunks = [(chunk, self._prompt(begins)) for chunk, begins in change.chunks(self.forward.chunks)]
         for chunk, prompt in chunks:
-            query = attention.tokens("q", chunk.rows, tokens.picture)
+            query = attention.some("q", chunk.rows, tokens.picture)
             key, value = attention.keys_and_values(chunk.rows)
             places = grid if chunk.known_places else None
             call = AttentionCall(
@@ -212,7 +212,7 @@ class Opening:
     ) -> list[tuple[slice, slice, Tensor]]:
         if rows.start >= rows.stop or queries.start >= queries.stop:
             return []
-        query = attention.tokens("q", rows, queries)
+        query = attention.some("q", rows, queries)
         key, value = attention.keys_and_values(rows)
         return [(rows, queries, extended(attention.attend, query, key, value, attention.bias(rows, queries), more))]
 
@@ -257,8 +257,9 @@ class Opening:
         if site.kind == "cross":
             return attention.flat(output)
         if not calls:
-            query, key, value = (attention.tokens(name) for name in ("q", "k", "v"))
-            query, biases = query[:, tokens.picture], attention.biases(slice(None), tokens.picture)
+            every = slice(None)
+            query, biases = attention.some("q", every, tokens.picture), attention.biases(every, tokens.picture)
+            key, value = attention.keys_and_values(every)
             calls = [
                 AttentionCall(
                     query, key, value, attention.heads, site, None, grid, tokens.prompt, tokens.own, biases=biases

@@ -70,9 +70,9 @@ def logit_deviation(query: Tensor, key: Tensor, heads: int, each_row: bool = Tru
     """std(Q K^T / sqrt(d)), unbiased, over heads, places and tokens: (rows, 1, 1), or (1, 1, 1) over all rows too.
 
     The code takes it over the whole call, before the scale; taken of each row, a batch equals its singles. `query` and
-    `key` are (rows, tokens, channels). Exact, in float32, without making the (heads, places, tokens) matrix: squares
-    within a query's tokens sum to <Q^T Q, K'^T K'> with K' the keys less their mean, and those of the queries' mean
-    logits add to them (the law of total variance)."""
+    `key` are (rows, tokens, channels), or have their heads apart. Exact, in float32, without making the (heads, places,
+    tokens) matrix: squares within a query's tokens sum to <Q^T Q, K'^T K'> with K' the keys less their mean, and those
+    of the queries' mean logits add to them (the law of total variance)."""
     q, k = head_split(query, heads), head_split(key, heads)
     tokens, mean = k.shape[2], k.mean(2, keepdim=True)
     k = k - mean
@@ -193,7 +193,8 @@ class LayoutBias(Edit):
             return
         # Where the host repeats a prompt to the length of another, the statistic is that of the prompt itself.
         length, begins = call.chunk.length, call.prompt.start
-        deviation = logit_deviation(call.query, call.key[:, begins : begins + length], call.heads, self.each_row)
+        key = call.given("key")[..., begins : begins + length, :]
+        deviation = logit_deviation(call.given("query"), key, call.heads, self.each_row)
         fade = eta(self._process[0].ratio(sigma), self.constant)
         first, weights = self._weights_at(call, groups, length)
         bias = layout_bias(weights, self.guidance, fade, deviation).clamp_(-HARDEST, HARDEST)
@@ -213,18 +214,18 @@ class LayoutBias(Edit):
         and (queries, tokens) float32 on the call's device. A layer's is the same at every step."""
         keys, chunk = call.prompt.stop - call.prompt.start, call.chunk
         tokens = tuple((names, tuple(found)) for names, found in groups.items())
-        place = (tokens, length, keys, call.grid, chunk.part, chunk.latent, call.query.device)
+        place = (tokens, length, keys, call.grid, chunk.part, chunk.latent, call.device)
         if place not in self._weights:
             columns = {
                 names: [token + turn for turn in range(0, keys, length) for token in found] for names, found in tokens
             }
             numbers = [number for each in columns.values() for number in each]
             first = min(numbers)
-            weights = torch.zeros(call.query.shape[1], max(numbers) + 1 - first)
+            weights = torch.zeros(call.shape[1], max(numbers) + 1 - first)
             for names, found in columns.items():
                 values = at_grid(crop(self._values(names), chunk), call.grid)
                 weights[:, [number - first for number in found]] = values[:, None]
-            self._weights[place] = first, weights.to(call.query.device)
+            self._weights[place] = first, weights.to(call.device)
         return self._weights[place]
 
     def _values(self, names: frozenset[str]) -> Tensor:

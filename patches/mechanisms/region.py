@@ -37,7 +37,7 @@ class Regions:
         The call has a grid."""
         if mask is not self._mask:
             self._mask, self._made = mask, {}
-        chunk, rows = call.chunk, len(call.query)
+        chunk, rows = call.chunk, call.shape[0]
         place = (call.grid, chunk.part, chunk.latent, rows, device)
         if place not in self._made:
             self._made[place] = region_at(mask, chunk, call.grid, rows).to(device)

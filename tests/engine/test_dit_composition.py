@@ -119,8 +119,8 @@ def test_an_override_is_left_alone_where_nothing_is_amended(flux: Any) -> None:
     assert torch.equal(sample(idle), sample(other))
 
 
-# The families that read reference latents, and whether these stand behind the picture. Krea 2 does when it is told how.
-READING = {"FLUX.1": True, "FLUX.2": True, "Qwen-Image": True, "Qwen-Image-Edit": True, "Krea 2": True, "Z-Image": False}
+# The families that read reference latents, Krea 2 when it is told how, and whether these stand behind the picture.
+READING = {**dict.fromkeys(("FLUX.1", "FLUX.2", "Qwen-Image", "Qwen-Image-Edit", "Krea 2"), True), "Z-Image": False}
 
 
 # With Lumina 2 they end in an error of the host's.

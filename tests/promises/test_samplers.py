@@ -120,7 +120,8 @@ ADAPTIVE = partial(comfy.samplers.ksampler("dpm_adaptive").sampler_function, rto
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_sampler_on_transformers(sampler: str, opened: tuple[Any, Any]) -> None:
     model, working = opened
-    run = {"steps": 2, "size": (6, 4), **({"function": ADAPTIVE} if sampler == "dpm_adaptive" else {"sampler": sampler})}
+    chosen = {"function": ADAPTIVE} if sampler == "dpm_adaptive" else {"sampler": sampler}
+    run = {"steps": 2, "size": (6, 4), **chosen}
     plain, patched = sample(model, **run), sample(working, **run)
     assert patched.isfinite().all()
     assert difference(patched, plain) > 0.003
