@@ -14,6 +14,7 @@ from torch import Tensor
 from ..parts.sites import Site
 from .bias import Bias, summed
 from .chunk import Chunk
+from .forms import Given, formed, head_split
 
 # What another pack may have changed in a layer, so that an edit cannot act there.
 PLACES = "where its queries lie in the picture"
@@ -66,26 +67,6 @@ class Blend:
     of_prompt: bool = False
 
 
-class _Tokens:
-    """A call's query, key or value. The attentions of most transformers have heads apart, (rows, heads, tokens, width);
-    as edits see them, (rows, tokens, channels), they are copied, so only when one looks."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.given, self.flat = f"_{name}", f"_flat_{name}"
-
-    def __set__(self, call: AttentionCall, tokens: Tensor) -> None:
-        vars(call)[self.given] = tokens
-        vars(call)[self.flat] = tokens if tokens.ndim == 3 else None
-
-    def __get__(self, call: AttentionCall | None, owner: type) -> Tensor:
-        if call is None:
-            # A field without a default.
-            raise AttributeError(self.given)
-        if vars(call)[self.flat] is None:
-            vars(call)[self.flat] = vars(call)[self.given].transpose(1, 2).flatten(2)
-        return vars(call)[self.flat]
-
-
 @dataclass
 class AttentionCall:
     """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split, or given with heads
@@ -99,9 +80,9 @@ class AttentionCall:
     place of the layer's own. `project` gives the layer's own keys and values of other tokens (rows, n, channels of what
     the layer attends to)."""
 
-    query: Tensor = _Tokens()
-    key: Tensor = _Tokens()
-    value: Tensor = _Tokens()
+    query: Tensor = Given()  # noqa: RUF009 (a descriptor, no default)
+    key: Tensor = Given()  # noqa: RUF009
+    value: Tensor = Given()  # noqa: RUF009
     heads: int
     site: Site
     chunk: Chunk
@@ -316,20 +297,6 @@ def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
     if site.kind != "cross" or "model_conds" not in chunk.conditioning or key.shape[1] % chunk.length:
         return None
     return slice(0, key.shape[1])
-
-
-def head_split(tokens: Tensor, heads: int) -> Tensor:
-    """(rows, tokens, channels) to (rows, heads, tokens, channels / heads) in float32, where they are not so already."""
-    return tokens.float() if tokens.ndim == 4 else tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def formed(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens (rows, n, channels), or with heads apart, in the form of `like`, which has as many channels."""
-    if tokens.ndim == like.ndim:
-        return tokens
-    if like.ndim == 3:
-        return tokens.transpose(1, 2).flatten(2)
-    return tokens.unflatten(-1, (like.shape[1], -1)).transpose(1, 2)
 
 
 def per_head(bias: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .bias import Bias, mask_of
-from .call import AttentionCall, Extension, formed
+from .call import AttentionCall, Extension
+from .forms import formed
 
 # (query, key, value, mask) -> output (rows, queries, channels). The first three are (rows, tokens, channels), or have
 # their heads apart, (rows, heads, tokens, width); the mask is additive and None or broadcastable to (rows, queries,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import head_split, per_head
+from .call import per_head
 from .execution import Attend
+from .forms import head_split
 
 # Queries that are looked at in an attention, and attentions in which nothing can be told before it counts as heeding.
 _QUERIES = 8

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..engine.call import AttentionCall, head_split
+from ..engine.call import AttentionCall
 from ..engine.chunk import BRANCH, Chunk
 from ..engine.edit import Edit, Start
+from ..engine.forms import head_split
 from ..engine.placing import cut
 from ..engine.streams import Features, Stream
 from ..parts.process import DIFFUSION, HIGHEST, Process

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy.ldm.modules import attention as host
@@ -28,7 +28,7 @@ class Counted:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         self.masks.append(None if mask is None else tuple(mask.shape))
-        return self.function(query, key, value, self.heads, mask)
+        return self.function(query, key, value, self.heads, mask, skip_reshape=query.ndim == 4)
 
 
 def make_call(rows: int = 2, queries: int = 9, keys: int = 7, heads: int = 3, width: int = 4) -> AttentionCall:
@@ -44,6 +44,17 @@ def expected(call: AttentionCall) -> Tensor:
     return dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions, blends).float()
 
 
+def with_heads_apart(call: AttentionCall) -> AttentionCall:
+    """The same call as it would have been given by a transformer that splits heads before it attends."""
+    names = ("query", "key", "value")
+    return replace(call, **{name: dense.split(getattr(call, name), call.heads).float() for name in names})
+
+
 def assert_exact(call: AttentionCall, attend: Counted | None = None) -> None:
-    (output,) = execute([call], attend or Counted(call.heads))
-    torch.testing.assert_close(output, expected(call), rtol=0, atol=TOLERANCE)
+    """In both forms that a call may come in."""
+    attend = attend or Counted(call.heads)
+    apart = Counted(call.heads, attend.function)
+    for each, counted in ((call, attend), (with_heads_apart(call), apart)):
+        (output,) = execute([each], counted)
+        torch.testing.assert_close(output, expected(call), rtol=0, atol=TOLERANCE)
+    assert apart.masks == attend.masks
