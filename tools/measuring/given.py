@@ -137,6 +137,16 @@ def chosen(words: str, names: Iterable[str]) -> list[str]:
     return found
 
 
+def heading(*columns: str, rows: str = "") -> str:
+    """The first two lines of a table: the titles of its columns, behind that of its `rows`."""
+    return f"|{rows and f' {rows}'} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}"
+
+
+def row(name: Any, *cells: str) -> str:
+    """A line of a table."""
+    return f"| {name} | {' | '.join(cells)} |"
+
+
 def paired(first: Sequence[float], other: Sequence[float], places: int = 3) -> str:
     """The mean rise from `first` to `other`, case by case, with its standard error, to so many decimal places:
     "+0.150 ± 0.020". Nothing when they are one and the same."""

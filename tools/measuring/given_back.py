@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .given import Given, mean
+from .given import Given, heading, mean, row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,10 @@ def study(given: Given) -> None:
 
 def table(found: Mapping[str, Sequence[Back]]) -> None:
     """Prints a row for each way."""
-    print("| | with the swap | without | with it, the worst |\n|---|---|---|---|")
+    print(heading("with the swap", "without", "with it, the worst"))
     for name, pairs in found.items():
         swapped, plain = zip(*pairs, strict=True)
-        print(f"| {name} | {mean(swapped):.1f} | {mean(plain):.1f} | {min(swapped):.1f} |")
+        print(row(name, *(f"{each:.1f}" for each in (mean(swapped), mean(plain), min(swapped)))))
 
 
 def given_back(

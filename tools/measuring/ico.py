@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .concepts import VERSIONS, Pictured, in_use, kept_or_trained, training_settings, workplace
 from .emblems import NOUN, alike, places
-from .given import Given, paired
+from .given import Given, heading, paired, row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,17 +106,15 @@ def table(found: Mapping[str, Sequence[Means]], bases: Mapping[str, str]) -> Non
     import numpy as np
 
     compared = ("identity", "followed", "stray")
-    print(
-        "| | identity | prompt followed | emblem found | ground right | asked thing there | stray things | identity, "
-        "paired | following, paired | stray, paired |\n|---|" + "---|" * 9
-    )
+    measures = ("identity", "prompt followed", "emblem found", "ground right", "asked thing there", "stray things")
+    print(heading(*measures, "identity, paired", "following, paired", "stray, paired"))
     for name, means in found.items():
         values = {each.name: [getattr(one, each.name) for one in means] for each in fields(Means)}
         cells = [f"{np.mean(values['identity']):.3f}"]
         cells += [f"{np.mean(each):.0%}" for which, each in values.items() if which != "identity"]
         base = found[bases[name]] if name in bases else []
         rises = [paired([getattr(one, each) for one in base], values[each]) if base else "" for each in compared]
-        print(f"| {name} | {' | '.join((*cells, *rises))} |")
+        print(row(name, *cells, *rises))
 
 
 def regularisation(given: Given) -> Any:

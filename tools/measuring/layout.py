@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .given import PHRASES, Given, Shape, centred, drawn_boxes, paired, share
+from .given import PHRASES, Given, Shape, centred, drawn_boxes, heading, paired, row, share
 
 # Strengthening alone and weakening alone are the paper's Figure 6.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -123,17 +123,13 @@ def _score(findings: Sequence[Any], thing: Any, box: Sequence[int]) -> Score:
 def _table(scores: dict[str, list[Score]], grounds: dict[str, list[bool]]) -> None:
     import numpy as np
 
-    print(
-        "| | overlap with the box (IoU) | rise, paired | centred in it | of its colour there | all right there "
-        "| background right |\n|---|---|---|---|---|---|---|"
-    )
+    there = ("centred in it", "of its colour there", "all right there")
+    print(heading("overlap with the box (IoU)", "rise, paired", *there, "background right"))
     overlap = {name: [s.overlap for s in rows] for name, rows in scores.items()}
     for name, rows in scores.items():
         shares = [share([getattr(s, field) for s in rows]) for field in ("inside", "colour", "bound")]
-        print(
-            f"| {name} | {np.mean(overlap[name]):.3f} | {paired(overlap[UNPATCHED], overlap[name])} "
-            f"| {' | '.join(shares)} | {share(grounds[name])} |"
-        )
+        rise = paired(overlap[UNPATCHED], overlap[name])
+        print(row(name, f"{np.mean(overlap[name]):.3f}", rise, *shares, share(grounds[name])))
     print()
 
 

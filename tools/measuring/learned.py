@@ -14,7 +14,7 @@ from typing import Any
 from hosting.errors import ToolError
 
 from .emblems import alike, places
-from .given import PHRASES, Given, Shape, paired, share
+from .given import PHRASES, Given, Shape, heading, mean, paired, row, share
 from .recycled_attention import UNPATCHED, Pair
 
 SIBLINGS = 9
@@ -95,15 +95,14 @@ def study(given: Given) -> None:
 
 def table(rows: dict[str, list[Shown]], base: list[Shown], over: str) -> None:
     """Prints rows of scores, paired with the unpatched ones and, under the words `over`, with those of `base`."""
-    print(f"| | identity | rise over unpatched | {over} | nearest of ten | emblem found | ground right |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        cells = [f"{sum(each.identity for each in row) / len(row):.3f}"]
+    print(heading("identity", "rise over unpatched", over, "nearest of ten", "emblem found", "ground right"))
+    for name, seen in rows.items():
+        cells = [f"{mean(each.identity for each in seen):.3f}"]
         for other in (rows[UNPATCHED], base):
-            first, then = ([each.identity for each in scores] for scores in (other, row))
-            cells.append("" if row is other else paired(first, then))
-        shares = ([each.nearest for each in row], [each.emblem for each in row], [each.background for each in row])
-        print(f"| {name} | {' | '.join([*cells, *map(share, shares)])} |")
+            first, then = ([each.identity for each in scores] for scores in (other, seen))
+            cells.append("" if seen is other else paired(first, then))
+        shares = ([each.nearest for each in seen], [each.emblem for each in seen], [each.background for each in seen])
+        print(row(name, *cells, *map(share, shares)))
 
 
 def the_encoder() -> Any:

@@ -26,9 +26,9 @@ from .dual_branch import (
     without_masks,
 )
 from .emblems import NOUN, alike, place_masks, places
-from .given import Given, mean, paired, share
+from .given import Given, heading, paired, row
 from .ico import Case as Views
-from .tradeoff import Score, above, following, identities
+from .tradeoff import Score, above, following, identities, means
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,16 +72,12 @@ def study(given: Given) -> None:
                     print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
     curve = [rows[UNTRAINED], *(rows[_row(steps)] for steps in LENGTHS)]
     print(f"{len(curve[0])} pictures a row, with {SEEDS} seeds of each prompt:\n")
-    print(
-        "| | identity | prompt followed | emblem found | ground right | its colours right | identity, paired "
-        "| following, paired | above the curve |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    measures = ("identity", "prompt followed", "emblem found", "ground right", "its colours right")
+    print(heading(*measures, "identity, paired", "following, paired", "above the curve"))
     for name, scores in rows.items():
-        cells = [f"{mean(identities(scores)):.3f}", f"{mean(following(scores)):.0%}"]
-        cells += [share([getattr(each, part) for each in scores]) for part in ("emblem", "background", "beside")]
         base = rows[_row(LENGTHS[-1])] if name in MIXED else scores
-        cells += [paired(of(base), of(scores)) if name in MIXED else "" for of in (identities, following)]
-        print(f"| {name} | {' | '.join(cells)} | {above(curve, scores) if name in MIXED else ''} |")
+        rises = [paired(of(base), of(scores)) if name in MIXED else "" for of in (identities, following)]
+        print(row(name, *means(scores), *rises, above(curve, scores) if name in MIXED else ""))
 
 
 def _row(steps: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .emblems import alike, known, places
-from .given import Given, Shape, centred, mean, paired, share
+from .given import Given, Shape, centred, heading, mean, paired, row, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,13 +152,13 @@ def table(scores: dict[str, list[Score]]) -> None:
     regional = any(score.outside is not None for score in scores[UNPATCHED])
     columns = ["identity", "rise, paired", "emblem found", "background right"]
     columns += ["outside, of 255"] if regional else []
-    print(f"| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    print(heading(*columns))
     identity = {name: [s.identity for s in rows] for name, rows in scores.items()}
     for name, rows in scores.items():
         cells = [f"{mean(identity[name]):.3f}", paired(identity[UNPATCHED], identity[name])]
         cells += [share([s.emblem for s in rows]), share([s.background for s in rows])]
         cells += [f"{mean(s.outside for s in rows):.2f}"] if regional else []
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(row(name, *cells))
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from . import dual_branch
 from .dual_branch import AUXILIARY, BESIDE, DEFAULTS, Asked, colour_beside
 from .emblems import NOUN, known, most_alike
-from .given import Given, paired, share
+from .given import Given, heading, paired, row, share
 
 UNPATCHED, ALONE = "unpatched", "the reference alone"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,19 +33,15 @@ def study(given: Given) -> None:
             found.append(case.row(name))
         print(f"emblem {number + 1} of {given.count}", file=sys.stderr, flush=True)
     print(f"{given.count} emblems, each with a ring beside it; all rows but the first have the reference:\n")
-    print(
-        "| | identity | against the reference alone | the ring beside it | against the reference alone | emblem found "
-        "| background right |\n|---|---|---|---|---|---|---|"
-    )
+    against = f"against {ALONE}"
+    print(heading("identity", against, "the ring beside it", against, "emblem found", "background right"))
     base = rows[ALONE]
     for name, found in rows.items():
         identity, emblem, ring, ground = zip(*found, strict=True)
         first, _, third, _ = zip(*base, strict=True)
-        against = ["", ""] if name == ALONE else [paired(first, identity), paired(third, ring)]
-        print(
-            f"| {name} | {np.mean(identity):.3f} | {against[0]} | {np.mean(ring):.0%} | {against[1]} "
-            f"| {share(emblem)} | {share(ground)} |"
-        )
+        rises = ["", ""] if name == ALONE else [paired(first, identity), paired(third, ring)]
+        cells = (f"{np.mean(identity):.3f}", rises[0], f"{np.mean(ring):.0%}", rises[1])
+        print(row(name, *cells, share(emblem), share(ground)))
 
 
 class Case:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .emblems import alike, known, places
-from .given import Given, centred, mean, paired, share
+from .given import Given, centred, heading, mean, paired, row, share
 from .recycled_attention import UNPATCHED, Pair
 from .routed_reference import ALONE, Case
 
@@ -159,8 +159,8 @@ def _measured(what: str, names: Sequence[str], given: Given, case: Callable[[int
     rows = {name: Row() for name in names}
     for number in range(given.count):
         add = case(number)
-        for name, row in rows.items():
-            add(name, row)
+        for name, each in rows.items():
+            add(name, each)
         print(f"{number + 1} of {what}", file=sys.stderr, flush=True)
         if number % EVERY == EVERY - 1:
             _table(rows, sys.stderr)
@@ -191,19 +191,14 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def _table(rows: dict[str, Row], file: TextIO | None = None) -> None:
-    print(
-        f"| | identity | rise, paired | against {list(rows)[1]} | emblem found | more like another | background right "
-        "| passes over references |\n|---|---|---|---|---|---|---|---|",
-        file=file,
-    )
+    rises = ("rise, paired", f"against {list(rows)[1]}")
+    shares = ("emblem found", "more like another", "background right")
+    print(heading("identity", *rises, *shares, "passes over references"), file=file)
     first = next(iter(rows.values())).identity
-    for name, row in rows.items():
+    for name, each in rows.items():
         # Besides the first, rows are compared with the second.
-        against = "" if row.identity is first else paired(list(rows.values())[1].identity, row.identity)
-        print(
-            f"| {name} | {mean(row.identity):.3f} | {paired(first, row.identity)} | {against} | {share(row.emblem)} "
-            f"| {share(row.blended) if row.blended else ''} | {share(row.ground)} | {mean(row.passes):.0f} |",
-            file=file,
-            flush=True,
-        )
+        against = "" if each.identity is first else paired(list(rows.values())[1].identity, each.identity)
+        seen = (share(each.emblem), share(each.blended) if each.blended else "", share(each.ground))
+        cells = (f"{mean(each.identity):.3f}", paired(first, each.identity), against, *seen, f"{mean(each.passes):.0f}")
+        print(row(name, *cells), file=file, flush=True)
     print(file=file)

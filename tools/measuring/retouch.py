@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .concepts import Concept, Score, followed, learnt, spread, workplace
 from .emblems import place_masks
-from .given import Given, Shape, mean, paired
+from .given import Given, Shape, heading, mean, paired, row
 from .given_back import CFG, WAYS, Back, given_back
 from .given_back import table as given_back_table
 
@@ -172,20 +172,19 @@ def table(scores: Mapping[str, list[list[Score]]], bases: Mapping[str, str] | No
     """Prints rows of scores, a list for each emblem, paired with the rows that `bases` names, by default the first of
     the paper's."""
     identity = {name: [score.identity for score in _all(groups)] for name, groups in scores.items()}
-    print("| | identity | against I, paired | emblem found | background right | both | variance of centres |")
-    print("|---|---|---|---|---|---|---|")
+    found = ("emblem found", "background right", "both", "variance of centres")
+    print(heading("identity", "against I, paired", *found))
     for name, groups in scores.items():
         against = paired(identity[bases[name] if bases else ROWS[0]], identity[name])
-        print(f"| {name} | {mean(identity[name]):.3f} | {against} | {followed(_all(groups))} | {spread(groups)} |")
+        print(row(name, f"{mean(identity[name]):.3f}", against, followed(_all(groups)), spread(groups)))
 
 
 def _sweep(scores: dict[float, list[list[Score]]], steps: int) -> None:
-    print("| lambda1 | identity | emblem found | background right | both | variance of centres |")
-    print("|---|---|---|---|---|---|")
+    print(heading("identity", "emblem found", "background right", "both", "variance of centres", rows="lambda1"))
     for part, groups in sorted(scores.items()):
-        rows = _all(groups)
-        identity = mean(score.identity for score in rows)
-        print(f"| {round(part * steps)} | {identity:.3f} | {followed(rows)} | {spread(groups)} |")
+        every = _all(groups)
+        identity = mean(score.identity for score in every)
+        print(row(round(part * steps), f"{identity:.3f}", followed(every), spread(groups)))
 
 
 def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:

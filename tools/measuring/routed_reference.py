@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .emblems import Likeness, at_boxes, known, matched
-from .given import PHRASES, Given, Shape, centred, drawn_boxes, paired, share
+from .given import PHRASES, Given, Shape, centred, drawn_boxes, heading, paired, row, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,18 +122,12 @@ class Case:
 def _table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) -> None:
     import numpy as np
 
-    print(
-        "| | identity | rise, paired | looks more like another | emblem found | background right |\n"
-        "|---|---|---|---|---|---|"
-    )
+    print(heading("identity", "rise, paired", "looks more like another", "emblem found", "background right"))
     identity = {name: [each.identity for each in rows] for name, rows in scores.items()}
     first = next(iter(identity.values()))
     for name, rows in scores.items():
-        print(
-            f"| {name} | {np.mean(identity[name]):.3f} | {paired(first, identity[name])} "
-            f"| {share([each.blended for each in rows])} | {share([each.emblem for each in rows])} "
-            f"| {share(grounds[name])} |"
-        )
+        shares = ([each.blended for each in rows], [each.emblem for each in rows], grounds[name])
+        print(row(name, f"{np.mean(identity[name]):.3f}", paired(first, identity[name]), *map(share, shares)))
     print()
 
 

@@ -15,7 +15,7 @@ from . import dual_branch, layout, tradeoff
 from .concepts import workplace
 from .dual_branch import EMBLEMS, LENGTHS, PRESETS, WORDS, Asked
 from .emblems import known
-from .given import Given, paired, share
+from .given import Given, heading, paired, row, share
 
 # Which of the three act.
 ALL = "all three"
@@ -99,8 +99,8 @@ def _table(scores: dict[str, list[Score]]) -> None:
     import numpy as np
 
     measures = {"identity": "identity", "beside": "the ring beside it", "overlap": "overlap with the boxes (IoU)"}
-    print("| |" + "".join(f" {title} | against {ALL} |" for title in measures.values()) + " emblem | background |")
-    print(f"|{'---|' * (2 * len(measures) + 3)}")
+    titles = [each for title in measures.values() for each in (title, f"against {ALL}")]
+    print(heading(*titles, "emblem", "background"))
     for name, rows in scores.items():
         cells = []
         for measure in measures:
@@ -108,5 +108,5 @@ def _table(scores: dict[str, list[Score]]) -> None:
             mean = f"{np.mean(values):.0%}" if measure == "beside" else f"{np.mean(values):.3f}"
             cells += [mean, "" if name == ALL else paired(base, values)]
         cells += [share([each.emblem for each in rows]), share([each.background for each in rows])]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(row(name, *cells))
     print()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .given import paired, share
+from .given import heading, paired, row, share
 
 RESAMPLINGS = 1000
-MEASURES = "identity | prompt followed | emblem found | background right | thing beside"
+MEASURES = ("identity", "prompt followed", "emblem found", "background right", "thing beside")
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,21 @@ def table(
     """Prints rows of scores; those with a base, compared with it picture by picture and, where a curve is given, with
     that."""
     rises = ["identity, paired", "following, paired", *(["above the curve"] if curve else [])]
-    print(f"| | {MEASURES} | {' | '.join(rises)} |\n|{'---|' * (6 + len(rises))}")
+    print(heading(*MEASURES, *rises))
     for name, scores in rows.items():
         cells = [""] * len(rises)
         if name in bases:
             cells = [paired(of(bases[name]), of(scores)) for of in (identities, following)]
             cells += [above(curve, scores)] if curve else []
-        print(f"| {name} | {_means(scores)} | {' | '.join(cells)} |")
+        print(row(name, *means(scores), *cells))
 
 
-def _means(scores: Sequence[Score]) -> str:
+def means(scores: Sequence[Score]) -> list[str]:
+    """What a row has under MEASURES."""
     import numpy as np
 
-    means = f"{np.mean(identities(scores)):.3f} | {np.mean(following(scores)):.0%}"
-    return " | ".join(
-        [means, *(share([getattr(s, what) for s in scores]) for what in ("emblem", "background", "beside"))]
-    )
+    found = [f"{np.mean(identities(scores)):.3f}", f"{np.mean(following(scores)):.0%}"]
+    return found + [share([getattr(s, what) for s in scores]) for what in ("emblem", "background", "beside")]
 
 
 def above(curve: Sequence[Sequence[Score]], scores: Sequence[Score]) -> str:
