@@ -41,27 +41,25 @@ EARLY_SWAPS = ("III, the whole view", "III, cropped")
 
 
 def study(given: Given) -> None:
-    """Prints both tables, over `given.count` pairs of 8 emblems and up to 20 prompts each (160 are all)."""
-    count = min(given.count, EMBLEMS * PROMPTS)
-    emblems = min(EMBLEMS, max(count // PROMPTS, 1))
-    prompts = range(count // emblems)
+    """Prints both tables, over `given.count` pairs of up to 8 emblems and 6 to 20 prompts each (160 are all)."""
+    emblems, prompts = shared_out(given.count, 6)
     rows: dict[str, list[list[Score]]] = {}
     along: dict[str, list[list[Score]]] = {}
     with workplace(given.toy.clip) as folder:
         for number in range(emblems):
             for steps in EARLIER:
                 concept = learnt(given, number, folder, steps, TRAINING["rates"])
-                cases = CutCases(given, concept, prompts, number)
+                cases = CutCases(given, concept, range(prompts), number)
                 for name, images in cases.earlier().items():
                     _add(along, f"{name}, {steps} steps", concept, cases, images)
             concept = learnt(given, number, folder, **TRAINING)
-            cases = CutCases(given, concept, prompts, number)
+            cases = CutCases(given, concept, range(prompts), number)
             for name, images in cases.pictures().items():
                 _add(rows, name, concept, cases, images)
                 print(f"emblem {number + 1} of {emblems}, {name}", file=sys.stderr, flush=True)
             for name in (ALONE, *EARLY_SWAPS):
                 along.setdefault(f"{name}, {TRAINING['steps']} steps", []).append(rows[name][-1])
-    print(f"{emblems} emblems, {len(prompts)} prompts each; concepts of {TRAINING['steps']} steps:\n")
+    print(f"{emblems} emblems, {prompts} prompts each; concepts of {TRAINING['steps']} steps:\n")
     table(rows)
     print("\nThe reference's swap along the training, against the concept alone of as many steps:\n")
     table(along, {name: f"{ALONE}, {name.rsplit(', ', 1)[1]}" for name in along})
@@ -69,22 +67,29 @@ def study(given: Given) -> None:
 
 def diversity(given: Given) -> None:
     """Prints how far centres lie apart with and without step blending, of concepts whose views all show the emblem in
-    the middle; over `given.count` pairs of 8 emblems and up to 20 prompts each."""
-    count = min(given.count, EMBLEMS * PROMPTS)
-    emblems = min(EMBLEMS, max(count // PROMPTS, 1))
+    the middle; over `given.count` pairs of up to 8 emblems and 12 to 20 prompts each, whose places are to vary."""
+    emblems, prompts = shared_out(given.count, 12)
     rows: dict[str, list[list[Score]]] = {}
     with workplace(given.toy.clip) as folder:
         for number in range(emblems):
             concept = learnt_in_one_place(given, number, folder)
-            cases = Cases(given, concept, range(count // emblems), number)
+            cases = Cases(given, concept, range(prompts), number)
             for name, vanilla in ((VANILLA, 1.0), (ALONE, 0.0), (BLENDED, LAMBDA1)):
                 _add(rows, name, concept, cases, cases.blended(vanilla))
             print(f"emblem {number + 1} of {emblems}", file=sys.stderr, flush=True)
-    print(f"{emblems} emblems whose views all stand in the middle, {count // emblems} prompts each:\n")
+    print(f"{emblems} emblems whose views all stand in the middle, {prompts} prompts each:\n")
     table(rows)
     print(
         f"\nThe variance of centres with step blending, against the concept alone: {risen(rows[ALONE], rows[BLENDED])}."
     )
+
+
+def shared_out(count: int, least: int) -> tuple[int, int]:
+    """Of so many pairs the emblems, as many as leave each `least` prompts, and the prompts of each: a training is a
+    matter of chance, so emblems come first."""
+    count = min(count, EMBLEMS * PROMPTS)
+    emblems = min(EMBLEMS, max(count // least, 1))
+    return emblems, min(count // emblems, PROMPTS)
 
 
 def risen(first: Sequence[Sequence[Score]], other: Sequence[Sequence[Score]]) -> str:

@@ -33,7 +33,7 @@ from .tradeoff import Score, above, following, identities, means
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBLEMS, SEEDS = 4, 5
+EMBLEMS, SEEDS = 4, 3
 GROUNDS = (
     ("cyan",),
     ("pink",),
@@ -59,7 +59,7 @@ NOUNS = {STAR: "gray star"}
 
 
 def study(given: Given) -> None:
-    """Prints the table, over `given.count` pictures a row (5 seeds of a prompt each; 200 are 4 emblems with 10 prompts
+    """Prints the table, over `given.count` pictures a row (3 seeds of a prompt each; 192 are 4 emblems with 16 prompts
     each)."""
     rows: dict[str, list[Score]] = {}
     with workplace(given.toy.clip) as folder:
