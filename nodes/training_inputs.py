@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..patches.families import family_of
 from ..patches.families.unet import UNet
-from ..patches.parts.prompt import CLIPS
+from ..patches.parts.context import CLIPS
 from ..training.usual import Usual
 from .checks import check_choice, check_number, pictures_in
 from .inputs import ADVANCED, model_input, seed_input, vae_input

@@ -16,11 +16,10 @@ from ..engine.chunk import Chunk
 from ..engine.edit import Edit
 from ..engine.streams import Features, Stream
 from ..parts.masks import resize_mask
-from ..parts.prompt import SPANS_KEY
+from ..parts.prompt import SPANS_KEY, canonical
 from ..parts.rows import in_turn
 from .attention_maps import attention_maps, normalised, resized, spread_out
 from .layout import tokens_of
-from .layout_regions import canonical
 from .region import region_at
 
 # The mask is made at this many places a latent pixel, each way: no attention layer is finer than the latents, and a

@@ -22,8 +22,8 @@ from ..engine.forms import head_split
 from ..engine.placing import cut
 from ..engine.streams import Features, Stream
 from ..parts.process import DIFFUSION, HIGHEST, Process
-from ..parts.prompt import SPANS_KEY, Spans
-from .layout_regions import Layout, canonical
+from ..parts.prompt import SPANS_KEY, Spans, canonical
+from .layout_regions import Layout
 
 # Beyond this a logit's share is zero in any precision; float16 ends at 65504.
 HARDEST = 1e4

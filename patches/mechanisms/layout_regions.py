@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts.prompt import canonical
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -41,11 +43,6 @@ class Layout:
             name = canonical(region.phrase)
             found[name] = found[name] | region.mask if name in found else region.mask
         return found
-
-
-def canonical(phrase: str) -> str:
-    """A phrase without what does not count in it: letter case and the width of gaps."""
-    return " ".join(phrase.casefold().split())
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..engine.call import AttentionCall
 from ..engine.streams import Features, Stream
-from ..parts.prompt import SPANS_KEY, Spans, positions_of
+from ..parts.prompt import SPANS_KEY, Spans, canonical, positions_of
 from ..parts.sites import Site, acts_as
 from ..parts.window import Window
 from .attention_maps import MeanMap, attention_maps, normalised, resized, smoothed, spread_out
-from .layout_regions import canonical
 from .router import Route, Routing, names_of
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..engine.call import AttentionCall
+from ..parts.prompt import canonical
 from ..parts.sites import Site
 from ..parts.window import Window
-from .layout_regions import canonical
 from .region import region_at
 from .router import Route, Routing, names_of
 

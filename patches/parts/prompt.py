@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .context import KNOWN, Tokenized, cut_off, stretches_of, tokenizer_of
 from .tokens import TokenText, read_tokens, written
 
 # The key of a conditioning's dictionary under which its phrases' spans lie.
@@ -23,42 +23,16 @@ ONE_OF = re.compile(r"(?P<phrase>.*\S)#(?P<number>[1-9]\d*)", re.DOTALL)
 _EMBEDDING = "embedding:"
 # A word that is in no template, to see where a template puts the prompt.
 _PROBE = "zebra"
-# The host's names of its CLIP text encoders, whose tokens line up.
-CLIPS = frozenset({"l", "g", "h"})
-# Text encoders of one kind of tokens, and whether the host cuts off what their template puts before the prompt.
-_SINGLE = {
-    "t5xxl": False,
-    "umt5xxl": False,
-    "gemma2_2b": False,
-    "qwen3_4b": False,
-    "qwen3_8b": False,
-    "mistral3_24b": False,
-    "qwen25_7b": True,
-    "qwen3vl_4b": True,
-}
-KNOWN = (
-    "those of SD 1.x, SD 2.x, SDXL, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, HiDream, Krea 2, "
-    "Cosmos-Predict2, Anima and Wan"
-)
-# What Qwen begins a message with.
-_MESSAGE, _USER, _NEW_LINE = 151644, 872, 198
-Tokenized = Mapping[str, list[list[tuple[Any, float, int]]]]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stretch of the context: the text encoders that have a prompt's tokens there, all at the same positions, and
-    those whose tokens are as many as the stretch is long. `cut` says that the host leaves out what a template puts
-    before the prompt."""
-
-    names: tuple[str, ...]
-    counted: tuple[str, ...]
-    cut: bool = False
 
 
 def split_phrases(text: str) -> tuple[str, ...]:
     """The phrases of a text field, one a line or separated by semicolons; empty ones are left out."""
     return tuple(phrase.strip() for phrase in re.split(r"[;\r\n]", text) if phrase.strip())
+
+
+def canonical(phrase: str) -> str:
+    """A phrase without what does not count in it: letter case and the width of gaps."""
+    return " ".join(phrase.casefold().split())
 
 
 def positions_of(spans: Spans) -> list[int]:
@@ -113,7 +87,7 @@ def check_embeddings(clip: Any, phrase: str) -> None:
         tokenized = clip.tokenize(_EMBEDDING + name)
         for encoder in known:
             widths = {value.shape[-1] for chunk in tokenized[encoder] for value, _ in chunk if torch.is_tensor(value)}
-            wanted = _tokenizer(clip, encoder).embedding_size
+            wanted = tokenizer_of(clip, encoder).embedding_size
             if not widths:
                 raise ValueError(f"There is no embedding '{name}' in the embeddings folder; put its file there.")
             if widths != {wanted}:
@@ -141,15 +115,15 @@ class _Prompt:
         self.clip, self.text = clip, text
         tokenized: Tokenized = clip.tokenize(text, return_word_ids=True)
         template: Tokenized = clip.tokenize(_PROBE, return_word_ids=True)
-        self.parts, measured = _layout(clip, tokenized)
+        self.parts, measured = stretches_of(clip, tokenized)
         self.texts: dict[str, TokenText] = {}
         self._starts: dict[str, int] = {}
         self._lengths = {name: sum(map(len, chunks)) for name, chunks in tokenized.items()}
         end = 0
         for part in self.parts:
-            start = end - (_cut_off(tokenized[part.names[0]][0]) if part.cut else 0)
+            start = end - (cut_off(tokenized[part.names[0]][0]) if part.cut else 0)
             for name in part.names:
-                tokenizer = _tokenizer(clip, name)
+                tokenizer = tokenizer_of(clip, name)
                 probe = read_tokens(template[name], tokenizer).symbols
                 before = "".join(str(symbol.value) for symbol in probe).index(_PROBE)
                 after = len(probe) - before - len(_PROBE)
@@ -239,53 +213,6 @@ def _occurrences(prompt: _Prompt, name: str, sought: TokenText, phrase: str) -> 
                 f"that as one; write '{token}' as the phrase, or another word in the prompt."
             )
     return found
-
-
-def _layout(clip: Any, tokenized: Tokenized) -> tuple[tuple[_Part, ...], str | None]:
-    """The stretches of the context that a CLIP makes, and the encoder whose tokens are as many as the conditioning's
-    own, where that is not all of them."""
-    names = set(tokenized)
-    t5 = _Part(("t5xxl",), ("t5xxl",))
-    if names <= CLIPS:
-        return (_Part(tuple(tokenized), tuple(tokenized)),), None
-    if names == {"l", "t5xxl"}:
-        # FLUX.1 reads CLIP's pooled output alone.
-        return (t5,), None
-    if names == {"qwen3_06b", "t5xxl"}:
-        return (t5,), "qwen3_06b"
-    if names == {"g", "l", "t5xxl"}:
-        clips = tuple(name for name in ("g", "l") if _is_loaded(clip, name))
-        parts = (*((_Part(clips, clips),) if clips else ()), *((t5,) if _is_loaded(clip, "t5xxl") else ()))
-        return parts, None
-    if names == {"g", "l", "t5xxl", "llama"}:
-        # The host puts zeros in the place of one that is not loaded: as many as T5's tokens, or one of Llama's.
-        parts = (t5 if _is_loaded(clip, "t5xxl") else _Part((), ("t5xxl",)),)
-        return (*parts, *((_Part(("llama",), ("llama",)),) if _is_loaded(clip, "llama") else ())), "t5xxl"
-    if len(names) == 1 and names <= _SINGLE.keys():
-        (name,) = names
-        return (_Part((name,), (name,), cut=_SINGLE[name]),), None
-    raise ValueError(
-        f"This CLIP has the text encoder {', '.join(names)}, in which phrases cannot be found; it can be done for "
-        f"{KNOWN}: use one of those, or give no phrases."
-    )
-
-
-def _is_loaded(clip: Any, name: str) -> bool:
-    """Whether a CLIP of several text encoders has the weights of one; the host loads it without, too."""
-    model = getattr(clip, "cond_stage_model", None)
-    return model is None or getattr(model, f"clip_{name}", getattr(model, name, None)) is not None
-
-
-def _tokenizer(clip: Any, name: str) -> Any:
-    return getattr(clip.tokenizer, f"clip_{name}", None) or getattr(clip.tokenizer, name)
-
-
-def _cut_off(chunk: Sequence[tuple[Any, ...]]) -> int:
-    """How many tokens the host leaves out before a prompt in Qwen-Image's and Krea 2's template: up to the second
-    message, with what says that it is the user's."""
-    values = [value if isinstance(value, int) else None for value, *_ in chunk]
-    begins = [place for place, value in enumerate(values) if value == _MESSAGE][:2][-1]
-    return begins + (3 if values[begins + 1 : begins + 3] == [_USER, _NEW_LINE] else 0)
 
 
 def _ranges(positions: Iterable[int]) -> list[tuple[int, int]]:

@@ -17,8 +17,7 @@ from ..engine.chunk import Chunk
 from ..engine.edit import Edit
 from ..engine.streams import Features, Stream
 from ..mechanisms.attention_maps import MeanMap, attention_maps
-from ..mechanisms.layout_regions import canonical
-from ..parts.prompt import Spans, positions_of
+from ..parts.prompt import Spans, canonical, positions_of
 from ..parts.sites import Site, acts_as
 
 CROSS_ATTENTION = "cross-attention"
