@@ -7,6 +7,7 @@ comfy.samplers`).
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,13 @@ try:
 except ToolError as error:
     raise pytest.UsageError(str(error)) from error
 signal.signal(signal.SIGTERM, _unwind)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_for_good() -> None:
+    """What was imported is no garbage: collections, which tests ask for, too, pass over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from subject_patches.patches.parts.sites import Site
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.look import Look
-from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, over_mechanisms
+from subject_patches.tests.shared.mechanisms import UNLIKE, Mechanism, over_mechanisms, over_unlike
 from subject_patches.tests.shared.models import difference, randn, recycled, sample
 from torch import Tensor
 
@@ -221,12 +221,12 @@ RUN = {"size": (12, 16), "steps": 4}
 @pytest.fixture(scope="module")
 def alone(model: Any) -> dict[str, Tensor]:
     """What each mechanism and each node of the host samples by itself."""
-    patched = {mechanism.name: mechanism.on(model, size=RUN["size"]) for mechanism in MECHANISMS}
+    patched = {mechanism.name: mechanism.on(model, size=RUN["size"]) for mechanism in UNLIKE}
     patched |= {name: patch(model) for name, patch in PATCHES.items()}
     return {name: sample(each, **RUN) for name, each in patched.items()}
 
 
-@over_mechanisms
+@over_unlike
 @pytest.mark.parametrize("name", PATCHES)
 def test_with_a_node_of_the_host(name: str, mechanism: Mechanism, model: Any, alone: dict[str, Tensor]) -> None:
     def ours(target: Any) -> Any:

@@ -52,3 +52,11 @@ def test_folders_import_one_way_too(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         for named, place in _imports(path):
             assert named[0] in allowed or place.startswith(KNOWS_THE_TOY), place
+
+
+def test_the_design_names_every_file() -> None:
+    """Of the rooms whose files it lists; a family's is named after it."""
+    text = (ROOT / "docs" / "DESIGN.md").read_text(encoding="utf-8")
+    rooms = [*(PATCHES / room for room in ROOMS if room != "families"), ROOT / "encoders"]
+    files = {path.name for room in rooms for path in room.glob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in files if name not in text) == []

@@ -123,5 +123,6 @@ def test_slots_called_with_less_and_for_some_rows_again(
     caplog.set_level(logging.WARNING)
     exact = sample(mechanism.on(model), batch=2)
     assert difference(sample(with_blocks(mechanism.on(model), again=False), batch=2), exact) < 2e-5
-    sample(with_blocks(mechanism.on(model), again=True), batch=2)
+    twice = sample(with_blocks(mechanism.on(model), again=True), batch=2)
+    assert difference(twice, sample(with_blocks(model, again=True), batch=2)) > FEW
     assert not caplog.records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +120,6 @@ def test_two_patched_steps_of_a_real_shape(family: Family) -> None:
     run = {"size": (8, 12), "steps": 2, **prompts}
     plain = sample(model, **run)
     left = Layout(30, 20, (Region("subject", left_half()[0] > 0),))
-    for patched in (sample(recycled(model), **run), sample(laid_out(model, left), **run)):
-        assert patched.isfinite().all()
-        assert math.isfinite(difference(patched, plain))
-        assert difference(patched, plain) > 0.01
+    patched = sample(laid_out(recycled(model), left), **run)
+    assert patched.isfinite().all()
+    assert difference(patched, plain) > 0.01

@@ -72,19 +72,14 @@ def test_the_rules_are_those_of_a_device() -> None:
 
 @over_mechanisms
 def test_a_run(mechanism: Mechanism, model: Any, there: Any) -> None:
-    """Recorded, so that what looks inside runs there, too."""
-    right = sample(mechanism.on(model, strength=0.6), **RUN)
+    """With a prompt for the whole and one for an area, and recorded, so that what looks inside runs there, too."""
+    run = {**RUN, "positive": [*known_prompt(), *known_prompt(3, area=(4, 6, 2, 1), strength=1.0)]}
+    right = sample(mechanism.on(model, strength=0.6), **run)
     patched, record = RecordAttentionNode.execute(mechanism.on(there, strength=0.6)).args
-    result = sample(patched, **RUN)
+    result = sample(patched, **run)
     assert difference(result, right) < 1e-4
     assert all(parameter.device == DEVICE for parameter in there.model.diffusion_model.parameters())
     AttentionInspectorNode.execute(record, torch.rand(2, 64, 64, 3), show="all")
-
-
-@over_mechanisms
-def test_an_area(mechanism: Mechanism, model: Any, there: Any) -> None:
-    run = {**RUN, "positive": known_prompt(area=(4, 6, 2, 1), strength=1.0)}
-    assert difference(sample(mechanism.on(there), **run), sample(mechanism.on(model), **run)) < 1e-4
 
 
 @pytest.mark.parametrize("guidance", ["shared", "own"])
@@ -141,11 +136,17 @@ def picture_by_all(toy: Toy, device: torch.device) -> Tensor:
     return toy.vae.decode(result)
 
 
+@pytest.fixture(scope="module")
+def by_the_cpu() -> Tensor:
+    with torch.inference_mode():
+        return picture_by_all(Toy.load(), CPU)
+
+
 @pytest.mark.usefixtures("in_inference_mode")
 @pytest.mark.parametrize("device", [CPU, DEVICE], ids=str)
-def test_subjects_prompts_and_guiders(device: torch.device, toy: Toy) -> None:
+def test_subjects_prompts_and_guiders(device: torch.device, by_the_cpu: Tensor, toy: Toy) -> None:
     """The picture is the CPU's. With --gpu-only the host hands pictures and masks on as they are there."""
-    assert difference(picture_by_all(toy, device), picture_by_all(Toy.load(), CPU)) < 1e-3
+    assert difference(picture_by_all(toy, device), by_the_cpu) < 1e-3
 
 
 @pytest.mark.usefixtures("in_inference_mode", "host_folders")

@@ -250,7 +250,12 @@ FLUX_MECHANISMS = (
     Mechanism("AnyStory", _told),
     Mechanism("AnyStory with three subjects", partial(_told, count=3)),
 )
+# These differ from others of the table in how many references or regions there are: what is tried with every sampler,
+# and with every node of the host, is tried with those.
+ALIKE = ("recycled self-attention in a region", "soft layout bias", "eight routed references", "an encoded subject")
+UNLIKE = tuple(each for each in MECHANISMS if each.name not in ALIKE)
 over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+over_unlike = pytest.mark.parametrize("mechanism", UNLIKE, ids=lambda m: m.name)
 
 
 def fingerprints() -> list[str]:

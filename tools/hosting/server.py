@@ -31,6 +31,8 @@ ADDRESS = "127.0.0.1"
 _START_SECONDS = 300.0
 _STOP_SECONDS = 10.0
 _HTTP_SECONDS = 60.0
+# For the first answer: what has taken the port may listen and never answer.
+_FIRST_SECONDS = 3.0
 _LOG_LINES = 15
 _SPARE_PORTS = 3
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -225,7 +227,7 @@ class Server:
                     return False
                 raise ServerError(f"ComfyUI did not start; its log ends: {self._log_end()}")
             try:
-                self._json("GET", "/system_stats")
+                self._request("GET", "/system_stats", _FIRST_SECONDS)
             except (OSError, http.client.HTTPException, ServerError):
                 time.sleep(0.2)
                 continue
@@ -248,8 +250,8 @@ class Server:
     def _json(self, method: str, path: str) -> Any:
         return json.loads(self._request(method, path))
 
-    def _request(self, method: str, path: str) -> bytes:
-        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=_HTTP_SECONDS)
+    def _request(self, method: str, path: str, seconds: float = _HTTP_SECONDS) -> bytes:
+        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=seconds)
         try:
             connection.request(method, path)
             response = connection.getresponse()
