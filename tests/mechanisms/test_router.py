@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.conds import CONDCrossAttn
 from subject_patches.patches.engine.call import AttentionCall, prompt_keys
 from subject_patches.patches.engine.chunk import Chunk
 from subject_patches.patches.families import attention_sites
@@ -36,20 +37,13 @@ def cross_call(
     source = generator(3)
     query = torch.randn(2, math.prod(grid), 8, generator=source) * 2
     key = torch.randn(2, length, 8, generator=source).repeat(1, turns, 1)
-    conditioning = {"model_conds": {"c_crossattn": Encoded(torch.zeros(1, length, 8))}, "uuid": 1, **values}
+    conditioning = {"model_conds": {"c_crossattn": CONDCrossAttn(torch.zeros(1, length, 8))}, "uuid": 1, **values}
     if spans is not None:
         conditioning["subject_patches_spans"] = spans
     chunk = Chunk(slice(0, 2), "positive", True, conditioning, (8, 12))
     return AttentionCall(
         query, key, torch.randn(key.shape, generator=source), 2, CROSS, chunk, grid, prompt_keys(CROSS, key, chunk)
     )
-
-
-class Encoded:
-    """As the host keeps an encoded prompt."""
-
-    def __init__(self, cond: Tensor) -> None:
-        self.cond = cond
 
 
 def test_places_of_a_route() -> None:

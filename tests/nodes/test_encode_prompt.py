@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,12 @@ from comfy.supported_models_base import ClipTarget
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from safetensors.torch import save_file
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
+from subject_patches.patches.mechanisms.subject import Subject
 from subject_patches.patches.parts.prompt import SPANS_KEY
+from subject_patches.tests.shared.models import subject
 from subject_patches.toy.family import WIDTH, ToyClip, ToyTokenizer
 
 import nodes
-
-
-@dataclass(frozen=True)
-class Named:
-    """As much of a subject as the node reads."""
-
-    phrase: str
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> comfy.sd.CLIP:
     return made
 
 
-def encode(clip: comfy.sd.CLIP, text: str, phrases: str = "", subjects: tuple[Named, ...] | None = None) -> list[Any]:
+def encode(clip: comfy.sd.CLIP, text: str, phrases: str = "", subjects: tuple[Subject, ...] | None = None) -> list[Any]:
     (conditioning,) = EncodePromptWithSubjects.execute(clip=clip, text=text, phrases=phrases, subjects=subjects).args
     return conditioning
 
@@ -98,7 +92,9 @@ def test_the_conditioning_is_the_hosts_own(clip: comfy.sd.CLIP, text: str) -> No
 
 
 def test_phrases_of_the_field_and_of_subjects(clip: comfy.sd.CLIP) -> None:
-    ((_, options),) = encode(clip, "a red dog and a hat", " dog ;\n", (Named("hat"), Named(""), Named("red dog")))
+    ((_, options),) = encode(
+        clip, "a red dog and a hat", " dog ;\n", (subject(phrase="hat"), subject(phrase=""), subject(phrase="red dog"))
+    )
     assert options[SPANS_KEY] == {"dog": ((3, 4),), "hat": ((6, 7),), "red dog": ((2, 4),)}
     assert encode(clip, "a dog")[0][1][SPANS_KEY] == {}
 
@@ -129,7 +125,7 @@ def test_every_entry_of_a_hook_schedule_knows_the_spans(scheduled_clip: comfy.sd
 
 def test_errors_end_at_the_node(clip: comfy.sd.CLIP) -> None:
     with pytest.raises(ValueError, match="The phrase 'cat' is not in the prompt"):
-        encode(clip, "a dog", "dog", (Named("cat"),))
+        encode(clip, "a dog", "dog", (subject(phrase="cat"),))
     with pytest.raises(ValueError, match="The clip input is None"):
         EncodePromptWithSubjects.execute(clip=None, text="a dog")
 
