@@ -21,7 +21,7 @@ from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
 from subject_patches.toy.scenes import SMALL, WHOLE
 
-PAIRS = 10
+PAIRS = 16
 LAYOUTS = 8
 SCENES = 6
 LAYOUT_ROWS: dict[str, dict[str, Any] | None] = {UNPATCHED: None, "layout bias": {}}
