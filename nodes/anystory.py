@@ -129,6 +129,9 @@ class AnyStoryNode(io.ComfyNode):
         check_number("reference_shift", reference_shift, -SHIFT_MAX, SHIFT_MAX)
         check_number("reference_lora", reference_lora, 0.0, STRENGTH_MAX)
         check_number("router_lora", router_lora, 0.0, STRENGTH_MAX)
+        shares = {"reference_start": reference_start, "reference_end": reference_end}
+        for name, value in {**shares, "token_start": token_start, "token_end": token_end}.items():
+            check_number(name, value, 0.0, 1.0)
         references, tokens = Window(reference_start, reference_end), Window(token_start, token_end)
         _check_model(model, anystory)
         for subject in subjects:

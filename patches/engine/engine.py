@@ -180,11 +180,12 @@ def _predict_noise(
     if guidance is not None:
         for branch in branches:
             guide_branch(session, branch, guidance, timestep, options, plus)
-    elif any(branch.own_guidance for branch in branches):
-        session.warn_once(
-            "Dual-Branch Integration's guidance is 'own', but no negative prompt is in this run (CFG 1, as distilled "
-            "models are run); the auxiliary branch goes without guidance, as the picture does."
-        )
+    for branch in branches if guidance is None else ():
+        if branch.own_guidance:
+            session.warn_once(
+                f"{branch.node}'s guidance is 'own', but no negative prompt is in this run (CFG 1, as distilled models "
+                "are run); its branch goes without guidance, as the picture does."
+            )
     return result
 
 

@@ -221,7 +221,9 @@ class Denoising:
     Where the generation is guided, the engine gives the branch its guidance: with the generation's unconditional
     prediction, or with `own_guidance` one for the branch's own latents, which costs another pass. Under a noise mask
     the branch is blended with the `kept` region as the generation is; `picture` is what an inpainting U-Net is shown
-    of it: the clean latents and the mask, where there is one."""
+    of it: the clean latents and the mask, where there is one. `node` is the name of the node that it is of."""
+
+    node: ClassVar[str] = ""
 
     noise: Tensor
     begin: Callable[[float], Tensor]

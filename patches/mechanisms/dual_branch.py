@@ -125,6 +125,8 @@ class AuxiliaryBranch(Denoising):
     keys are the prompt's, and the bias that other edits gave its own attention to the prompt there; `chunk` is its
     own."""
 
+    node: ClassVar[str] = "Dual-Branch Integration"
+
     grids: dict[Site, tuple[int, int]] = field(default_factory=dict)
     biases: dict[Site, Tensor | None] = field(default_factory=dict)
     prompts: dict[Site, slice] = field(default_factory=dict)
@@ -146,7 +148,7 @@ class DualBranchIntegration(Edit):
     nor the unconditional chunk is changed; the branch is looked at, since its mask is of its attention as others, such
     as Layout Bias, have amended it."""
 
-    node: ClassVar[str] = "Dual-Branch Integration"
+    node: ClassVar[str] = AuxiliaryBranch.node
 
     concept: BranchTokens
     auxiliary: BranchTokens

@@ -108,7 +108,7 @@ class Window:
     def __post_init__(self) -> None:
         for name, value in (("start_percent", self.start_percent), ("end_percent", self.end_percent)):
             if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} is {value}; give a number from 0 to 1.")
+                raise ValueError(f"The {name} is {value}; give a number from 0 to 1.")
         if self.start_percent > self.end_percent:
             raise ValueError(
                 f"The window starts at {self.start_percent}, after its end at {self.end_percent}; swap the two."

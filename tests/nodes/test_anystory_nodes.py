@@ -214,7 +214,7 @@ def test_model_sentences(model: Any, subjects: Any) -> None:
     refuses("token_scale is -1", token_scale=-1.0)
     refuses("reference_shift is nan", reference_shift=float("nan"))
     refuses("router_lora is 11", router_lora=11.0)
-    refuses("start_percent is 2", reference_start=2.0)
+    refuses("The reference_start is 2", reference_start=2.0)
     refuses("starts at 0.5, after its end at 0.3", token_start=0.5)
     refuses("router is 'perhaps'", router="perhaps")
 
