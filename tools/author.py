@@ -13,13 +13,14 @@ fixed, so that the file gives the same pictures every time. Needs Chromium and i
 from __future__ import annotations
 
 import json
+import math
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 from host import Server, ToolError, find_host
-from hosting.arrange import NOTE, arrange
+from hosting.arrange import NOTE, TITLE, arrange
 from hosting.command import Parser, enter, run
 from hosting.page import Page
 from hosting.workflows import FOLDER
@@ -71,13 +72,30 @@ def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = Non
     if note is not None:
         _note(workflow, note)
     page.load(workflow)
-    workflow = arrange(page.export()[1], page.least_sizes())
+    workflow = _arranged(page, page.export()[1])
     page.load(workflow)
     page.settle()
     _, saved = page.export()
-    # Without a saved view the page shows all of a workflow that it opens.
-    saved["extra"].pop("ds", None)
+    # The page that saves is not the screen that a workflow will be opened on.
+    saved["extra"]["ds"] = workflow["extra"]["ds"]
     return saved | {"id": str(uuid.uuid5(_NAMESPACE, name))}
+
+
+def _arranged(page: Page, workflow: dict[str, Any]) -> dict[str, Any]:
+    """The open workflow laid out with room for all that its nodes show, on the canvas and in Nodes 2.0."""
+    sizes, grown = page.least_sizes(), {}
+    page.modern(True)
+    try:
+        while sizes != grown:
+            # How wide a node is, and with it how high, depends on what stands in its column.
+            sizes = grown or sizes
+            laid = arrange(workflow, sizes)
+            page.load(laid)
+            heights = {number: math.ceil(height - TITLE) for number, (*_, height) in page.grown().items()}
+            grown = {number: [width, max(height, heights[number])] for number, (width, height) in sizes.items()}
+    finally:
+        page.modern(False)
+    return laid
 
 
 def _note(workflow: dict[str, Any], text: str) -> None:

@@ -35,7 +35,7 @@ def reference(graph: Graph) -> str:
     return (
         "## Your subject in a new picture\nThe picture in **Your subject** is shown in what the prompt says: no "
         "training, no download.\n\n**Change first:** the picture, then the prompt, which should name what the picture "
-        "shows. `strength` of Recycled Self-Attention says how much of it: 0 is the checkpoint alone, 1 the paper's."
+        "shows. *strength* of Recycled Self-Attention says how much of it: 0 is the checkpoint alone, 1 the paper's."
     )
 
 
@@ -55,7 +55,7 @@ def two_subjects(graph: Graph) -> str:
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "two_subjects")
     return (
         "## Two subjects, each in its box\nEach picture is seen in its own box only, so that the two do not blend.\n\n"
-        "**Change first:** the two pictures, their nouns (in the prompt, in `phrases`, in each Subject Reference and "
+        "**Change first:** the two pictures, their nouns (in the prompt, in *phrases*, in each Subject Reference and "
         f"as each box's description), then the boxes. {BOXES}"
     )
 
@@ -74,8 +74,8 @@ def layout(graph: Graph) -> str:
     graph.save("After: each in its box", graph.sampled("", model, positive, negative, latent), "layout")
     return (
         "## Things where you say\nEach phrase of the prompt is drawn in its box.\n\n**Change first:** the boxes. Each "
-        "has its phrase as its description; the phrase must stand in the prompt and in `phrases`, too. "
-        f"`guidance_weight` of Layout Bias says how hard: 0.05 to 0.08 are the authors'. {BOXES}"
+        "has its phrase as its description; the phrase must stand in the prompt and in *phrases*, too. "
+        f"*guidance_weight* of Layout Bias says how hard: 0.05 to 0.08 are the authors'. {BOXES}"
     )
 
 
@@ -109,9 +109,9 @@ def concept(graph: Graph) -> str:
         "minutes, on a processor many hours), and the second branch brings the rest of the prompt "
         f"back. Half of the training sees {REGULARISING} other shields, which the checkpoint draws by itself, so that "
         "the noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) "
-        "in their place), the `noun` and the `name`, then both in the prompt, and the noun in *Others of the noun*. "
+        "in their place), the *noun* and the *name*, then both in the prompt, and the noun in *Others of the noun*. "
         "Steps and rates are 0, which takes the authors' for this "
-        f"checkpoint; the log says what was taken. `use_a_concept` loads both again: they are called {NAME}."
+        f"checkpoint; the log says what was taken. *use_a_concept* loads both again: they are called {NAME}."
     )
 
 
@@ -127,7 +127,7 @@ def use_a_concept(graph: Graph) -> str:
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "concept_again")
     return (
         "## A concept that was trained before\nTrain ICO Concept leaves an embedding, which the prompt names, and a "
-        f"LoRA of the same name: here **{NAME}**, which the workflow `concept` makes. None of this pack's nodes "
+        f"LoRA of the same name: here **{NAME}**, which the workflow *concept* makes. None of this pack's nodes "
         "is needed.\n\n"
         "**Change first:** the concept's name, in the LoRA's list and in the prompt, and the noun behind it."
     )
@@ -166,8 +166,8 @@ def retouch(graph: Graph) -> str:
     return (
         "## Give a picture's subject the details of another\n**Your picture** keeps its structure; its subject takes "
         f"the look of **The details** ({graph.steps()['steps']} steps; lambda2 0.2 and the mask from 0.6 are the "
-        "paper's).\n\n**Change first:** the two pictures, then the noun in *What both pictures show*, in its `phrases` "
-        "and in Adaptive Swap Mask. More `lambda2` keeps more of the picture. Connect a painted mask to Adaptive Swap "
+        "paper's).\n\n**Change first:** the two pictures, then the noun in *What both pictures show*, in its *phrases* "
+        "and in Adaptive Swap Mask. More *lambda2* keeps more of the picture. Connect a painted mask to Adaptive Swap "
         "Mask to say where."
     )
 

@@ -41,10 +41,12 @@ def prompts(server: Server) -> dict[str, Any]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path: Path) -> None:
     """No node is missing, the page's API export is what the tools queue, and the file is what the page saves. Nodes lie
-    in titled groups and none over another, on opening and with the pictures of a run; no link runs behind a node."""
+    in titled groups and none over another, on opening and with the pictures of a run; no link runs behind a node. What
+    is written on nodes can be read on opening."""
     workflow = load_workflow(path)
     page.load(workflow)
     assert page.missing() == []
+    assert page.legible()
     prompt, saved = page.export()
     assert prompt == prompts[path.stem]
     assert _lasting(saved) == _lasting(workflow)
@@ -55,6 +57,21 @@ def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path:
             page.show_pictures(node["id"], "subject_patches_emblem.png", 2)
     page.settle()
     _check_canvas(page, workflow)
+
+
+@pytest.mark.parametrize("stem", ["layout_by_boxes", "two_subjects_sdxl", "train_a_residual_token"])
+def test_nodes_have_room_in_nodes_2(page: Page, stem: str) -> None:
+    """Drawn by Nodes 2.0, where the editor of boxes appears and the pack's name stands on its nodes."""
+    workflow = load_workflow(ROOT / "workflows" / f"{stem}.json")
+    page.modern(True)
+    try:
+        page.load(workflow)
+        bounds = page.grown()
+    finally:
+        page.modern(False)
+    assert [pair for pair in itertools.combinations(bounds, 2) if _overlap(*(bounds[each] for each in pair))] == []
+    editors = [node["id"] for node in workflow["nodes"] if node["type"] == "CreateBoundingBoxes"]
+    assert all(bounds[number][3] > 400 for number in editors)
 
 
 def _check_canvas(page: Page, workflow: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from hosting.workflows import (
     fetch_groups,
     find_workflow,
     load_workflow,
+    real_workflow_files,
     use_checkpoint,
     workflow_files,
 )
@@ -82,6 +83,20 @@ def test_workflows_run_without_advanced_inputs(server: Server) -> None:
     assert left > 100
     stems = [path.stem for path in workflow_files()]
     assert server.queue(prompts[stems.index("attention_inspector")])
+
+
+@pytest.mark.parametrize("path", [*workflow_files(), *real_workflow_files()], ids=lambda path: path.stem)
+def test_what_is_shown_before_a_run(path: Path) -> None:
+    """The editor of boxes has those that are there in numbers. A note has no code: Nodes 2.0 draws it blue on blue."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for node in load_workflow(path)["nodes"]:
+        kinds.setdefault(node["type"], []).append(node)
+    for editor in kinds.get("CreateBoundingBoxes", ()):
+        (numbers,) = kinds["PrimitiveStringMultiline"]
+        width, height, *states = editor["widgets_values"]
+        assert [width, height] == kinds["SubjectPatchesLayout"][0]["widgets_values"][:2]
+        assert [*states] == [json.loads(numbers["widgets_values"][0])] * 2
+    assert ["`" in note["widgets_values"][0] for note in kinds["MarkdownNote"]] == [False]
 
 
 def test_unconvertible_workflow_is_one_sentence(server: Server) -> None:

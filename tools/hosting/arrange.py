@@ -40,19 +40,27 @@ _GENERATING = {
     *("SubjectPatchesStepBlendedGuider", "SubjectPatchesSelfRecurrence", "BasicGuider"),
 }
 _COMPARING = {"SaveImage", "PreviewImage", "PreviewAny", "SubjectPatchesAttentionInspector"}
+_LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader"}
+_PROMPTS = {"CLIPTextEncode", "SubjectPatchesEncodePrompt", "SubjectPatchesAuxiliaryPrompt", "ConditioningZeroOut"}
 _PICTURES = {"SaveImage", "PreviewImage", "LoadImage", "LoadImageMask"}
 # Room for a picture, so that a node need not grow when it gets one.
 _PICTURE = (300.0, 340.0)
-_TITLE = 30.0
+# How high the page makes a node's title.
+TITLE = 30.0
 # Between nodes of a column, with room for the pack's badge; between columns, wide enough for the links' curves.
 _GAP, _COLUMN_GAP = 30.0, 80.0
-_BETWEEN_GROUPS = 40.0
+_BETWEEN_GROUPS = 20.0
 _PADDING = 40.0
 _HEAD = 70.0
 _HEIGHTS = range(600, 1501, 50)
 _NOTE_WIDTH, _BANNER_WIDTH = 400.0, 1000.0
-# A note beside the graph is read first; one above it makes the graph larger on the screen. That has to be worth it.
+# A note beside the graph is read first, and results are looked for right of what makes them. To put one of them
+# elsewhere so that the graph is larger on the screen has to be worth it.
 _WORTH = 1.06
+# The page leaves words away below a zoom of 0.572. A graph that is larger opens with its left part in sight.
+_LEGIBLE = 0.6
+# Where a workflow's upper left corner is when it opens: beside the page's bars.
+_MARGINS = (80.0, 110.0)
 
 
 @dataclass
@@ -70,22 +78,40 @@ class _Laid:
         """How large it can be shown on a screen, at most as it is."""
         return min(1.0, *(has / needs for has, needs in zip(SCREEN, self.size, strict=True)))
 
+    @property
+    def view(self) -> float:
+        """How large it is shown when it opens."""
+        return round(max(self.zoom, _LEGIBLE), 3)
+
 
 def arrange(workflow: Workflow, sizes: Mapping[int, Sequence[float]]) -> Workflow:
-    """The workflow with its nodes in groups, none over another, beside or below its note.
+    """The workflow with its nodes in groups, none over another, beside or below its note, and the view it opens in.
 
     Args:
         workflow: in UI format. A node that lies in a group stays in that group; the others go where their kind belongs.
         sizes: the least width and height of each node by its number, as the page computes them.
     """
     members = _members(workflow)
-    beside = max(_ways(workflow, members, sizes, above=False), key=lambda way: way.zoom)
-    above = max(_ways(workflow, members, sizes, above=True), key=lambda way: way.zoom)
-    best = above if above.zoom > _WORTH * beside.zoom else beside
+
+    def best(*, above: bool) -> _Laid:
+        usual, *others = (
+            max(found, key=lambda way: way.zoom)
+            for found in ([*_ways(workflow, members, sizes, above=above, stacked=stacked)] for stacked in (False, True))
+            if found
+        )
+        return _better(*others, usual) if others else usual
+
+    chosen = _better(best(above=True), best(above=False))
     extra = {key: value for key, value in (workflow.get("extra") or {}).items() if key not in WIRES}
-    placed = {node["id"]: node for node in (*best.nodes, *best.note)}
+    placed = {node["id"]: node for node in (*chosen.nodes, *chosen.note)}
     nodes = [placed[node["id"]] for node in workflow["nodes"]]
-    return workflow | {"nodes": nodes, "groups": best.groups, "extra": extra | best.wired.saved()}
+    view = {"scale": chosen.view, "offset": [round(margin / chosen.view) for margin in _MARGINS]}
+    return workflow | {"nodes": nodes, "groups": chosen.groups, "extra": extra | chosen.wired.saved() | {"ds": view}}
+
+
+def _better(one: _Laid, usual: _Laid) -> _Laid:
+    """The usual way, unless the one makes the graph so much larger on the screen that it is worth it."""
+    return one if one.zoom > _WORTH * usual.zoom else usual
 
 
 def group_of(node: Node) -> str:
@@ -114,33 +140,60 @@ def _within(place: Sequence[float], bounds: Sequence[float]) -> bool:
 
 
 def _ways(
-    workflow: Workflow, members: Mapping[str, list[int]], sizes: Mapping[int, Sequence[float]], above: bool
+    workflow: Workflow,
+    members: Mapping[str, list[int]],
+    sizes: Mapping[int, Sequence[float]],
+    *,
+    above: bool,
+    stacked: bool,
 ) -> Iterator[_Laid]:
+    """Ways for columns of several heights, with the note `above` the graph or beside it, and the last group below the
+    one before it (`stacked`), where both are one column, or beside it."""
     for tallest in _HEIGHTS:
         nodes = {node["id"]: dict(node) for node in workflow["nodes"]}
         notes = [node for node in nodes.values() if node["type"] == NOTE]
         left = top = 0.0
         for note in notes:
             width = _BANNER_WIDTH if above else _NOTE_WIDTH
-            note["pos"], note["size"] = [0.0, _TITLE], [width, _note_height(note, width)]
+            note["pos"], note["size"] = [0.0, TITLE], [width, _note_height(note, width)]
             left, top = (0.0, _height(note)) if above else (width + _BETWEEN_GROUPS, 0.0)
+        grouped = [
+            _columns([nodes[number] for number in numbers], workflow["links"], sizes, tallest)
+            for numbers in members.values()
+        ]
+        if stacked:
+            if [len(mine) for mine in grouped[-2:]] != [1, 1]:
+                continue
+            _widen([*grouped[-2][0], *grouped[-1][0]])
         columns: list[list[Node]] = []
         frames = []
-        for numbers in members.values():
-            mine = _columns([nodes[number] for number in numbers], workflow["links"], sizes, tallest)
-            right, bottom = _place(mine, left + _PADDING, top + _HEAD + _TITLE)
-            frames.append([left, top, right + _PADDING - left, bottom + _PADDING - top])
-            columns += mine
-            left = right + _PADDING + _BETWEEN_GROUPS
+        for number, mine in enumerate(grouped):
+            below = stacked and number == len(grouped) - 1
+            start = top
+            if below:
+                left, start = frames[-1][0], start + frames[-1][3] + _BETWEEN_GROUPS
+            right, bottom = _place(mine, left + _PADDING, start + _HEAD + TITLE)
+            frames.append([left, start, right + _PADDING - left, bottom + _PADDING - start])
+            if below:
+                columns[-1] += mine[0]
+            else:
+                columns += mine
+            left += frames[-1][2] + _BETWEEN_GROUPS
         wired = wire(columns, workflow["links"])
         for node in (node for column in columns for node in column):
             node["pos"][1] += wired.height
-        height = max(frame[3] for frame in frames) + wired.height
+        bottom = max(frame[1] + frame[3] for frame in frames) + wired.height
+        for number, frame in enumerate(frames):
+            if stacked and number == len(frames) - 2:
+                frame[3] += wired.height
+            else:
+                frame[1] += wired.height if stacked and number == len(frames) - 1 else 0.0
+                frame[3] = bottom - frame[1]
         groups = [
-            {"id": number, "title": title, "bounding": [*frame[:3], height], "color": _colour(title), "flags": {}}
+            {"id": number, "title": title, "bounding": frame, "color": _colour(title), "flags": {}}
             for number, (title, frame) in enumerate(zip(members, frames, strict=True), start=1)
         ]
-        bottom = max([top + height, *(note["pos"][1] + note["size"][1] for note in notes)])
+        bottom = max([bottom, *(note["pos"][1] + note["size"][1] for note in notes)])
         others = [node for node in nodes.values() if node["type"] != NOTE]
         yield _Laid(others, notes, groups, wired, (left - _BETWEEN_GROUPS, bottom))
 
@@ -158,29 +211,39 @@ def _columns(
     for _, source, _, target, *_ in links:
         if source in mine and target in mine:
             before[target].add(source)
-    depth: dict[int, int] = {}
-
-    def depth_of(number: int) -> int:
-        if number not in depth:
-            depth[number] = 1 + max((depth_of(each) for each in before[number]), default=-1)
-        return depth[number]
-
     columns: list[list[Node]] = [[]]
-    for node in sorted(nodes, key=lambda node: (depth_of(node["id"]), *_reading_order(node))):
+    placed: set[int] = set()
+    left = sorted(nodes, key=_reading_order)
+    while left:
+        node = next((each for each in left if before[each["id"]] <= placed), left[0])
+        left.remove(node)
+        placed.add(node["id"])
         node["size"] = _size(node, sizes.get(node["id"], (0.0, 0.0)))
         if columns[-1] and sum(map(_height, (*columns[-1], node))) > tallest:
             columns.append([])
         columns[-1].append(node)
     for column in columns:
-        width = max(node["size"][0] for node in column)
-        for node in column:
-            node["size"][0] = width
+        _widen(column)
     return columns
 
 
-def _reading_order(node: Node) -> tuple[bool, int]:
-    # What everything else hangs on comes first.
-    return node["type"] not in ("CheckpointLoaderSimple", "UNETLoader"), node["id"]
+def _widen(column: list[Node]) -> None:
+    """Makes its nodes as wide as the widest."""
+    width = max(node["size"][0] for node in column)
+    for node in column:
+        node["size"][0] = width
+
+
+def _reading_order(node: Node) -> tuple[int, int]:
+    """What everything else hangs on comes first, then what people change: pictures, prompts. A node's number decides
+    between others."""
+    if node["type"] in ("LoadImage", "LoadImageMask"):
+        place = 1
+    elif node["type"] in _PROMPTS:
+        place = 3 if "negative" in (node.get("title") or "").lower() else 2
+    else:
+        place = 0 if node["type"] in _LOADERS else 4
+    return place, node["id"]
 
 
 def _size(node: Node, least: Sequence[float]) -> list[float]:
@@ -193,7 +256,7 @@ def _size(node: Node, least: Sequence[float]) -> list[float]:
 
 
 def _height(node: Node) -> float:
-    return node["size"][1] + _TITLE + _GAP
+    return node["size"][1] + TITLE + _GAP
 
 
 def _place(columns: list[list[Node]], left: float, top: float) -> tuple[float, float]:
@@ -204,12 +267,12 @@ def _place(columns: list[list[Node]], left: float, top: float) -> tuple[float, f
         for node in column:
             node["pos"] = [left, below]
             below += _height(node)
-        bottom = max(bottom, below - _TITLE - _GAP)
+        bottom = max(bottom, below - TITLE - _GAP)
         left += max(node["size"][0] for node in column) + _COLUMN_GAP
     return left - _COLUMN_GAP, bottom
 
 
 def _note_height(note: Node, width: float) -> float:
     text = "".join(note.get("widgets_values") or ())
-    lines = sum(1 + len(line) // int(width / 8.5) for line in text.splitlines())
-    return 50.0 + 21.0 * lines
+    lines = sum(1 + len(line) // int(width / 6.5) for line in text.splitlines())
+    return 60.0 + 18.0 * lines

@@ -38,8 +38,19 @@ _MISSING = """
 const known = window.LiteGraph.registered_node_types;
 return window.app.graph.nodes.map(node => node.type).filter(type => !(type in known));
 """
+_MODERN = """
+const [on, done] = arguments;
+window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", on).then(() => done(null), e => done(String(e)));
+"""
+_DRAWN = """
+return window.app.graph.nodes.every(node => document.querySelector(`[data-node-id="${node.id}"]`));
+"""
 _LEAST = """
 return window.app.graph.nodes.map(node => [node.id, ...node.computeSize()]);
+"""
+_LEGIBLE = """
+window.app.canvas.draw(true, true);
+return !window.app.canvas.low_quality;
 """
 _BOUNDS = """
 const title = window.LiteGraph.NODE_TITLE_HEIGHT;
@@ -127,7 +138,6 @@ class Page:
 
     def __enter__(self) -> Page:
         from selenium import webdriver
-        from selenium.webdriver.support.ui import WebDriverWait
 
         found = find_browser()
         if found is None:
@@ -141,7 +151,7 @@ class Page:
             self._driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found[1]))
             self._driver.set_script_timeout(_SECONDS)
             self._driver.get(self._url)
-            WebDriverWait(self._driver, _SECONDS).until(lambda driver: driver.execute_script(_READY))
+            self._until(_READY)
         except BaseException:
             self._close()
             raise
@@ -170,9 +180,27 @@ class Page:
         self._raise(error)
         return json.loads(prompt), json.loads(workflow)
 
+    def modern(self, on: bool) -> None:
+        """Draw nodes as Nodes 2.0 does, or on the canvas alone, as the page does by default."""
+        self._raise(self._driver.execute_async_script(_MODERN, on))
+
     def least_sizes(self) -> dict[int, list[float]]:
-        """The least width and height of each node of the open workflow, by its number."""
+        """The least width and height of each node of the open workflow on the canvas, by its number."""
         return {int(number): size for number, *size in self._driver.execute_script(_LEAST)}
+
+    def grown(self) -> dict[int, list[float]]:
+        """The bounds of the open workflow's nodes when all are drawn by Nodes 2.0, whose editors need room."""
+        self._driver.execute_script(_FIT)
+        self._until(_DRAWN)
+        before: dict[int, list[float]] = {}
+        while before != (now := self.bounds()):
+            before = now
+            self.settle()
+        return now
+
+    def legible(self) -> bool:
+        """Whether the page draws words on the nodes: it leaves them away where they would be too small."""
+        return self._driver.execute_script(_LEGIBLE)
 
     def bounds(self) -> dict[int, list[float]]:
         """Where each node of the open workflow lies, its title bar included: x, y, width and height by its number."""
@@ -196,9 +224,7 @@ class Page:
 
     def settle(self) -> None:
         """Wait until pictures are loaded and drawn."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self._driver, _SECONDS).until(lambda driver: driver.execute_script(_LOADED))
+        self._until(_LOADED)
         self._driver.execute_async_script("const [done] = arguments; setTimeout(done, 400);")
 
     def picture(self) -> bytes:
@@ -206,6 +232,11 @@ class Page:
         self._driver.execute_script(_FIT)
         self.settle()
         return self._driver.get_screenshot_as_png()
+
+    def _until(self, true: str) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self._driver, _SECONDS).until(lambda driver: driver.execute_script(true))
 
     def _raise(self, error: str | None) -> None:
         if error is not None:
