@@ -69,9 +69,11 @@ def layout(graph: Graph) -> str:
     positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **prompt), 0]
     negative = graph.negative(positive)
     latent = graph.empty(side)
-    graph.save("Before: the prompt alone", graph.sampled("", graph.model, positive, negative, latent), "before")
+    alone = graph.sampled("KSampler, the prompt alone", graph.model, positive, negative, latent)
+    graph.save("Before: the prompt alone", alone, "before")
     model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=placed), 0]
-    graph.save("After: each in its box", graph.sampled("", model, positive, negative, latent), "layout")
+    boxed = graph.sampled("KSampler, with the boxes", model, positive, negative, latent)
+    graph.save("After: each in its box", boxed, "layout")
     return (
         "## Things where you say\nEach phrase of the prompt is drawn in its box.\n\n**Change first:** the boxes. Each "
         "has its phrase as its description; the phrase must stand in the prompt and in *phrases*, too. "
