@@ -62,7 +62,7 @@ class EncodeSubjectsNode(io.ComfyNode):
             category=SUBJECT,
             description="Has a trained encoder look at subjects (AnyStory): Recycled Self-Attention and Routed "
             "Reference Attention then show what it made of them, without a pass over the references.",
-            search_aliases=["AnyStory", "ReferenceNet", "QFormer", "image prompt", "ip adapter", "ipadapter"],
+            search_aliases=["AnyStory", "ReferenceNet", "QFormer", "image prompt"],
             inputs=[
                 vae_input(),
                 subject_input(),

@@ -19,28 +19,41 @@ from hosting.page import Page
 from hosting.workflows import find_real_workflow, load_workflow
 
 FOLDER = ROOT / "subgraphs"
+# Where the page lists the boxes among blueprints.
+CATEGORY = "Subject Patches"
 _NAMESPACE = uuid.UUID("8f0c3f0e-11ba-4c8e-9c3e-6f1f5a6c1f0b")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A box: the workflow whose nodes of these kinds it holds, and which of their widgets it shows, by their kind."""
+    """A box: the workflow whose nodes of these kinds it holds, and which of their widgets it shows, by their kind; what
+    the page says of it, what else it is found by, and what it calls sockets whose names say too little."""
 
     name: str
+    description: str
+    aliases: tuple[str, ...]
     workflow: str
     kinds: tuple[str, ...]
     widgets: tuple[tuple[str, str], ...]
+    labels: tuple[tuple[str, str], ...]
 
 
 BLUEPRINTS = (
     Blueprint(
         "Reference (Subject Patches)",
+        "Shows the subject of a picture in new pictures, without training: put it between the checkpoint's MODEL and "
+        "the sampler.",
+        ("ip adapter", "reference only", "character", "consistent"),
         "reference_sd15",
         ("SubjectPatchesSubject", "SubjectPatchesRecycledSelfAttention"),
         (("SubjectPatchesRecycledSelfAttention", "strength"), ("SubjectPatchesSubject", "size")),
+        (("image", "your subject"),),
     ),
     Blueprint(
         "Two Subjects in Boxes (Subject Patches)",
+        "Shows two subjects in one picture, each only in its own box. It holds the prompt, too: CONDITIONING is the "
+        "sampler's positive one.",
+        ("regional", "multi subject", "several characters", "ip adapter"),
         "two_subjects_sd15",
         (
             *("SubjectPatchesSubject", "SubjectPatchesLayout", "SubjectPatchesLayoutBias"),
@@ -52,9 +65,13 @@ BLUEPRINTS = (
             *(("PrimitiveStringMultiline", "value"), ("SubjectPatchesSubject", "phrase")),
             *(("SubjectPatchesRoutedReferenceAttention", "strength"), ("SubjectPatchesLayoutBias", "guidance_weight")),
         ),
+        (("image", "first subject"), ("image_1", "second subject"), ("CONDITIONING", "positive")),
     ),
     Blueprint(
         "Retouch (Subject Patches)",
+        "Gives the subject of a picture the details of another picture. Both have to be of one size; the sampler gets "
+        "the MODEL, the same SIGMAS, and the latent to begin with.",
+        ("MasaCtrl", "attention swap", "details", "Layout-and-Retouch"),
         "retouch_sd15",
         (
             *("SubjectPatchesInvertToTrajectory", "SubjectPatchesAdaptiveBlendMask", "SubjectPatchesMultiSourceSwap"),
@@ -64,6 +81,7 @@ BLUEPRINTS = (
             *(("SubjectPatchesAdaptiveBlendMask", "phrase"), ("SubjectPatchesMultiSourceSwap", "lambda2")),
             ("SubjectPatchesMultiSourceSwap", "mask_blend_start"),
         ),
+        (("pixels", "your picture"), ("pixels_1", "the details"), ("last_latent", "latent to begin with")),
     ),
 )
 
@@ -94,8 +112,15 @@ def made(page: Page, blueprint: Blueprint) -> dict[str, Any]:
         socket["link"] = None
     for socket in box["outputs"]:
         socket["links"] = None
+    labels = dict(blueprint.labels)
+    for each in (box, definition):
+        for socket in (*each["inputs"], *each["outputs"]):
+            if socket["name"] in labels:
+                socket["label"] = labels[socket["name"]]
+    definition |= {"category": CATEGORY, "description": blueprint.description}
+    extra = {"BlueprintDescription": blueprint.description, "BlueprintSearchAliases": [*blueprint.aliases]}
     kept = {"revision": 0, "last_node_id": box["id"], "last_link_id": 0, "nodes": [box], "links": [], "groups": []}
-    text = json.dumps({**kept, "definitions": workflow["definitions"], "version": 0.4, "id": fixed})
+    text = json.dumps({**kept, "definitions": workflow["definitions"], "version": 0.4, "id": fixed, "extra": extra})
     return json.loads(text.replace(definition["id"], str(uuid.uuid5(_NAMESPACE, f"{blueprint.name} box"))))
 
 

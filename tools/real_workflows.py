@@ -218,8 +218,8 @@ NAME = "my_concept"
 # How many pictures for regularisation the checkpoint makes of the noun.
 REGULARISING = 12
 BOXES = (
-    "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (Settings, Lite Graph, Modern Node Design); "
-    "without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."
+    "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (a switch in the menu of the ComfyUI logo, top "
+    "left); without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."
 )
 WORKFLOWS: dict[str, Callable[[Graph], str]] = {
     each.__name__: each for each in (reference, small_region, two_subjects, layout, concept, use_a_concept, retouch)

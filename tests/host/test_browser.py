@@ -123,6 +123,7 @@ def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
         assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
         assert box["properties"]["proxyWidgets"]
         assert len(box["inputs"]) > 2
+        assert definition["description"] == blueprint["extra"]["BlueprintDescription"]
 
 
 def test_missing_node_is_seen(page: Page, solid_workflow: dict[str, Any]) -> None:
