@@ -56,6 +56,15 @@ def test_a_workflow_may_leave_advanced_inputs_out(schema: Any) -> None:
             assert given[each.id].default in (getattr(each, "default", None), *([None] if schema.is_input_list else []))
 
 
+def test_help_pages_name_a_workflow_to_begin_with() -> None:
+    """Where a shipped workflow has the node, its page names one."""
+    workflows = {path.stem: path.read_text("utf-8") for path in (ROOT / "workflows").glob("*.json")}
+    for schema in SCHEMAS:
+        having = {stem for stem, text in workflows.items() if f'"{schema.node_id}"' in text}
+        told = re.findall(r"`(\w+)`", (HELP / f"{schema.node_id}.md").read_text(encoding="utf-8"))
+        assert not having or having & {*told}, schema.node_id
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
 def test_help_page_says_what_a_list_does(schema: Any) -> None:
     """The host runs a node once for each element of a list, but for those that take a list whole."""
