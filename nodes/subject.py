@@ -117,7 +117,7 @@ class SubjectNode(io.ComfyNode):
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and sequences of IMAGE and MASK batches."""
         check_loaded(vae=vae)
-        check_number("size", size, 8, SIZES[1])
+        check_number("size", size, *SIZES)
         check_number("margin", margin, 0.0, 1.0)
         check_number("cache_megabytes", cache_megabytes, 0, MEGABYTES_MAX)
         check_choice("background", background, (KEEP, *SHADES))

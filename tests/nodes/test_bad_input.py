@@ -44,6 +44,12 @@ def test_mask_count(count: int) -> None:
         make_subject(mask=torch.ones(count, 32, 48))
 
 
+@pytest.mark.parametrize("size", [56, 2056])
+def test_size_beyond_the_inputs(size: int) -> None:
+    with pytest.raises(ValueError, match=f"The size is {size}; give a number from 64 to 2048"):
+        make_subject(size=size)
+
+
 def test_checkpoint_without_vae() -> None:
     with pytest.raises(ValueError, match=r"The vae input is None, .* load one with Load VAE"):
         make_subject(vae=None)
