@@ -23,7 +23,7 @@ from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.train_concept import TrainConceptNode
 from subject_patches.nodes.train_residual import TrainResidualToken
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
-from subject_patches.tests.shared.mechanisms import Mechanism, over_mechanisms
+from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import (
     difference,
     integrated,
@@ -70,7 +70,8 @@ def test_the_rules_are_those_of_a_device() -> None:
         assert here.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-@over_mechanisms
+# Eight references are on a device as two are.
+@pytest.mark.parametrize("mechanism", [m for m in MECHANISMS if "eight" not in m.name], ids=lambda m: m.name)
 def test_a_run(mechanism: Mechanism, model: Any, there: Any) -> None:
     """With a prompt for the whole and one for an area, and recorded, so that what looks inside runs there, too."""
     run = {**RUN, "positive": [*known_prompt(), *known_prompt(3, area=(4, 6, 2, 1), strength=1.0)]}

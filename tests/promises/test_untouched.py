@@ -24,6 +24,8 @@ def test_the_given_model_is_untouched(mechanism: Mechanism, model: Any, plain: T
     assert torch.equal(sample(model), plain)
 
 
+# The host marks the layers of a model that it loads for the first time.
+@pytest.mark.usefixtures("plain")
 @over_mechanisms
 def test_nothing_of_a_run_survives_it(mechanism: Mechanism, model: Any) -> None:
     patched = mechanism.on(model)
