@@ -34,7 +34,7 @@ class SubjectPatches(ComfyExtension):
         from .nodes.residual import ApplyResidualTokens, LoadResidualToken, SaveResidualToken
         from .nodes.retouch import AdaptiveBlendMaskNode, MultiSourceSwapNode
         from .nodes.routed_reference import RoutedReferenceAttentionNode, SubjectShareNode
-        from .nodes.router import RouteByAttentionNode, RouteByMasksNode
+        from .nodes.router import RouteByAttentionNode, RouteByEncoderNode, RouteByMasksNode
         from .nodes.self_recurrence import SelfRecurrenceNode
         from .nodes.semantic_injection import LoadSemanticInjectionNode, SemanticInjectionNode
         from .nodes.step_blended_guider import StepBlendedGuiderNode
@@ -67,6 +67,7 @@ class SubjectPatches(ComfyExtension):
             EncodeSubjectsNode,
             RouteByMasksNode,
             RouteByAttentionNode,
+            RouteByEncoderNode,
             RoutedReferenceAttentionNode,
             LoadAnyStoryNode,
             AnyStorySubjectNode,

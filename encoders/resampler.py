@@ -57,20 +57,21 @@ class Resampler(nn.Module):
         self.proj_in, self.proj_out = operations.Linear(features, width), operations.Linear(width, context)
         self.norm_out = operations.LayerNorm(context)
         self.layers = nn.ModuleList(
-            nn.ModuleList([ReadingAttention(width, inner, heads, operations), _feed_forward(width, operations)])
+            nn.ModuleList([ReadingAttention(width, inner, heads, operations), feed_forward(width, operations)])
             for _ in range(depth)
         )
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.proj_in(features)
         latents = self.latents.to(features).expand(len(features), -1, -1)
-        for read, feed_forward in self.layers:
+        for read, further in self.layers:
             latents = latents + read(features, latents)
-            latents = latents + feed_forward(latents)
+            latents = latents + further(latents)
         return self.norm_out(self.proj_out(latents))
 
 
-def _feed_forward(width: int, operations: Any) -> nn.Sequential:
+def feed_forward(width: int, operations: Any) -> nn.Sequential:
+    """A normalised feed-forward of FEED_FORWARD times the width."""
     wide = FEED_FORWARD * width
     return nn.Sequential(
         operations.LayerNorm(width),

@@ -3,7 +3,8 @@
 A file holds `qformer.*`, which makes tokens of what a vision model sees of a subject; `image.SITE.to_{k,v}.weight`,
 which make keys and values of them for each cross-attention (Eq. 5); `reference_net.*` in the host's names;
 `reference.SITE.to_{k,v}.weight`, which make keys and values of its hidden states for each self-attention but the first
-(Eq. 6); and, where its family's vision model is not one that the host loads, `vision.*`. Its metadata tell the sizes.
+(Eq. 6); where the second stage of the training was run, `router.*` (`router.py`); and, where its family's vision model
+is not one that the host loads, `vision.*`. Its metadata tell the sizes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from ..patches.families.unet import sites_of, transformer_blocks
 from ..patches.mechanisms.image_prompt import KeysAndValues, in_file_order
 from ..patches.parts.masks import tokens_inside
 from ..patches.parts.sites import Site
+from .by_site import module_at, put
 from .loading import kept_by_host, loading, opened, read_tensors
 from .reference_net import build, delivering, hidden_states
 from .resampler import Resampler
+from .router import ROUTER, ROUTER_ENTRY, RouterForm, RouterModules
 from .vision import seen
 from .weights import FileForm, form_said, shapes_of
 
@@ -77,17 +80,12 @@ class Projections(nn.Module):
     def __init__(self, channels: Mapping[Site, tuple[int, int]], operations: Any) -> None:
         super().__init__()
         for site, (taken, given) in channels.items():
-            parent: nn.Module = self
-            for step in map(str, site.key):
-                if step not in dict(parent.named_children()):
-                    parent.add_module(step, nn.Module())
-                parent = parent.get_submodule(step)
-            for name in ("to_k", "to_v"):
-                parent.add_module(name, operations.Linear(taken, given, bias=False))
+            pair = {name: operations.Linear(taken, given, bias=False) for name in ("to_k", "to_v")}
+            put(self, site, nn.ModuleDict(pair))
 
     def at(self, site: Site) -> nn.Module:
         """The pair of a site."""
-        return self.get_submodule(f"{site.block}.{site.number}.{site.index}")
+        return module_at(self, site)
 
     def forward(self, site: Site, given: Tensor) -> KeysAndValues:
         pair = self.at(site)
@@ -104,7 +102,7 @@ class SubjectModules(nn.Module):
         sites = sites_of(self.reference_net)
         blocks = transformer_blocks(self.reference_net)
         inner = {site: blocks[site.key].attn1.to_k.weight.shape[0] for site in sites}
-        self.cross = tuple(site for site in sites if site.kind == "cross")
+        self.cross = {site: channels for site, channels in inner.items() if site.kind == "cross"}
         self.delivering = delivering(sites)
         self.qformer = Resampler(
             form.features, form.context, width=form.width, queries=form.tokens, inner=form.width, heads=form.heads,
@@ -129,13 +127,15 @@ class SubjectModules(nn.Module):
 @dataclass(frozen=True, eq=False)
 class SubjectEncoder:
     """A loaded file: the `patcher` holds its `SubjectModules` for the host to move, `vision` is the vision model that
-    it brings, as the host's CLIP_VISION, or None; `family` says for whom it was trained."""
+    it brings, as the host's CLIP_VISION, or None; `family` says for whom it was trained, and `router` holds its
+    `RouterModules` as `patcher` does, None where there are none."""
 
     name: str
     family: str
     form: Form
     patcher: Any
     vision: Any
+    router: Any = None
 
     @property
     def modules(self) -> SubjectModules:
@@ -145,19 +145,30 @@ class SubjectEncoder:
         comfy.model_management.load_model_gpu(self.patcher)
         return self.patcher.load_device
 
-    @torch.inference_mode()
-    def prompts(self, vision: Any, pixels: Tensor) -> tuple[KeysAndValues, ...]:
-        """Keys and values (1, pictures * tokens, channels), float32 on the CPU, for all cross-attention layers in the
-        order of published adapters, of pictures of one subject as the `vision` model takes them.
-
-        Raises ValueError where that is not the model that the encoder was trained with."""
+    def _seen(self, vision: Any, pixels: Tensor) -> Tensor:
         features = seen(vision, pixels)
         if features.shape[-1] != self.form.features:
             raise ValueError(
                 f"The encoder '{self.name}' reads {self.form.features} channels of a vision model, but the one "
                 f"connected gives {features.shape[-1]}; load the vision model that the encoder was trained with."
             )
-        made = self.modules.prompts(features.to(self._loaded()))
+        return features
+
+    @torch.inference_mode()
+    def routing(self, vision: Any, pixels: Tensor) -> Tensor:
+        """The router's feature R_i (1, width), float32 on the CPU, of pictures of one subject as `prompts` takes them:
+        the mean over these."""
+        comfy.model_management.load_model_gpu(self.router)
+        made = self.router.model.features(self._seen(vision, pixels).to(self.router.load_device))
+        return made.float().mean(0, keepdim=True).cpu()
+
+    @torch.inference_mode()
+    def prompts(self, vision: Any, pixels: Tensor) -> tuple[KeysAndValues, ...]:
+        """Keys and values (1, pictures * tokens, channels), float32 on the CPU, for all cross-attention layers in the
+        order of published adapters, of pictures of one subject as the `vision` model takes them.
+
+        Raises ValueError where that is not the model that the encoder was trained with."""
+        made = self.modules.prompts(self._seen(vision, pixels).to(self._loaded()))
         joined = {site: tuple(t.flatten(0, 1)[None].float().cpu() for t in pair) for site, pair in made.items()}
         return tuple(joined[site] for site in in_file_order(joined))
 
@@ -174,14 +185,31 @@ class SubjectEncoder:
         return kept
 
 
+def router_modules(router: RouterForm, form: Form, channels: Mapping[Site, int], operations: Any) -> RouterModules:
+    """The router of an encoder of a `form`; `channels` are those of the U-Net's cross-attentions."""
+    return RouterModules(
+        router, channels, operations, features=form.features, width=form.width, heads=form.heads, depth=DEPTH
+    )
+
+
 def read_subject_encoder(path: Path) -> SubjectEncoder:
     """Loads a subject encoder's file. Raises ValueError with one sentence where it is none or is damaged."""
     remedy = "Take a file that the pack's training wrote, or download it again."
     with loading(path, "a subject encoder", remedy):
         about, shapes = opened(path)
-        form = form_said(about, Form)
+        form, router = form_said(about, Form), None
         with torch.device("meta"):
             modules = SubjectModules(form, comfy.ops.manual_cast)
-        own, vision = read_tensors(path, about, shapes, shapes_of(modules.state_dict()))
+            if ROUTER_ENTRY in about:
+                told = RouterForm.read(about[ROUTER_ENTRY])
+                router = router_modules(told, form, modules.cross, comfy.ops.manual_cast)
+        wanted = shapes_of(modules.state_dict())
+        if router is not None:
+            wanted |= {ROUTER + name: shape for name, shape in shapes_of(router.state_dict()).items()}
+        own, vision = read_tensors(path, about, shapes, wanted)
+        routing = {name.removeprefix(ROUTER): own.pop(name) for name in list(own) if name.startswith(ROUTER)}
         modules.load_state_dict(own, assign=True)
-    return SubjectEncoder(path.name, about.get("family", "a U-Net"), form, kept_by_host(modules), vision)
+        if router is not None:
+            router.load_state_dict(routing, assign=True)
+    routed = None if router is None else kept_by_host(router)
+    return SubjectEncoder(path.name, about.get("family", "a U-Net"), form, kept_by_host(modules), vision, routed)

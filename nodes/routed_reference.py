@@ -42,6 +42,8 @@ from .references import kept_references, looked_at, positions_for, reference_str
 from .types import SEVERAL, RouterType, SubjectType
 
 TOKENS_MAX = 4096
+# Under which the host keeps what it is to move beside a MODEL.
+KEY = "subject_patches_routers"
 KEPT, SKIPPED = "kept", "skipped"
 
 
@@ -134,7 +136,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 ),
                 RouterType.Input(
                     "router",
-                    tooltip="From Route Subjects by Masks or by Attention: which place belongs to which subject.",
+                    tooltip="From Route Subjects by Masks, by Attention or by Encoder: which place belongs to which "
+                    "subject.",
                 ),
                 strength_input(),
                 sites_input(
@@ -212,7 +215,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         kept = [kept_references(model, subject) for subject in subjects]
         own_sites = [sites_of_kept(each, sites, chosen["self"]) if each else chosen["self"] for each in kept]
         acting = prompted.union(chosen["self"], *own_sites)
-        routing = router.routing([subject.phrase for subject in subjects], order, acting, window)
+        routing = router.routing(subjects, order, acting, window)
         usual = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
         level = usual if noise_level == USUAL else noise_level
         how = looked_at(level, fixed_level, refresh_steps, cross_attention == SKIPPED)
@@ -234,8 +237,11 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             shares.append(EmptyTokens(prompted, window, empty, eta))
         if not shares:
             return io.NodeOutput(model.clone())
-        edit = RoutedReferenceAttention(acting, window, routing, tuple(shares))
-        return io.NodeOutput(add_edit(model, edit))
+        patched = add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares)))
+        others = patched.get_additional_models_with_key(KEY)
+        known = {id(each.model) for each in others}
+        patched.set_additional_models(KEY, [*others, *(each for each in router.models if id(each.model) not in known)])
+        return io.NodeOutput(patched)
 
 
 def _check_family(model: Any, prompts: Sequence[Any], background: Any, cross_attention: str) -> None:

@@ -1,4 +1,4 @@
-"""Route Subjects by Masks, and by Attention: which place of the picture belongs to which subject (AnyStory)."""
+"""Route Subjects by Masks, by Attention and by Encoder: which place belongs to which subject (AnyStory)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..encoders.subject_encoder import SubjectEncoder
 from ..patches.mechanisms.layout_regions import Layout
+from ..patches.mechanisms.learned_router import LearnedRouter
 from ..patches.mechanisms.map_router import MapRouter
 from ..patches.mechanisms.mask_router import MaskRouter
 from ..patches.mechanisms.router import MOST_SUBJECTS
 from .checks import check_choice, check_number, masks_in, tell_upside_down
 from .inputs import ADVANCED, SHARE
-from .types import SEVERAL, LayoutType, RouterType
+from .types import SEVERAL, LayoutType, RouterType, SubjectEncoderType
 
 PRECEDING, MEAN = "preceding layer", "running mean"
+REFINED, COARSE = "refined", "coarse"
+ATTENTION, LEARNED = "attention maps", "learned maps"
 SMOOTHING_MAX = 0.5
+LEARNED_FROM = 0.3
 
 
 class RouteByMasksNode(io.ComfyNode):
@@ -113,6 +118,69 @@ class RouteByAttentionNode(io.ComfyNode):
         check_number("threshold", threshold, 0.0, 1.0)
         check_number("smoothing", smoothing, 0.0, SMOOTHING_MAX)
         return io.NodeOutput(MapRouter(threshold, smoothing, maps == MEAN))
+
+
+class RouteByEncoderNode(io.ComfyNode):
+    """Makes a router of the one that a subject encoder was trained with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SubjectPatchesRouteByEncoder",
+            display_name="Route Subjects by Encoder",
+            category=SEVERAL,
+            description="Lets the router that was trained with a subject encoder say where each subject belongs, by "
+            "what the model has drawn so far, so that several do not blend (AnyStory). It needs no phrases.",
+            search_aliases=["AnyStory", "router", "routing", "learned", "trained", "segmentation", "multi subject"],
+            inputs=[
+                SubjectEncoderType.Input(
+                    "encoder",
+                    tooltip="From Load Subject Encoder: the one that Encode Subjects encodes the subjects with. Its "
+                    "file must have a router.",
+                ),
+                io.Combo.Input(
+                    "maps",
+                    options=[REFINED, COARSE],
+                    default=REFINED,
+                    **ADVANCED,
+                    tooltip="'refined' has looked at the places that each subject got at first. 'coarse' has not: the "
+                    "first guess.",
+                ),
+                io.Combo.Input(
+                    "early",
+                    options=[ATTENTION, LEARNED],
+                    default=ATTENTION,
+                    **ADVANCED,
+                    tooltip="By what the noisiest steps go, before learned_from, where no router can know. 'attention "
+                    "maps' as Route Subjects by Attention reads them, as far as every subject has a phrase that the "
+                    "prompt knows; 'learned maps' all the same.",
+                ),
+                io.Float.Input(
+                    "learned_from",
+                    default=LEARNED_FROM,
+                    **SHARE,
+                    **ADVANCED,
+                    tooltip="Where in the run's schedule the learned maps take over from the early ones; 0 is its "
+                    "first step.",
+                ),
+            ],
+            outputs=[router_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, encoder: SubjectEncoder, maps: str = REFINED, early: str = ATTENTION, learned_from: float = LEARNED_FROM
+    ) -> io.NodeOutput:
+        check_choice("maps", maps, (REFINED, COARSE))
+        check_choice("early", early, (ATTENTION, LEARNED))
+        check_number("learned_from", learned_from, 0.0, 1.0)
+        if encoder.router is None:
+            raise ValueError(
+                f"The encoder '{encoder.name}' has no router: only the first stage of its training was run. Load one "
+                "that has, or use Route Subjects by Attention."
+            )
+        before = MapRouter() if early == ATTENTION else None
+        return io.NodeOutput(LearnedRouter(encoder.name, encoder.router, maps == REFINED, before, learned_from))
 
 
 def router_output() -> Any:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..encoders.segmented import segmented
 from ..encoders.subject_encoder import SubjectEncoder, read_subject_encoder
-from ..patches.mechanisms.encoded_subject import EncodedSubject, KeptReference
+from ..patches.mechanisms.encoded_subject import EncodedSubject, KeptReference, RoutingFeature
 from ..patches.mechanisms.image_prompt import AdaptedPrompt
 from ..patches.mechanisms.subject import Reference, Subject, encoded
 from ..patches.parts.masks import resize_mask
@@ -39,7 +39,11 @@ class LoadSubjectEncoderNode(io.ComfyNode):
                     "checkpoint's family. anystory-toy is for the small checkpoint that comes with the pack."
                 )
             ],
-            outputs=[SubjectEncoderType.Output(display_name="encoder", tooltip="For Encode Subjects.")],
+            outputs=[
+                SubjectEncoderType.Output(
+                    display_name="encoder", tooltip="For Encode Subjects, and for Route Subjects by Encoder."
+                )
+            ],
         )
 
     @classmethod
@@ -119,16 +123,19 @@ def _encoded(
                 f"Picture {picture} of subject {number} has no mask, but the encoder looks at what is cut out of its "
                 "ground only; connect a mask to Subject Reference, or give it a picture with a transparent ground."
             )
-    references, prompt = (), None
+    references, prompt, routing = (), None, None
     if parts != TOKENS:
         references = tuple(_kept(reference, encoder, vae) for reference in subject.references)
-    if parts != REFERENCES and subject.references:
+    if vision is not None and subject.references:
         size, mean, std = vision.image_size, vision.image_mean, vision.image_std
-        seen = [segmented(each.image, each.pixel_mask, size, mean, std)[0] for each in subject.references]
-        shown = encoder.prompts(vision, torch.cat(seen))
+        cut = [segmented(each.image, each.pixel_mask, size, mean, std)[0] for each in subject.references]
         # What stands for no picture is all zero, as what is cut out.
-        prompt = AdaptedPrompt(encoder.name, shown, encoder.prompts(vision, torch.zeros_like(seen[0])))
-    return EncodedSubject(references, prompt)
+        pixels, empty = torch.cat(cut), torch.zeros_like(cut[0])
+        if parts != REFERENCES:
+            prompt = AdaptedPrompt(encoder.name, encoder.prompts(vision, pixels), encoder.prompts(vision, empty))
+        if encoder.router is not None:
+            routing = RoutingFeature(encoder.name, encoder.routing(vision, pixels), encoder.routing(vision, empty))
+    return EncodedSubject(references, prompt, routing)
 
 
 def _kept(reference: Reference, encoder: SubjectEncoder, vae: Any) -> KeptReference:

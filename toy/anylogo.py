@@ -21,7 +21,7 @@ from ..patches.parts.sites import select_sites
 from ..training import symbiotic
 from ..training.symbiotic import KEEP, Passes, Slots, drawn_rows
 from .family import VISION, WIDTH
-from .lesson import BLOCKED, Lesson
+from .lesson import BLOCKED, PairLesson
 from .pairs import Batch
 from .train_diffusion import encode_text
 
@@ -34,7 +34,7 @@ class Tuning(symbiotic.Tuning):
         super().__init__(unet, rank, groups, VISION["hidden_size"], WIDTH)
 
 
-class Symbiosis(Lesson):
+class Symbiosis(PairLesson):
     """How the toy's U-Net predicts with a `Tuning` (Eq. 6). `delivering` is a choice of `select_sites`, or
     "none" for semantic tokens alone; with `through` gradients go through the reference's pass, too."""
 

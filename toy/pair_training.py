@@ -1,4 +1,4 @@
-"""What the commands share that train from pairs of one emblem, `train_subjects.py` and `train_anylogo.py`."""
+"""What the commands share that train what shows subjects: train_subjects.py, train_anylogo.py, train_router.py."""
 
 from __future__ import annotations
 
@@ -22,24 +22,31 @@ HELD_OUT = 64
 Write = Callable[[Any, Path | None], None]
 
 
-def pair_parser(description: str, folder: str, file: Path, minutes: float, rate: float) -> argparse.ArgumentParser:
-    """A parser with the options of both."""
+def pair_parser(
+    description: str, folder: str, file: Path, minutes: float, rate: float, store: int = 6000
+) -> argparse.ArgumentParser:
+    """A parser with the options of all of them."""
     parser = parser_of(description, folder, file)
     parser.add_argument("--minutes", type=float, default=minutes, help="training time")
     parser.add_argument("--steps", type=int, help="so many steps instead, whatever time they take")
     parser.add_argument("--toy", type=Path, default=CHECKPOINT, help="the toy's checkpoint that is trained for")
-    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
-    parser.add_argument("--batch", type=int, default=32, help="pairs of a step of each process")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a step of each process")
     parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
-    parser.add_argument("--store", type=int, default=6000, help="emblems that each process keeps encoded")
+    parser.add_argument("--store", type=int, default=store, help="emblems or scenes that each process keeps encoded")
     parser.add_argument("--every", type=float, default=5.0, help="minutes from one measure to the next")
     return parser
 
 
-def pair_parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options given; the files to read must be there."""
+def with_vision(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the file of the vision model, for what is not trained beside an encoder that has its own."""
+    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
+    return parser
+
+
+def pair_parsed(parser: argparse.ArgumentParser, *read: str) -> argparse.Namespace:
+    """The options given; the toy's checkpoint and the files of the options `read` must be there."""
     arguments = parsed(parser)
-    for name in ("toy", "vision"):
+    for name in ("toy", *read):
         if not getattr(arguments, name).is_file():
             parser.error(f"--{name}: there is no file {getattr(arguments, name)}")
     return arguments
@@ -75,7 +82,7 @@ def run_of(
 
 def train(run: Run, lesson: Any, pairs: Callable[..., Any], write: Write, arguments: argparse.Namespace) -> None:
     """Trains the run's modules by a `Lesson` until the run is over and writes them; `pairs` of a random generator and a
-    capacity are `Pairs`. Every few minutes it says what the lesson measures, of held-out pairs, and writes what it has
+    capacity are a `Store`. Every few minutes it says what the lesson measures, of held-out rows, and writes what it has
     into the run's folder."""
     peers, batch = run.peers, arguments.batch
     held_out = pairs(np.random.default_rng((2**41, 5)), HELD_OUT)
@@ -93,9 +100,8 @@ def train(run: Run, lesson: Any, pairs: Callable[..., Any], write: Write, argume
         store.add(max(batch // 16, 1))
         going = run.advance(lesson.loss(run.model, store.draw(batch)), batch)
         if peers.rank == 0 and (not going or time.monotonic() - said > 60 * arguments.every):
-            falls = lesson.falls(run.average.module, measured)
-            told = ", ".join(f"{name} {share:+.1%}" for name, share in falls.items())
-            print(f"{run.name}: {run.step * batch * peers.count} pairs; error of the noise: {told}", flush=True)
+            told = lesson.told(run.average.module, measured)
+            print(f"{run.name}: {run.step * batch * peers.count} rows; {told}", flush=True)
             write(run.average.module, arguments.folder)
             said = time.monotonic()
     if peers.rank == 0:

@@ -78,20 +78,42 @@ def squared(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image, functional.pad(mask, more)
 
 
-class Pairs:
+class Store:
+    """So many encoded rows, of which what is drawn next takes the place of the oldest."""
+
+    def __init__(self, autoencoder: Any, rng: np.random.Generator, capacity: int) -> None:
+        self.autoencoder, self.rng, self.capacity, self.written = autoencoder, rng, capacity, 0
+        self.words = Words()
+        self.kept: dict[str, Tensor] = {}
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return self.autoencoder.encode(pixels).float()
+
+    def _keep(self, made: dict[str, Tensor], count: int) -> None:
+        """Keeps so many more rows (count, ...), in less precision where KEPT says so or the tensor has fractions."""
+        rows = (self.written + torch.arange(count)) % self.capacity
+        for name, tensor in made.items():
+            if name not in self.kept:
+                kind = KEPT.get(name, torch.float16 if tensor.is_floating_point() else tensor.dtype)
+                self.kept[name] = torch.empty((self.capacity, *tensor.shape[1:]), dtype=kind)
+            self.kept[name][rows] = tensor.to(self.kept[name].dtype)
+        self.written += count
+
+    def _some(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """The numbers (count) of rows at random."""
+        return torch.randint(min(self.written, self.capacity), (count,), generator=generator)
+
+
+class Pairs(Store):
     """A store of encoded pairs: every emblem has two scenes and two references, and a batch takes one of each.
 
     The references that the VAE reads are cut out, as AnyStory's; with `grounds` they have theirs, as AnyLogo's, and
     what is around the emblem in the scenes is kept, too."""
 
     def __init__(self, autoencoder: Any, rng: np.random.Generator, capacity: int, grounds: bool = False) -> None:
-        self.autoencoder, self.rng, self.capacity, self.written = autoencoder, rng, capacity, 0
-        self.grounds, self.words = grounds, Words()
-        self.kept: dict[str, Tensor] = {}
-
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return self.autoencoder.encode(pixels).float()
+        super().__init__(autoencoder, rng, capacity)
+        self.grounds = grounds
 
     def _references(self, emblems: list[Emblem]) -> tuple[Tensor, Tensor, Tensor]:
         """Of each emblem VIEWS: what the VAE reads (n, 3, 96, 96) of -1 to 1, the mask in it (n, 96, 96), and what the
@@ -120,17 +142,11 @@ class Pairs:
         }
         if self.grounds:
             made["grounds"] = as_bytes(segmented(images, 1 - inside, REFERENCE)[0])
-        rows = (self.written + torch.arange(count)) % self.capacity
-        for name, tensor in made.items():
-            if name not in self.kept:
-                shape = (self.capacity, VIEWS, *tensor.shape[1:])
-                self.kept[name] = torch.empty(shape, dtype=KEPT.get(name, torch.float16))
-            self.kept[name][rows] = tensor.view(count, VIEWS, *tensor.shape[1:]).to(self.kept[name].dtype)
-        self.written += count
+        self._keep({name: tensor.unflatten(0, (count, VIEWS)) for name, tensor in made.items()}, count)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Batch:
         """Rows of emblems, scenes and references at random."""
-        number = torch.randint(min(self.written, self.capacity), (count,), generator=generator)
+        number = self._some(count, generator)
         scene, reference = (torch.randint(VIEWS, (count,), generator=generator) for _ in range(2))
         views = {"references": reference, "mask": reference, "pixels": reference}
         drawn = {name: kept[number, views.get(name, scene)] for name, kept in self.kept.items()}

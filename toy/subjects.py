@@ -18,7 +18,7 @@ from ..encoders.reference_net import shape_of
 from ..encoders.subject_encoder import Form, SubjectModules
 from ..training.subject_encoder import begin, drawn_rows, showing
 from .family import LATENT_CHANNELS, UNET, VISION
-from .lesson import Lesson
+from .lesson import PairLesson
 from .pairs import REFERENCE, Batch
 
 # As many rows see no tokens as no reference.
@@ -37,7 +37,7 @@ def encoder_modules(unet: nn.Module) -> SubjectModules:
     return modules
 
 
-class Stage(Lesson):
+class Stage(PairLesson):
     """How the toy's U-Net predicts with a subject shown at every place: there is no router in the first stage."""
 
     def __init__(self, model: Any, vision: nn.Module, empty: Tensor) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 
 from .command import together
-from .pair_training import frozen, pair_parsed, pair_parser, run_of
+from .pair_training import frozen, pair_parsed, pair_parser, run_of, with_vision
 from .pair_training import train as train_from_pairs
 from .runs import Peers
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--sites", default="decoder", help="which layers deliver; none is semantic tokens alone")
     parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
-    together(train, pair_parsed(parser))
+    together(train, pair_parsed(with_vision(parser), "vision"))
 
 
 if __name__ == "__main__":

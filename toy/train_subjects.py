@@ -6,7 +6,8 @@ error of the noise in a held-out emblem falls against no reference, which moves 
 writes what it has into the run's folder.
 
 Stopping is safe at any time: with `--resume` a run goes on from its last save, with more `--minutes` also one that is
-over. `--start` begins with the weights of an earlier file, for other weights of the toy, say. On a CPU that others use
+over. `--start` begins with the weights of an earlier file, for other weights of the toy, say. What is written has no
+router: `toy.train_router --join` puts an earlier one in. On a CPU that others use
 too, `--processes 2`, one thread each, is the fastest.
 """
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 
 from .command import together
-from .pair_training import frozen, pair_parsed, pair_parser, run_of
+from .pair_training import frozen, pair_parsed, pair_parser, run_of, with_vision
 from .pair_training import train as train_from_pairs
 from .runs import Peers
 
@@ -44,7 +45,7 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
     modules = encoder_modules(model.unet)
     if arguments.start is not None:
         tensors = {name: tensor.float() for name, tensor in load_file(arguments.start).items()}
-        modules.load_state_dict({name: each for name, each in tensors.items() if not name.startswith("vision.")})
+        modules.load_state_dict({name: tensors[name] for name in modules.state_dict()})
 
     def written(trained: Any, folder: Path | None) -> None:
         write(trained, stage.vision, arguments.checkpoint if folder is None else folder / ENCODER.name)
@@ -67,7 +68,8 @@ def write(modules: Any, vision: Any, path: Path) -> None:
 
 
 def main() -> None:
-    together(train, pair_parsed(pair_parser(__doc__.splitlines()[0], "subjects", ENCODER, minutes=120, rate=6e-4)))
+    parser = pair_parser(__doc__.splitlines()[0], "subjects", ENCODER, minutes=120, rate=6e-4)
+    together(train, pair_parsed(with_vision(parser), "vision"))
 
 
 if __name__ == "__main__":

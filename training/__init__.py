@@ -1,4 +1,4 @@
-"""What trains a residual token, an ICO concept, AnyLogo's U-Net and a subject encoder; the first two by nodes.
+"""What trains a residual token, an ICO concept, AnyLogo's U-Net, a subject encoder and its router; two by nodes.
 
 copies            `with_gradients`; private copies of a MODEL or CLIP, loaded and let go of again
 text              a CLIP's encoding that autograd goes through, also of vectors in place of words
@@ -18,6 +18,7 @@ symbiotic         AnyLogo's tuning: low-rank differences, semantic maps, and the
 frozen            what stays as it is in such trainings of real families: a checkpoint's parts and a vision model
 anylogo           AnyLogo's tuning of them
 subject_encoder   the first stage of AnyStory's training beside them
+router            the second stage's pass and loss, of its router
 samples           what trainings of real families read: folders and WebDataset shards
 accelerated       the steps of such a training, on one process or many
 usual             what steps, sizes and rates are where an input is 0

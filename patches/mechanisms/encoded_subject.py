@@ -60,9 +60,20 @@ def lend_kept(call: AttentionCall, kept: tuple[KeptReference, ...], bias: Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class RoutingFeature:
+    """What the router in the file `encoder` looks for a subject's places by: R_i of section 3.3, and R_N+1 of the
+    background, each (1, width)."""
+
+    encoder: str
+    own: Tensor
+    background: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedSubject:
     """A subject as a trained encoder sees it: a kept reference for each of its pictures, and its tokens with those of
-    an empty picture. Either may be left out."""
+    an empty picture. Either may be left out. `routing` is there where the encoder has a router."""
 
     references: tuple[KeptReference, ...]
     prompt: AdaptedPrompt | None
+    routing: RoutingFeature | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from ..parts.prompt import SPANS_KEY, Spans, canonical, positions_of
 from ..parts.sites import Site, acts_as
 from ..parts.window import Window
 from .attention_maps import MeanMap, attention_maps, normalised, resized, smoothed, spread_out
-from .router import Route, Routing, names_of
+from .router import Route, Routing, names_of, preceding
+from .subject import Subject
 
 
 def route_of_maps(maps: Tensor, threshold: float) -> Tensor:
@@ -37,31 +38,25 @@ class MapRouter:
     smoothing: float = 0.05
     running_mean: bool = True
 
+    models: ClassVar[tuple[Any, ...]] = ()
+
     def routing(
-        self, phrases: Sequence[str], order: Sequence[Site], acting: frozenset[Site], window: Window
-    ) -> Routing:
+        self, subjects: Sequence[Subject], order: Sequence[Site], acting: frozenset[Site], window: Window
+    ) -> MapRouting:
+        phrases = [subject.phrase for subject in subjects]
         for number, phrase in enumerate(phrases, 1):
             if not phrase:
                 raise ValueError(
                     f"Subject {number} has no phrase, so its attention map cannot be found; give its Subject Reference "
                     "node one."
                 )
-        before: dict[Site, Site] = {}
-        last = None
-        for site in order:
-            if site.kind == "cross":
-                last = site
-            if last is not None:
-                before[site] = last
-            if site.kind == "joint":
-                # Its references are chosen before its own attention to the prompt is known.
-                last = site
+        before = preceding(order)
         if self.running_mean:
             # What earlier steps say counts too.
             window, read = Window(0.0, window.end_percent), {site for site in order if acts_as(site, "cross")}
         else:
             read = {before[site] for site in acting if site in before}
-        sites, names = frozenset(acting | read), names_of(phrases)
+        sites, names = frozenset(acting | read), names_of(subjects)
         return MapRouting(
             sites, window, names, router=self, phrases=tuple(phrases), before=before, read=frozenset(read)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..parts.sites import Site
 from ..parts.window import Window
 from .region import region_at
 from .router import Route, Routing, names_of
+from .subject import Subject
 
 
 def route_of_cover(cover: Tensor) -> Tensor:
@@ -40,10 +42,13 @@ class MaskRouter:
     masks: Tensor
     phrases: tuple[str, ...] = ()
 
+    models: ClassVar[tuple[Any, ...]] = ()
+
     def routing(
-        self, phrases: Sequence[str], order: Sequence[Site], acting: frozenset[Site], window: Window
-    ) -> Routing:
-        return MaskRouting(acting, window, names_of(phrases), masks=self._of(phrases))
+        self, subjects: Sequence[Subject], order: Sequence[Site], acting: frozenset[Site], window: Window
+    ) -> MaskRouting:
+        masks = self._of([subject.phrase for subject in subjects])
+        return MaskRouting(acting, window, names_of(subjects), masks=masks)
 
     def _of(self, phrases: Sequence[str]) -> Tensor:
         known = [canonical(phrase) for phrase in self.phrases]

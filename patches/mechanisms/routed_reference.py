@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..engine.call import AttentionCall
 from ..engine.chunk import Chunk
-from ..engine.edit import Edit, Request
+from ..engine.edit import Edit, Request, Start
 from ..engine.streams import Features, NoisedReference, Stream
 from .encoded_subject import KeptReference, lend_kept
 from .image_prompt import ImagePrompt
@@ -184,6 +184,12 @@ class RoutedReferenceAttention(Edit):
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         self.routing.check(prompts)
 
-    def parts(self) -> Iterable[Edit]:
+    def begin(self) -> RoutedReferenceAttention:
         routing = self.routing.begin()
-        return (routing, *(share.begun(routing) for share in self.shares))
+        return replace(self, routing=routing, shares=tuple(share.begun(routing) for share in self.shares))
+
+    def start(self, start: Start) -> None:
+        self.routing.start(start)
+
+    def parts(self) -> Iterable[Edit]:
+        return (self.routing, *self.shares)

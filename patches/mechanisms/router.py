@@ -1,13 +1,13 @@
-"""Which place of the picture belongs to which subject: AnyStory's routing maps, without its learned router.
+"""Which place of the picture belongs to which subject: AnyStory's routing maps.
 
 A route gives every place to one subject or to the background (the one-hot maps of section 3.3). Where it comes from is
-a router's: `mask_router.py`, `map_router.py`.
+a router's: `mask_router.py`, `map_router.py`, `learned_router.py`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from ..engine.edit import Edit
 from ..engine.streams import Features, Stream
 from ..parts.sites import Site
 from ..parts.window import Window
+from .subject import Subject
 
 MOST_SUBJECTS = 8
 
@@ -75,17 +76,36 @@ class Routing(Edit):
 
 
 class Router(Protocol):
-    """The value on a ROUTER link."""
+    """The value on a ROUTER link. `models` are what the host is to move beside the MODEL that it routes in."""
+
+    @property
+    def models(self) -> tuple[Any, ...]: ...
 
     def routing(
-        self, phrases: Sequence[str], order: Sequence[Site], acting: frozenset[Site], window: Window
+        self, subjects: Sequence[Subject], order: Sequence[Site], acting: frozenset[Site], window: Window
     ) -> Routing:
-        """The routing of subjects with these phrases. `order` are the model's sites as they run, `acting` those where
-        routes will be asked for.
+        """The routing of these subjects. `order` are the model's sites as they run, `acting` those where routes will be
+        asked for.
 
         Raises ValueError when the router does not fit the subjects."""
 
 
-def names_of(phrases: Sequence[str]) -> tuple[str, ...]:
+def names_of(subjects: Sequence[Subject]) -> tuple[str, ...]:
     """What subjects are called in notes: their phrases, or their numbers."""
-    return tuple(phrase or f"subject {number}" for number, phrase in enumerate(phrases, 1))
+    return tuple(subject.phrase or f"subject {number}" for number, subject in enumerate(subjects, 1))
+
+
+def preceding(order: Iterable[Site]) -> dict[Site, Site]:
+    """The attention to the prompt that each site's route is read from, of a model's sites as they run: a
+    cross-attention's is itself, a self-attention's the cross-attention before it, a joint attention's the joint one
+    before it, since its references are chosen before its own attention to the prompt is known."""
+    before: dict[Site, Site] = {}
+    last = None
+    for site in order:
+        if site.kind == "cross":
+            last = site
+        if last is not None:
+            before[site] = last
+        if site.kind == "joint":
+            last = site
+    return before

@@ -16,6 +16,7 @@ from subject_patches.patches.mechanisms.attention_maps import attention_maps, no
 from subject_patches.patches.mechanisms.map_router import MapRouter, route_of_maps, tokens_in_turn
 from subject_patches.patches.mechanisms.mask_router import MaskRouter, route_of_cover
 from subject_patches.patches.mechanisms.router import Route, one_hot
+from subject_patches.patches.mechanisms.subject import Subject
 from subject_patches.patches.parts.sites import Site
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
@@ -23,6 +24,10 @@ from subject_patches.tests.shared.models import generator
 from torch import Tensor
 
 SELF, CROSS = Site("self", "middle", 0, 0), Site("cross", "middle", 0, 0)
+
+
+def called(*phrases: str) -> tuple[Subject, ...]:
+    return tuple(Subject((), phrase) for phrase in phrases)
 
 
 def mask_call(grid: tuple[int, int], area: tuple[int, int, int, int] | None = None) -> AttentionCall:
@@ -76,7 +81,7 @@ def test_one_hot_maps_are_equation_8s() -> None:
 def test_masks_at_a_grid(grid: tuple[int, int], model: Any) -> None:
     painted = torch.zeros(2, 40, 60, dtype=torch.bool)
     painted[0, :20, :30] = painted[1, 20:, 30:] = True
-    routing = MaskRouter(painted).routing(("a", "b"), attention_sites(model), frozenset({SELF}), Window()).begin()
+    routing = MaskRouter(painted).routing(called("a", "b"), attention_sites(model), frozenset({SELF}), Window()).begin()
     route = routing.route(mask_call(grid)).numbers.view(grid)
     y = (torch.arange(grid[0]) + 0.5) / grid[0]
     x = (torch.arange(grid[1]) + 0.5) / grid[1]
@@ -90,7 +95,7 @@ def test_masks_at_a_grid(grid: tuple[int, int], model: Any) -> None:
 def test_masks_are_cropped_with_an_area(model: Any) -> None:
     painted = torch.zeros(1, 16, 24, dtype=torch.bool)
     painted[0, :8, :12] = True
-    routing = MaskRouter(painted).routing(("a",), attention_sites(model), frozenset({SELF}), Window()).begin()
+    routing = MaskRouter(painted).routing(called("a"), attention_sites(model), frozenset({SELF}), Window()).begin()
     assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 0))).numbers == 0).all())
     assert bool((routing.route(mask_call((4, 6), (8, 12, 0, 12))).numbers[0, 1:] == 1).all())
 
@@ -162,7 +167,7 @@ def test_a_layer_goes_by_what_the_layers_before_it_say(mean: bool, model: Any) -
     order = attention_sites(model)
     acting = frozenset(site for site in order if site.kind == "self")
     router = MapRouter(0.3, 0.0, mean)
-    routing = router.routing(("a", "b"), order, acting, Window(0.2, 0.8)).begin()
+    routing = router.routing(called("a", "b"), order, acting, Window(0.2, 0.8)).begin()
     assert routing.window == (Window(0.0, 0.8) if mean else Window(0.2, 0.8))
     assert not mean or {site for site in routing.sites if site.kind == "cross"} == {
         site for site in order if site.kind == "cross"
@@ -202,7 +207,7 @@ def test_a_layer_goes_by_what_the_layers_before_it_say(mean: bool, model: Any) -
 
 
 def test_maps_of_tiles_go_with_their_step() -> None:
-    routing = MapRouter(running_mean=False).routing(("dog",), (CROSS,), frozenset({CROSS}), Window()).begin()
+    routing = MapRouter(running_mean=False).routing(called("dog"), (CROSS,), frozenset({CROSS}), Window()).begin()
     for sigma in (3.0, 2.0, 1.0):
         call = cross_call(spans={"dog": ((1, 2),)})
         call.chunk = replace(call.chunk, area=(8, 6, 0, 0), pictures=(0, 1), count=2)

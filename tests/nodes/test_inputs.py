@@ -51,6 +51,7 @@ REASONS = {
         "EncodePrompt.subjects",
         "RoutedReferenceAttention.subjects", "AnyStory.subjects", "AttentionInspector.subjects", "AnyStory.router",
         "RoutedReferenceAttention.router", "AuxiliaryPrompt.concept", "DualBranchIntegration.concept",
+        "RouteByEncoder.encoder",
     },
     "a file or folder of its own kind": {
         "LoadResidualToken.file", "LoadImagePromptAdapter.file", "LoadAnyStory.file", "LoadTrajectory.file",
@@ -58,8 +59,8 @@ REASONS = {
         "SaveResidualToken.filename_prefix", "SaveTrajectory.filename_prefix",
     },
     "a word that papers use for unlike things": {
-        "LayoutBias.eta", "RouteByAttention.threshold", "AdaptiveBlendMask.threshold", "AuxiliaryPrompt.noun",
-        "AuxiliaryPrompt.preset", "TrainConcept.preset",
+        "LayoutBias.eta", "RouteByAttention.threshold", "RouteByEncoder.maps", "AdaptiveBlendMask.threshold",
+        "AuxiliaryPrompt.noun", "AuxiliaryPrompt.preset", "TrainConcept.preset",
     },
 }  # fmt: skip
 # In which order inputs stand that several nodes have. Where reordering would shift what saved workflows hold by place,

@@ -39,7 +39,7 @@ from .models import (
     trajectory_for,
 )
 from .semantics import told as told_meaning
-from .subject_encoders import encoded_subject
+from .subject_encoders import encoded_subject, learned_router
 
 Window = tuple[float, float]
 
@@ -151,6 +151,17 @@ def _encoded_in_places(model: Any, subjects: tuple[Subject, ...], strength: floa
     return _routed(model, tuple(encoded_subject(model, each) for each in subjects), strength, window, eta=strength)
 
 
+def _encoded_and_routed(model: Any, subjects: tuple[Subject, ...], strength: float, window: Window) -> Any:
+    two = tuple(encoded_subject(model, each, number) for number, each in enumerate(_with_another(model, subjects)))
+    start, end = window
+    router = learned_router(model)
+    return routed(model, two, router, strength=strength, eta=strength, start_percent=start, end_percent=end)
+
+
+def _with_another(model: Any, subjects: tuple[Subject, ...]) -> tuple[Subject, ...]:
+    return (*subjects[:1], subject_for(model, 101, phrase="scene")) if subjects else ()
+
+
 def _retouched(
     model: Any,
     subjects: tuple[Subject, ...],
@@ -211,6 +222,7 @@ MECHANISMS = (
     ),
     Mechanism("an encoded subject", _encoded, lends=False),
     Mechanism("an encoded subject in its places", _encoded_in_places, lends=False),
+    Mechanism("encoded subjects by a learned router", _encoded_and_routed, lends=False),
     Mechanism("a swapped reference", _retouched),
     # Of two steps the layout lends the first, and the reference the second.
     Mechanism(

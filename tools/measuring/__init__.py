@@ -10,6 +10,7 @@ from . import (
     ico,
     layout,
     learned,
+    learned_router,
     oracle,
     recycled_attention,
     referenced_branch,
@@ -42,6 +43,8 @@ STUDIES = {
     "oracle": oracle.study,
     "schemes": schemes.study,
     "learned": learned.study,
+    **{f"learned routes of {count} emblems": partial(learned_router.routes, emblems=count) for count in (2, 3)},
+    **{f"routed by encoder, {count} emblems": partial(learned_router.study, emblems=count) for count in (2, 3)},
 }
 # Of the second toy, a transformer.
 DIT_STUDIES = {

@@ -42,9 +42,9 @@ def study(given: Given, emblems: int, masked: bool = True) -> None:
                 grounds[name].append(ground)
         print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
     print(f"{emblems} emblems, {given.count} scenes, where the judge finds them:\n")
-    _table(free, grounds)
+    table(free, grounds)
     print(f"{emblems} emblems, {given.count} scenes, in the boxes of a layout:\n")
-    _table(placed, grounds)
+    table(placed, grounds)
 
 
 class Case:
@@ -72,6 +72,7 @@ class Case:
         drawn = draw(scene)
         self.boxes = [tuple(box) for box in drawn.boxes.tolist()]
         self.layout = LayoutNode.execute(SIZE, SIZE, "\n".join(phrases), boxes=drawn_boxes(self.boxes)).args[0]
+        self.picture = torch.from_numpy(drawn.image).float()[None] / 255
         masks = torch.from_numpy(drawn.masks)
         # Of two that touch, the earlier one has the place.
         self.masks = masks & ~(masks.cumsum(0) > 1)
@@ -119,7 +120,8 @@ class Case:
         return RoutedReferenceAttentionNode.execute(model, self.subjects, router).args[0]
 
 
-def _table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) -> None:
+def table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) -> None:
+    """Prints a row for each name, all compared with the first."""
     import numpy as np
 
     print(heading("identity", "rise, paired", "looks more like another", "emblem found", "background right"))

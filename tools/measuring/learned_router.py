@@ -1,0 +1,155 @@
+"""The trained router: how well its maps fit, against attention maps, and what routing by it does to emblems' looks."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from hosting.errors import ToolError
+
+from .given import Given
+from .learned import the_encoder
+from .routed_reference import ALONE, UNPATCHED, Case, table
+
+if TYPE_CHECKING:
+    from .emblems import Likeness
+
+EVERYWHERE, MASKS, ATTENTION = "all references everywhere", "routed by masks", "routed by attention maps"
+DEFAULT, COARSE, FIRST = "routed by encoder", "by its coarse maps", "by it from the first step on"
+WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE, FIRST)
+TIMESTEPS = (100, 400, 700, 900)
+MAPS = ("coarse", "refined", "attention maps, running mean", "attention maps, preceding layer")
+
+
+class EncodedCase(Case):
+    """A scene of emblems that a trained encoder knows."""
+
+    def __init__(self, given: Given, encoder: Any, count: int, number: int) -> None:
+        from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
+
+        super().__init__(given, count, number)
+        self.encoder = encoder
+        self.subjects = EncodeSubjectsNode.execute(self.subjects, encoder, given.toy.vae).args[0]
+
+    def _referenced(self, model: Any, name: str) -> Any:
+        from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
+        from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+
+        if name in (UNPATCHED, ALONE):
+            return model
+        if name == EVERYWHERE:
+            return RecycledSelfAttentionNode.execute(model, self.subjects).args[0]
+        return RoutedReferenceAttentionNode.execute(model, self.subjects, self.router(name)).args[0]
+
+    def router(self, name: str) -> Any:
+        """The ROUTER of a row, or of one of MAPS."""
+        from subject_patches.nodes.router import LEARNED, MEAN, PRECEDING, RouteByAttentionNode, RouteByEncoderNode
+        from subject_patches.patches.mechanisms.mask_router import MaskRouter
+
+        if name == MASKS:
+            return MaskRouter(self.masks)
+        if "attention maps" in name:
+            return RouteByAttentionNode.execute(maps=PRECEDING if "preceding" in name else MEAN).args[0]
+        if name in (DEFAULT, COARSE):
+            return RouteByEncoderNode.execute(self.encoder, "coarse" if name == COARSE else "refined").args[0]
+        return RouteByEncoderNode.execute(self.encoder, "coarse" if name == "coarse" else "refined", LEARNED).args[0]
+
+    def overlaps(self, name: str, at: int) -> dict[tuple[int, int], list[float]]:
+        """Intersection over union of each subject's places with its true ones, by the grid of the self-attentions whose
+        references go by it: in the scene itself under the noise of a timestep, in one pass of the model."""
+        import comfy.sample
+        import comfy.samplers
+        import torch
+        from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+        from subject_patches.patches.engine.engine import add_edit
+        from subject_patches.patches.families import attention_sites
+        from subject_patches.patches.parts.window import Window
+        from subject_patches.toy.sampling import noise_of
+
+        toy, found = self.given.toy, defaultdict(list)
+        model = RoutedReferenceAttentionNode.execute(toy.model, self.subjects, self.router(name)).args[0]
+        sites = frozenset(site for site in attention_sites(model) if site.kind == "self")
+        model = add_edit(model, _watching()(sites, Window(), self.masks, found))
+        sigma = float(model.get_model_object("model_sampling").sigma(torch.tensor(float(at))))
+        comfy.sample.sample_custom(
+            model, noise_of([self.seed]), 1.0, comfy.samplers.sampler_object("euler"), torch.tensor([sigma, 0.0]),
+            self.positive, toy.encode([""]), toy.vae.encode(self.picture), disable_pbar=True, seed=0,
+        )  # fmt: skip
+        return found
+
+
+def _watching() -> type:
+    from dataclasses import dataclass
+
+    from subject_patches.patches.engine.edit import Edit
+    from subject_patches.training.router import overlap, true_maps
+
+    @dataclass(frozen=True, eq=False)
+    class Watching(Edit):
+        """Puts the overlap of every routing map with the true masks into `found`."""
+
+        masks: Any
+        found: dict[tuple[int, int], list[float]]
+
+        def observe(self, call: Any, sigma: float, recorded: Any) -> None:
+            for note in call.notes:
+                truth = true_maps(self.masks[None].float(), call.grid).bool()
+                self.found[call.grid] += overlap(note.maps().flatten(2).bool(), truth).flatten().tolist()
+
+    return Watching
+
+
+def routes(given: Given, emblems: int) -> None:
+    """Prints how well routes fit the true masks, over `given.count` scenes of so many emblems."""
+    encoder = _routed_encoder()
+    found: dict[tuple[int, str], dict[tuple[int, int], list[float]]] = {}
+    for number in range(given.count):
+        case = EncodedCase(given, encoder, emblems, number)
+        for at in TIMESTEPS:
+            for name in MAPS:
+                rows = found.setdefault((at, name), defaultdict(list))
+                for grid, overlaps in case.overlaps(name, at).items():
+                    # Of a scene's emblems and layers of a grid the mean: scenes are what is independent.
+                    rows[grid].append(sum(overlaps) / len(overlaps))
+        print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
+    grids = sorted({grid for rows in found.values() for grid in rows}, reverse=True)
+    print(f"{emblems} emblems, {given.count} scenes; intersection over union with the true masks:\n")
+    print(f"| timestep | maps | {' | '.join(f'{height} x {width}' for height, width in grids)} |")
+    print(f"|---|---|{'---|' * len(grids)}")
+    for (at, name), rows in found.items():
+        print(f"| {at} | {name} | {' | '.join(_with_error(rows[grid]) for grid in grids)} |")
+    print()
+
+
+def _with_error(values: list[float]) -> str:
+    import numpy as np
+
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.2f} ± {error:.2f}"
+
+
+def study(given: Given, emblems: int) -> None:
+    """Prints a table over `given.count` scenes of so many emblems, in the boxes of a layout."""
+    encoder = _routed_encoder()
+    names = (ALONE, *WAYS)
+    likeness: dict[str, list[Likeness]] = {name: [] for name in names}
+    grounds: dict[str, list[bool]] = {name: [] for name in names}
+    for number in range(given.count):
+        case = EncodedCase(given, encoder, emblems, number)
+        for name in names:
+            found, ground = case.placed(name)
+            likeness[name] += found
+            grounds[name].append(ground)
+        print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
+    print(f"{emblems} emblems, encoded, {given.count} scenes, in the boxes of a layout:\n")
+    table(likeness, grounds)
+
+
+def _routed_encoder() -> Any:
+    from subject_patches.toy.train_router import TRAINED_BY
+
+    encoder = the_encoder()
+    if encoder.router is None:
+        raise ToolError(f"{encoder.name} has no router to measure; train it: {TRAINED_BY.split('; ')[-1]}")
+    return encoder
