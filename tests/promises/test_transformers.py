@@ -36,6 +36,7 @@ NOT_HERE = {
     "semantic injection": "scales of a U-Net",
     "an encoded subject": "Encode Subjects",
     "an encoded subject in its places": "Encode Subjects",
+    "encoded subjects by a learned router": "Encode Subjects",
 }
 Family = tuple[Any, Tensor]
 
