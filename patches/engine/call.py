@@ -247,17 +247,12 @@ class AttentionCall:
         bias = self.bias_of(keys)
         return logits if bias is None else logits + per_head(_of_queries(bias, queries))
 
-    def bias_of(self, keys: slice) -> Tensor | None:
+    def bias_of(self, keys: slice = slice(None)) -> Tensor | None:
         """What the model and edits add to the logits of some of the call's own keys: broadcastable to (rows, queries,
         keys) in float32, None for nothing."""
         start, stop, _ = keys.indices(self.keys)
         parts = [part.moved(-start) for each in self.biases if (part := each.part(start, stop)) is not None]
         return summed(parts, stop - start, self.device)
-
-    @property
-    def own_bias(self) -> Tensor | None:
-        """The same of all of them."""
-        return self.bias_of(slice(None))
 
     def probabilities(self, keys: slice = slice(None), queries: slice = slice(None)) -> Tensor:
         """Attention over some of the call's own keys as if these were all: (rows, heads, queries, keys)."""

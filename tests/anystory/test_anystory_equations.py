@@ -132,7 +132,7 @@ def test_a_bias_goes_with_the_keys_that_are_taken() -> None:
     call.bias(torch.arange(9.0).expand(1, 4, 9))
     *_, bias = call.take(slice(3, 5))
     assert bias[0, 0].tolist() == [3.0, 4.0]
-    assert call.own_bias[0, 0].tolist() == [0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 8.0]
+    assert call.bias_of()[0, 0].tolist() == [0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 8.0]
     assert torch.equal(call.key, torch.cat([key[:, :3], key[:, 5:]], 1))
 
 

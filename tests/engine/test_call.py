@@ -52,8 +52,8 @@ def test_bias_of_named_tokens() -> None:
     call.bias(torch.randn(1, 9, 2), tokens=[4, 1])
     full = torch.zeros(1, 9, 7)
     call.bias(torch.tensor(0.3))
-    full[..., [4, 1]] = call.own_bias[..., [4, 1]] - 0.3
-    torch.testing.assert_close(call.own_bias, full + 0.3)
+    full[..., [4, 1]] = call.bias_of()[..., [4, 1]] - 0.3
+    torch.testing.assert_close(call.bias_of(), full + 0.3)
     assert_exact(call)
 
 
@@ -101,7 +101,7 @@ def test_three_different_edits_in_one_layer() -> None:
     layout = torch.randn(2, 12, 12)
     call.blend(lambda output: 0.25 * output + 0.75 * layout)
     extension = call.extensions[0]
-    reference = dense.attention(call.query, call.key, value, 3, call.own_bias, [extension])
+    reference = dense.attention(call.query, call.key, value, 3, call.bias_of(), [extension])
     outputs = execute([call, other], Counted(3))
     torch.testing.assert_close(outputs[0], (0.25 * reference + 0.75 * layout).float(), rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(outputs[1], expected(other), rtol=0, atol=TOLERANCE)
@@ -110,7 +110,7 @@ def test_three_different_edits_in_one_layer() -> None:
 def test_probabilities() -> None:
     call = make_call()
     call.bias(torch.randn(2, 9, 7))
-    reference = dense.shares(call.query, call.key, 3, call.own_bias)
+    reference = dense.shares(call.query, call.key, 3, call.bias_of())
     torch.testing.assert_close(call.probabilities(), reference.float(), rtol=0, atol=TOLERANCE)
 
 
@@ -121,7 +121,7 @@ def test_extension_share() -> None:
         torch.randn(1, 5, 12), torch.randn(1, 5, 12), bias=torch.randn(1, 9, 5), route=torch.arange(9)[None] < 4
     )
     call.extend(torch.randn(2, 3, 12), torch.randn(2, 3, 12))
-    shares = dense.shares(call.query, call.key, 3, call.own_bias, call.extensions)
+    shares = dense.shares(call.query, call.key, 3, call.bias_of(), call.extensions)
     torch.testing.assert_close(call.extension_share(), shares[..., 7:].sum(-1).float(), rtol=0, atol=TOLERANCE)
 
 

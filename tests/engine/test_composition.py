@@ -103,7 +103,7 @@ def test_our_amendment_adds_to_another_packs_replacement(mechanism: Mechanism, m
                     call.key,
                     call.value,
                     heads,
-                    call.own_bias,
+                    call.bias_of(),
                     call.extensions,
                     [blend.function for blend in call.blends],
                 )

@@ -129,7 +129,7 @@ def test_keys_take_the_place_of_the_pictures_own(model: Any) -> None:
         assert torch.equal(call.key, expected[0])
         assert torch.equal(call.value, expected[1])
         call.extend(*more.flip(2))
-        expected = dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions)
+        expected = dense.attention(call.query, call.key, call.value, call.heads, call.bias_of(), call.extensions)
         call.blend(lambda output: results.append((output, expected)) or output)
 
     looked(model, act)
@@ -147,9 +147,9 @@ def test_the_prompts_part_of_an_output(model: Any) -> None:
         if call.site.kind != "joint":
             return
         call.extend(call.key[:, :4], call.value[:, :4])
-        shares = dense.shares(call.query, call.key, call.heads, call.own_bias, call.extensions)[..., call.prompt]
+        shares = dense.shares(call.query, call.key, call.heads, call.bias_of(), call.extensions)[..., call.prompt]
         part = (shares @ dense.split(call.value[:, call.prompt], call.heads)).transpose(1, 2).flatten(2)
-        whole = dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions)
+        whole = dense.attention(call.query, call.key, call.value, call.heads, call.bias_of(), call.extensions)
         call.blend_prompt(lambda output: results.append((output, part, whole)) or 3 * output)
         call.blend(lambda output: results.append((output, whole + 2 * part, whole)) or output)
 

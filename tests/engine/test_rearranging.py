@@ -112,9 +112,9 @@ def test_a_couples_own_prompt_is_known_and_the_other_is_not(model: Any) -> None:
     calls = [each.call for each in look.seen if each.call.chunk.conditioned]
     own, others = calls[::2], calls[1::2]
     assert len(own) == len(others) == len(attention_sites(model))
-    assert all(call.own_bias is not None for call in own)
+    assert all(call.bias_of() is not None for call in own)
     assert all(one.chunk.rows.stop == other.chunk.rows.start for one, other in zip(own, others, strict=True))
-    assert all(call.own_bias is None and call.prompt is None and not call.chunk.spans for call in others)
+    assert all(call.bias_of() is None and call.prompt is None and not call.chunk.spans for call in others)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["behind", "before"])

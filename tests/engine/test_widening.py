@@ -52,9 +52,9 @@ def test_a_couples_own_prompt_is_laid_out_and_its_regions_are_not(model: Any) ->
         sample(patch(add_edit(mechanism.on(model), look)), steps=1)
         seen.append([each.call for each in look.seen if each.call.chunk.conditioned])
     (alone,), (own, *regions) = seen
-    assert torch.equal(own.own_bias, alone.own_bias)
+    assert torch.equal(own.bias_of(), alone.bias_of())
     assert len(regions) == 2
-    assert all(call.own_bias is None for call in regions)
+    assert all(call.bias_of() is None for call in regions)
 
 
 @pytest.mark.parametrize("name", READING)

@@ -46,7 +46,7 @@ def check(seen: Seen, maps: dict[tuple[int, ...], Tensor], length: int, fade: fl
     torch.testing.assert_close(seen.output.double(), right, rtol=0, atol=1e-5)
     without = dense.attention(call.query, call.key, call.value, call.heads)
     assert not maps or fade < 0.1 or difference(right, without) > 0.001
-    assert not maps or call.own_bias.shape == (len(call.query), *call.query.shape[1:2], *call.key.shape[1:2])
+    assert not maps or call.bias_of().shape == (len(call.query), *call.query.shape[1:2], *call.key.shape[1:2])
 
 
 def valued(shown: Tensor, irrelevant: Tensor) -> Tensor:

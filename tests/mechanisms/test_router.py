@@ -103,7 +103,7 @@ def test_masks_are_cropped_with_an_area(model: Any) -> None:
 def test_maps_are_the_phrases_attention() -> None:
     call = cross_call()
     call.bias(torch.randn(1, 24, 7, generator=generator(4)))
-    shares = dense.shares(call.query, call.key, 2, call.own_bias).mean(1)
+    shares = dense.shares(call.query, call.key, 2, call.bias_of()).mean(1)
     maps = attention_maps(call, [[2, 3], [5], []])
     right = torch.stack([shares[..., 2] + shares[..., 3], shares[..., 5], torch.zeros(2, 24).double()], 1)
     torch.testing.assert_close(maps.double(), right.unflatten(-1, (4, 6)), rtol=0, atol=1e-6)

@@ -69,7 +69,7 @@ def test_maps_are_those_of_the_picture_asked_for(picture: int, model: Any) -> No
     expected = 0
     for each in seen:
         call = each.call
-        shares = dense.shares(call.query, call.key, call.heads, call.own_bias).mean(1)[picture - 1]
+        shares = dense.shares(call.query, call.key, call.heads, call.bias_of()).mean(1)[picture - 1]
         for shown, tokens in (
             (Shown(CROSS_ATTENTION, "subject"), [2, 3]),
             (Shown(CROSS_ATTENTION, "subject", 1), [2]),

@@ -41,7 +41,9 @@ def make_call(rows: int = 2, queries: int = 9, keys: int = 7, heads: int = 3, wi
 def expected(call: AttentionCall) -> Tensor:
     """What the dense attention says of it."""
     blends = [blend.function for blend in call.blends]
-    return dense.attention(call.query, call.key, call.value, call.heads, call.own_bias, call.extensions, blends).float()
+    return dense.attention(
+        call.query, call.key, call.value, call.heads, call.bias_of(), call.extensions, blends
+    ).float()
 
 
 def with_heads_apart(call: AttentionCall) -> AttentionCall:
