@@ -60,3 +60,13 @@ def test_the_design_names_every_file() -> None:
     rooms = [*(PATCHES / room for room in ROOMS if room != "families"), ROOT / "encoders"]
     files = {path.name for room in rooms for path in room.glob("*.py")} - {"__init__.py"}
     assert sorted(name for name in files if name not in text) == []
+
+
+def test_no_test_imports_another() -> None:
+    """What several share is in tests/shared."""
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and ".test_" in f".{node.module or ''}":
+                found.append(f"{path.name}: {node.module}")
+    assert found == []
