@@ -42,8 +42,11 @@ class ImagePromptAdapter:
         pooled output (pictures, features), or its hidden states (pictures, m, features).
 
         Raises ValueError when that is not what the adapter was trained with."""
-        if seen is None or seen.shape[-1] != self.features:
+        axes = 2 if self.pooled else 3
+        if seen is None or seen.ndim != axes or seen.shape[-1] != self.features:
             found = "none" if seen is None else f"{seen.shape[-1]} channels"
+            if seen is not None and seen.ndim != axes:
+                found = "one for each of its tokens" if self.pooled else "one for the whole picture"
             raise ValueError(
                 f"The adapter '{self.name}' reads {'the pooled output' if self.pooled else 'the hidden states'} of a "
                 f"CLIP vision model, {self.features} channels, but the one connected gives {found}; load the vision "

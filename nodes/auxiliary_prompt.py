@@ -19,6 +19,7 @@ from ..patches.parts.prompt import (
     prompt_spans,
     split_phrases,
 )
+from ..patches.parts.writing import one_line
 from .checks import check_choice, check_loaded
 from .embeddings import embeddings_state
 from .inputs import ADVANCED, phrases_input, prompt_clip_input, text_input
@@ -102,10 +103,10 @@ class AuxiliaryPromptNode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_loaded(clip=clip)
         check_choice("preset", preset, (AUTOMATIC, *PRESETS))
-        chosen = noun.strip() or (preset_noun(text) if preset == AUTOMATIC else preset)
+        chosen = one_line(noun) or (preset_noun(text) if preset == AUTOMATIC else preset)
         check_embeddings(clip, concept)
         other = auxiliary_text(text, concept, chosen)
-        concept = concept.strip()
+        concept = one_line(concept)
         spans = find_spans(clip, text, (concept, *split_phrases(phrases)))
         others = {concept: find_spans(clip, other, (chosen,))[chosen]}
         for phrase in spans.keys() - others.keys():

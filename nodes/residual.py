@@ -19,6 +19,7 @@ from ..patches.parts.graph import lost
 from ..patches.parts.prompt import SPANS_KEY
 from .checks import check_number, prompt_in
 from .model_files import RESIDUAL_TOKENS
+from .saved_files import next_file
 from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
@@ -119,12 +120,10 @@ class SaveResidualToken(io.ComfyNode):
         from safetensors.torch import save_file
 
         top = Path(folder_paths.get_folder_paths(RESIDUAL_TOKENS.name)[0])
-        top.mkdir(parents=True, exist_ok=True)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(top))
-        file = f"{name}_{counter:05}_.safetensors"
+        file = next_file(filename_prefix, top)
         tensors, about = file_contents(residual)
-        save_file(tensors, Path(folder) / file, about)
-        shown = (Path(subfolder) / file).as_posix()
+        save_file(tensors, file, about)
+        shown = file.relative_to(top).as_posix()
         return io.NodeOutput(shown, ui={"text": (shown,)})
 
 

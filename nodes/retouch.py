@@ -15,6 +15,7 @@ from ..patches.mechanisms.retouch import MultiSourceSwap, path_of
 from ..patches.parts.process import Process
 from ..patches.parts.sites import LATE, USUAL
 from ..patches.parts.window import Window
+from ..patches.parts.writing import one_line
 from .checks import check_choice, check_number, masks_in, prompt_in, tell_upside_down
 from .inputs import ADVANCED, SHARE, model_input, model_output, named_sites_input, sites_input, window_inputs
 from .types import RETOUCH, BlendMaskType, TrajectoryType
@@ -267,7 +268,7 @@ class AdaptiveBlendMaskNode(io.ComfyNode):
         smallest_component: float = 0.01,
         join: str = OR,
     ) -> io.NodeOutput:
-        phrase = phrase.strip()
+        phrase = one_line(phrase)
         if mask is None and not phrase:
             raise ValueError("There is nothing to make a blend mask of; connect a mask, or write the subject's phrase.")
         check_number("threshold", threshold, 0.01, 1.0)

@@ -11,6 +11,7 @@ from ..patches.mechanisms.aligned import SHADES, without_background
 from ..patches.mechanisms.subject import Reference, Subject, composite, encoded, fit, mask_bounds
 from ..patches.parts.cache import MEGABYTE, FeatureCache
 from ..patches.parts.masks import resize_mask
+from ..patches.parts.writing import one_line
 from .align import KEEP, background_input
 from .checks import (
     MEGABYTES_MAX,
@@ -131,7 +132,7 @@ class SubjectNode(io.ComfyNode):
             what = "picture" if len(pictures) == 1 else f"picture {number + 1}"
             references.append(_reference(picture, own_mask, vae, size, margin, what, background))
         cache = FeatureCache(cache_megabytes * MEGABYTE)
-        return io.NodeOutput((*(others or ()), Subject(tuple(references), phrase.strip(), cache)))
+        return io.NodeOutput((*(others or ()), Subject(tuple(references), one_line(phrase), cache)))
 
 
 def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: str, background: str) -> Reference:

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..patches.families import family_of
 from ..patches.families.unet import UNet
 from ..patches.parts.context import CLIPS
+from ..patches.parts.writing import shortened
 from ..training.usual import Usual
 from .checks import check_choice, check_number, pictures_in
 from .inputs import ADVANCED, model_input, seed_input, vae_input
@@ -141,7 +142,7 @@ def checked_noun(text: str) -> str:
     if not noun:
         raise ValueError("The noun is empty; write what the subject is, like dog or backpack.")
     if NOT_IN_A_NOUN.search(noun):
-        raise ValueError(f"The noun is '{noun}'; write words alone, without brackets, weights or commas.")
+        raise ValueError(f"The noun is '{shortened(noun)}'; write words alone, without brackets, weights or commas.")
     return noun
 
 

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, read_trajectory, to_file
 from .checks import MEGABYTES_MAX, check_number
 from .inputs import cache_input
+from .saved_files import next_file
 from .types import RETOUCH, TrajectoryType
 
 FOLDER = "trajectories"
@@ -44,16 +45,12 @@ class SaveTrajectoryNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory: Inversion, filename_prefix: str) -> io.NodeOutput:
-        prefix = Path(filename_prefix.replace("\\", "/"))
+        output = Path(folder_paths.get_output_directory())
         # Elsewhere it could be saved but never be chosen.
-        inside = prefix if prefix.parts[:1] == (FOLDER,) else FOLDER / prefix
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            inside.as_posix(), folder_paths.get_output_directory()
-        )
+        file = next_file(filename_prefix.replace("\\", "/").removeprefix(f"{FOLDER}/"), output / FOLDER)
         tensors, metadata = to_file(trajectory)
-        file = f"{name}_{counter:05}_.safetensors"
-        comfy.utils.save_torch_file(tensors, str(Path(folder) / file), metadata=metadata)
-        return io.NodeOutput(ui={"text": ((Path(subfolder) / file).as_posix(),)})
+        comfy.utils.save_torch_file(tensors, str(file), metadata=metadata)
+        return io.NodeOutput(ui={"text": (file.relative_to(output).as_posix(),)})
 
 
 def _saved() -> list[str]:

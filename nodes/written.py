@@ -8,10 +8,11 @@ node asks the tokenizer itself when it runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..patches.parts.prompt import ONE_OF, split_phrases
+from ..patches.parts.writing import shortened
 
 EMBEDDING = "embedding:"
 # A name of an embedding where the host reads one, without the commas after it.
@@ -49,7 +50,7 @@ def check_written(text: str, phrases: str) -> None:
         count = _count(text, wanted)
         if count == 0:
             raise ValueError(
-                f"The phrase '{wanted}' is not in the prompt '{_short(text)}'; write the phrase as it stands in the "
+                f"The phrase '{wanted}' is not in the prompt '{shortened(text)}'; write the phrase as it stands in the "
                 "prompt."
             )
         if number > count:
@@ -94,8 +95,3 @@ def _places(text: str, phrase: str) -> Iterator[int]:
     for start in range(len(solid) - len(sought) + 1):
         if solid.startswith(sought, start) and not (inside[start] or inside[start + len(sought)]):
             yield start
-
-
-def _short(text: str) -> str:
-    words: Sequence[str] = text.split()
-    return " ".join(words if len(words) <= 40 else [*words[:40], "…"])

@@ -19,15 +19,9 @@ import torch
 from host import Host, Server, ToolError, find_host
 from hosting.device import use_cpu_without_gpu
 from hosting.pack import load_pack
+from soaking.served import install
 
 ROOT = Path(__file__).resolve().parents[1]
-_SMALL = """
-import sys
-sys.path[:0] = {paths!r}
-from small_checkpoint import SmallCheckpoint
-from small_loaders import LOADERS
-NODE_CLASS_MAPPINGS = {{"SmallCheckpoint": SmallCheckpoint, **LOADERS}}
-"""
 
 
 def _unwind(_number: int, _frame: object) -> None:
@@ -65,12 +59,13 @@ def server(host: Host) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def small_server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A stock server that also has loaders of small models, which stand in a workflow for the host's own."""
+    """A stock server that also has loaders of small models, which stand in a workflow for the host's own, and the probe
+    of `tools/soak.py`."""
+    from .shared.small_server import add_loaders
+
     base = tmp_path_factory.mktemp("base")
-    folder = base / "custom_nodes" / "small_loaders"
-    folder.mkdir(parents=True)
-    paths = [str(ROOT / "tests" / "shared"), str(ROOT / "tools")]
-    (folder / "__init__.py").write_text(_SMALL.format(paths=paths), encoding="utf-8")
+    add_loaders(base)
+    install(base)
     with Server(host, base=base) as running:
         yield running
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..patches.parts.prompt import find_spans
+from ..patches.parts.writing import shortened
 from .concept_words import Scheme, first_concept, first_own
 from .low_rank import covariance, factors
 from .text import TextEncoder, Tokens
@@ -44,7 +45,7 @@ class ConceptPrompts:
             self.vectors[name] = vectors.clone().requires_grad_()
         length = len(next(iter(self.noun.values()))) + scheme.before + scheme.after + scheme.concept
         if length + max(map(len, self.words.values()), default=0) > PLACES - 2:
-            raise ValueError(f"The noun '{noun}' is too long for a prompt; write one or two words.")
+            raise ValueError(f"The noun '{shortened(noun)}' is too long for a prompt; write one or two words.")
 
     def tokens(self, number: int) -> Tokens:
         """Eq. 2 for a picture, as the host's tokens."""
@@ -97,7 +98,7 @@ def _words(encoder: TextEncoder, text: str) -> Mapping[str, list[tuple[Any, floa
     """The tokens of a text without start, end and padding."""
     spans = find_spans(encoder.clip, text, [text])[text]
     if len(spans) > 1:
-        raise ValueError(f"The noun '{text}' is too long for a prompt; write one or two words.")
+        raise ValueError(f"The noun '{shortened(text)}' is too long for a prompt; write one or two words.")
     ((start, stop),) = spans
     return {name: list(chunks[0][start:stop]) for name, chunks in encoder.tokenize(text).items()}
 

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ..patches.parts.writing import NAME_MAX, shortened
 from .files import save_whole
 from .loop import LossMap
 
@@ -40,8 +41,11 @@ class ConceptFiles:
     name: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w\-]*", self.name):
-            raise ValueError(f"'{self.name}' is no name for a concept; write letters, digits, - and _ only.")
+        if not re.fullmatch(r"\w[\w\-]*", self.name) or len(self.name.encode()) > NAME_MAX:
+            raise ValueError(
+                f"'{shortened(self.name)}' is no name for a concept; write letters, digits, - and _ only, at most "
+                f"{NAME_MAX}."
+            )
         for path in self.paths:
             if path.exists() and _metadata(path).get("training") != KIND:
                 raise ValueError(f"There is already another file {path}; give the concept another name.")

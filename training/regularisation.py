@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..patches.parts.writing import shortened
 from .text import TextEncoder
 
 
@@ -28,7 +29,9 @@ class Regularisation:
         prompts = [encoder.tokenize(text) for text in texts]
         for text, tokens in zip(texts, prompts, strict=True):
             if any(len(chunks) > 1 for chunks in tokens.values()):
-                raise ValueError(f"The regularisation caption '{text}' is longer than 75 tokens; shorten it.")
+                raise ValueError(
+                    f"The regularisation caption '{shortened(text)}' is longer than 75 tokens; shorten it."
+                )
         with torch.no_grad():
             contexts, pooled = zip(*(encoder.encode(tokens) for tokens in prompts), strict=True)
         rows = [texts.index(text) for text in self.captions]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..patches.mechanisms.residual import ResidualToken, add_residual, mean_shift, preservation_loss
 from ..patches.parts.prompt import find_spans, positions_of
+from ..patches.parts.writing import shortened
 from .copies import loaded, with_gradients
 from .denoising import Denoiser
 from .loop import Group, LossMap, Training
@@ -50,7 +51,7 @@ class Sentences:
         tokens = [clip.tokenize(text) for text in texts]
         for text, each in zip(texts, tokens, strict=True):
             if any(len(chunks) > 1 for chunks in each.values()):
-                raise ValueError(f"The sentence '{text}' is longer than 75 tokens; shorten it.")
+                raise ValueError(f"The sentence '{shortened(text)}' is longer than 75 tokens; shorten it.")
         return cls(tokens, [positions_of(find_spans(clip, text, [noun])[noun]) for text in texts])
 
     def once(self) -> Sentences:

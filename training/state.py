@@ -10,6 +10,7 @@ from pathlib import Path
 import folder_paths
 from torch import Tensor
 
+from ..patches.parts.writing import NAME_MAX, shortened
 from .files import save_whole
 
 FOLDER = "training"
@@ -24,9 +25,10 @@ class StateFile:
     about: dict[str, str]
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w\-][\w\- .]*", self.name):
+        if not re.fullmatch(r"[\w\-][\w\- .]*", self.name) or len(self.name.encode()) > NAME_MAX:
             raise ValueError(
-                f"'{self.name}' is no name for a training; write letters, digits, spaces, dots, - and _, and no folder."
+                f"'{shortened(self.name)}' is no name for a training; write letters, digits, spaces, dots, - and _, at "
+                f"most {NAME_MAX}, and no folder."
             )
 
     @property

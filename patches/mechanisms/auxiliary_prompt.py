@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..parts.writing import one_line, shortened
+
 # Common nouns, as the paper presets them without naming them; the first that may stand in a prompt is taken.
 PRESETS = ("cat", "dog", "man", "woman", "car", "chair", "flower", "house", "toy", "ball")
 
@@ -18,7 +20,7 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
 
     Raises ValueError when the phrase is empty or not in the prompt, or when the noun is empty, a word of the phrase (it
     would bring back what the model was tuned on), or elsewhere in the prompt (its tokens could not be told apart)."""
-    concept, noun = concept.strip(), noun.strip()
+    concept, noun = one_line(concept), one_line(noun)
     if not concept:
         raise ValueError("The concept phrase is empty; write the concept's words as they stand in the prompt.")
     if not noun:
@@ -29,7 +31,9 @@ def auxiliary_text(text: str, concept: str, noun: str) -> str:
     pattern = _whole(concept)
     rest = pattern.sub(" ", text)
     if rest == text:
-        raise ValueError(f"The concept phrase '{concept}' is not in the prompt '{text}'; write it as it stands there.")
+        raise ValueError(
+            f"The concept phrase '{concept}' is not in the prompt '{shortened(text)}'; write it as it stands there."
+        )
     itself = re.compile(rf"\b{re.escape(noun)}\b", re.IGNORECASE) if words_of(noun) else re.compile(re.escape(noun))
     if words_of(noun) & words_of(concept) or itself.search(concept):
         raise ValueError(
@@ -48,7 +52,8 @@ def counterpart(phrase: str, concept: str, noun: str) -> str:
 
 def _whole(phrase: str) -> re.Pattern[str]:
     """A phrase as whole words, letter case aside."""
-    return re.compile(rf"(?<![\w:.-]){re.escape(phrase)}(?![\w.-]*\w)", re.IGNORECASE)
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    return re.compile(rf"(?<![\w:.-]){words}(?![\w.-]*\w)", re.IGNORECASE)
 
 
 def preset_noun(text: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..parts.prompt import Spans, positions_of
+from ..parts.writing import one_line
 
 FORMAT = "subject_patches.residual_token"
 # The families that share a text encoding, by the width of their context.
@@ -82,8 +83,8 @@ def subject_positions(known: Mapping[str, Spans], noun: str, phrase: str = "") -
     ("puppy"), at all its tokens. Letter case does not count.
 
     Raises ValueError when the prompt does not know the phrase, or not the noun where it is needed."""
-    spans = {name.casefold(): found for name, found in known.items()}
-    noun, phrase = noun.casefold().strip(), phrase.casefold().strip() or noun.casefold().strip()
+    spans = {one_line(name.casefold()): found for name, found in known.items()}
+    noun, phrase = one_line(noun.casefold()), one_line(phrase.casefold()) or one_line(noun.casefold())
     inside = phrase if phrase != noun and f" {noun} " in f" {phrase} " else ""
     for wanted in (phrase, noun) if inside else (phrase,):
         if wanted not in spans:

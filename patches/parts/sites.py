@@ -101,7 +101,7 @@ def sites_named(sites: Iterable[Site], named: str, kind: str = "attention") -> f
         chosen |= found
     if not chosen:
         example = "middle, output.3" if any(site.half is None for site in mine) else _listed(mine)
-        raise ValueError(f"Sites are set to named blocks but none is named; write for example: {example}")
+        raise ValueError(f"Sites are set to named blocks but none is named; write for example: {example}.")
     return frozenset(chosen)
 
 

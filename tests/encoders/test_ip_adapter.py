@@ -29,7 +29,7 @@ from ..shared.models import (
     sample,
     subject,
 )
-from ..shared.small_vision import CLIP, PROJECTED, WIDTH, clip_vision
+from ..shared.small_vision import CLIP, PROJECTED, WIDTH, clip_vision, siglip
 
 HEADS, HEAD, QUERIES, PLAIN_TOKENS = 2, 64, 5, 4
 INNER = HEADS * HEAD
@@ -283,6 +283,9 @@ def test_a_model_or_vision_model_that_is_another(model: Any, vision: Any, load: 
     wide = clip_vision(hidden_size=16, intermediate_size=24)
     with pytest.raises(ValueError, match=r"reads the hidden states of a CLIP vision model, 32 channels, but .* 16"):
         encoded(adapter, wide, (subject(),))
+    # One that pools nothing gives as many channels, of each token.
+    with pytest.raises(ValueError, match=r"reads the pooled output of .* connected gives one for each of its tokens;"):
+        encoded(load(file_of(model, "plain"), "plain.safetensors"), siglip(PROJECTED), (subject(),))
     tensors = file_of(model, "plus")
     fewer = load(without(tensors, "ip_adapter.1."), "fewer.safetensors")
     shown = encoded(fewer, vision, (subject(),))

@@ -92,7 +92,15 @@ KNOWN = {"dog": ((2, 3), (6, 7)), "brown dog": ((5, 7),), "puppy": ((8, 10),), "
 
 @pytest.mark.parametrize(
     ("phrase", "expected"),
-    [("", [2, 6]), ("Dog ", [2, 6]), ("brown dog", [6]), ("puppy", [8, 9]), ("dogs", None), ("old dog", None)],
+    [
+        ("", [2, 6]),
+        ("Dog ", [2, 6]),
+        ("brown dog", [6]),
+        ("brown\n dog", [6]),
+        ("puppy", [8, 9]),
+        ("dogs", None),
+        ("old dog", None),
+    ],
 )
 def test_which_words_become_the_subject(phrase: str, expected: list[int] | None) -> None:
     if expected is None:

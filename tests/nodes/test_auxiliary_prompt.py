@@ -47,6 +47,7 @@ def made(clip: Any, text: str, concept: str, **values: Any) -> tuple[dict[str, A
         ("embedding:my-toy plushy on a roof", "embedding:my-toy plushy", "cat on a roof"),
         ("a dog and a hotdog, a dog-house, dogs", "dog", "a cat and a hotdog, a dog-house, dogs"),
         ("a dog.", "dog", "a cat."),
+        ("a sks\n dog  on grass", " sks  dog\n", "a cat  on grass"),
     ],
 )
 def test_the_noun_takes_the_place_of_the_whole_phrase(text: str, concept: str, right: str) -> None:
@@ -98,6 +99,7 @@ def test_presets_differ_from_what_is_in_the_prompt() -> None:
         ("a V* dog", "V* dog", "Dog", r"noun 'Dog' is part of the concept phrase 'V\* dog'; choose one that differs"),
         ("a V* dog", "V* dog", "big dog", "is part of the concept phrase"),
         ("a V* dog", "V* dog", " ", "The auxiliary noun is empty; write"),
+        ("\n".join(["red"] * 90), "V*\ndog", "cat", f"'V[*] dog' is not in the prompt '{' '.join(['red'] * 40)} …'; w"),
         ("a V* dog and a cat", "V* dog", "cat", "noun 'cat' is already in the prompt; choose one that is not"),
     ],
 )

@@ -128,7 +128,7 @@ def test_each_picture_its_own_mask_or_one_for_all() -> None:
 
 
 def test_subjects_are_passed_along_in_order_with_caches_of_their_own() -> None:
-    first = made(pictures(1, 64, 64), phrase=" red dog ", cache_megabytes=3)
+    first = made(pictures(1, 64, 64), phrase=" red\n dog ", cache_megabytes=3)
     both = made(pictures(1, 64, 64), phrase="cat", others=first)
     assert [each.phrase for each in both] == ["red dog", "cat"]
     assert both[0] is first[0]

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import comfy.clip_vision
 import torch
 from hosting.random_models import generator
 from safetensors.torch import save_file
@@ -17,21 +16,11 @@ from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 from subject_patches.patches.families import family_of
 from torch import Tensor
 
-from .small_vision import dinov2_sizes
+from .small_vision import DINOV2, dinov2
 
-FEATURES = 16
-VISION = dinov2_sizes(FEATURES, 8, 32, 8, [0.5] * 3, [0.5] * 3)
-
-
-@cache
-def vision(features: int = FEATURES) -> Any:
-    """The host's CLIP_VISION."""
-    made = comfy.clip_vision.ClipVisionModel({**VISION, "hidden_size": features})
-    source = generator(31)
-    # Numbers that half precision has, too, as which the host may hold them.
-    for parameter in made.model.parameters():
-        parameter.data = (torch.randn(parameter.shape, generator=source) * 0.3).half().float()
-    return made
+VISION = DINOV2
+FEATURES = VISION["hidden_size"]
+vision = cache(dinov2)
 
 
 def contents(family: str, context: int, **form: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

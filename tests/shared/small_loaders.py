@@ -11,7 +11,7 @@ from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy.t2i_adapter.adapter import StyleAdapter
 from dit_models import dit_model
 from hosting.random_models import fill
-from small_vision import VISION, siglip
+from small_vision import VISION, dinov2, siglip
 
 # How wide the small text encoders' tokens are.
 CONTEXT = 16
@@ -51,16 +51,16 @@ class SmallClip(_Loader):
 
 
 class SmallVision(_Loader):
-    """A SigLIP."""
+    """A SigLIP, or a DINOv2."""
 
     RETURN_TYPES = ("CLIP_VISION",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, the host's name
-        return {"required": {}}
+        return {"required": {}, "optional": {"kind": (["siglip", "dinov2"],)}}
 
-    def load(self) -> tuple[Any]:
-        return (siglip(),)
+    def load(self, kind: str = "siglip") -> tuple[Any]:
+        return (siglip() if kind == "siglip" else dinov2(),)
 
 
 class SmallStyle(_Loader):

@@ -71,3 +71,16 @@ def dinov2_sizes(
     sizes = {"image_size": image, "patch_size": patch, "hidden_size": features, "num_hidden_layers": layers}
     kind = {"model_type": "dinov2", "num_attention_heads": 2, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
     return {**kind, **sizes, "image_mean": mean, "image_std": std}
+
+
+DINOV2 = dinov2_sizes(16, 8, 32, 8, [0.5] * 3, [0.5] * 3)
+
+
+def dinov2(features: int = DINOV2["hidden_size"]) -> ClipVisionModel:
+    """A DINOv2 of the host's, with random weights."""
+    model = ClipVisionModel({**DINOV2, "hidden_size": features})
+    source = generator(31)
+    # Numbers that half precision has, too, as which the host may hold them.
+    for parameter in model.model.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=source) * 0.3).half().float()
+    return model

@@ -105,7 +105,7 @@ async def _watch(socket: Any, prompt: ApiPrompt, prompt_id: str, progress: Progr
 def _failure(data: dict[str, Any]) -> WorkflowError:
     message = " ".join(str(data.get("exception_message", "")).split()) or data.get("exception_type", "unknown error")
     node_type, node_id = data.get("node_type"), data.get("node_id")
-    return WorkflowError(f"{node_type} (node {node_id}) failed: {message}", node_id, node_type)
+    return WorkflowError(f"{node_type} (node {node_id}) failed: {message}", node_id, node_type, data)
 
 
 def _refusal(answer: dict[str, Any]) -> WorkflowError:
@@ -113,10 +113,10 @@ def _refusal(answer: dict[str, Any]) -> WorkflowError:
         reasons = "; ".join(f"{error['message']}: {error['details']}" for error in node["errors"])
         if reasons:
             message = f"The host refused {node['class_type']} (node {node_id}): {reasons}"
-            return WorkflowError(message, node_id, node["class_type"])
+            return WorkflowError(message, node_id, node["class_type"], answer)
     error = answer.get("error") or {}
     if isinstance(error, str):
         error = {"message": error}
     reasons = " ".join(str(error[key]) for key in ("message", "details") if error.get(key))
     node_id = (error.get("extra_info") or {}).get("node_id")
-    return WorkflowError(f"The host refused the workflow: {reasons or answer}", node_id)
+    return WorkflowError(f"The host refused the workflow: {reasons or answer}", node_id, report=answer)

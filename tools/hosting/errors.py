@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class ToolError(Exception):
     """Something the person who typed the command can act on; its text is printed without a traceback."""
@@ -14,13 +17,21 @@ class ServerError(ToolError):
 class WorkflowError(ToolError):
     """The host refused a workflow or a node in it failed.
 
-    `node_id` and `node_type` name the node where the host said which one it was, else they are None.
+    `node_id` and `node_type` name the node where the host said which one it was, else they are None; `report` is all
+    that the host said of it, of a node that failed with its `exception_type` and `traceback`.
     """
 
-    def __init__(self, message: str, node_id: str | None = None, node_type: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        node_id: str | None = None,
+        node_type: str | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.node_id = node_id
         self.node_type = node_type
+        self.report = report or {}
 
 
 class WorkflowInterrupted(WorkflowError):

@@ -108,7 +108,7 @@ class Server:
             if self._base is None:
                 self._base = Path(tempfile.mkdtemp(prefix="subject-patches-"))
             base_folder.prepare(self._base, self._checkpoints)
-            compute = [] if _has_gpu(self.host) else ["--cpu"]
+            compute = [] if has_gpu(self.host) else ["--cpu"]
             for spare in range(_SPARE_PORTS, -1, -1):
                 self.port = check_port(self.port) if self._fixed_port else _free_port()
                 self._launch(compute)
@@ -177,6 +177,10 @@ class Server:
         if self._object_info is None:
             self._object_info = self._json("GET", "/object_info")
         return self._object_info
+
+    def get(self, path: str) -> Any:
+        """What the server answers to a path that gives JSON."""
+        return self._json("GET", path)
 
     def blueprints(self) -> dict[str, Any]:
         """The subgraph blueprints that the server offers, by number."""
@@ -285,7 +289,8 @@ def _free_port() -> int:
 
 
 @functools.cache
-def _has_gpu(host: Host) -> bool:
+def has_gpu(host: Host) -> bool:
+    """Whether the host's torch finds one; without, the host is told to work on the CPU."""
     if sys.platform == "linux" and not _has_driver():
         # To ask torch takes two seconds.
         return False

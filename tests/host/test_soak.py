@@ -1,0 +1,127 @@
+"""A small sample of what `tools/soak.py` asks at length, and that it would tell what it looks for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+from host import Host, Server
+from hosting.base import PACK_FOLDER
+from hosting.client import ApiPrompt
+from hosting.errors import WorkflowError
+from soaking.cases import PACK, case_of, without_patches
+from soaking.endurance import endured, growth, together
+from soaking.flags import flagged, twice
+from soaking.fuzz import fuzz, report
+from soaking.interrupts import interrupted
+from soaking.served import Held, Soaked
+from soaking.starts import brought
+from soaking.verdicts import FAULT, HOST, PICTURE, REFUSED, SENTENCE, failed
+from soaking.workflows import small_workflows
+
+from ..shared.small_server import add_files
+
+# A patch, a swap with its inversions, a layout and a router.
+NAMES = ["emblem_in_a_scene", "retouch_a_picture", "two_emblems_by_masks"]
+
+
+@pytest.fixture(scope="module")
+def served(flux_server: Server) -> Soaked:
+    """A server with small files of every kind."""
+    add_files(flux_server.base)
+    return Soaked(flux_server)
+
+
+def test_cases_end_in_a_picture_or_a_sentence(served: Soaked) -> None:
+    """Many of the pack's nodes, and some chains of them."""
+    tally = fuzz(served, range(0, 40, 2))
+    assert tally.faults == [], report(tally)
+    assert len(tally.nodes) > 15
+    assert tally.verdicts[PICTURE] > 5
+    assert tally.verdicts[SENTENCE] > 5
+
+
+def test_a_case_is_its_numbers(served: Soaked) -> None:
+    """And its patches can be taken out of it."""
+    known = served.server.object_info()
+    first, again, other = (case_of(seed, 3, known) for seed in (0, 0, 1))
+    assert first == again
+    assert first.prompt != other.prompt
+    assert any(kind.startswith(PACK) for kind in _behind_the_sampler(first.prompt))
+    bare = _behind_the_sampler(without_patches(first.prompt, known))
+    assert bare
+    assert not any(kind.startswith(PACK) for kind in bare)
+
+
+def _behind_the_sampler(prompt: ApiPrompt) -> list[str]:
+    """The kinds of nodes that its MODEL comes through."""
+    (node,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
+    kinds = []
+    while isinstance(node["inputs"].get("model"), list):
+        node = prompt[node["inputs"]["model"][0]]
+        kinds.append(node["class_type"])
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "last", "what"),
+    [
+        ("ValueError", "The size is 0; give a number from 64 to 2048.", True, SENTENCE),
+        ("ValueError", "too many values to unpack (expected 2)", True, FAULT),
+        ("ValueError", "The axes of attn_mask do not match.", False, FAULT),
+        ("TypeError", "The size is a str.", True, FAULT),
+    ],
+)
+def test_what_a_failed_run_says_of_itself(kind: str, message: str, last: bool, what: str) -> None:
+    """A sentence is the pack's own; an error that only passes through the pack is a fault, one beside it is none."""
+    ours, host = (
+        f'File "{os.sep.join(("base", *parts))}", line 1' for parts in (("custom_nodes", PACK_FOLDER), ("x",))
+    )
+    told = {
+        "exception_type": kind,
+        "exception_message": f"{message}\n",
+        "traceback": [host, ours, *[host] * (not last)],
+    }
+    assert failed(WorkflowError("", report=told)).what == what
+    assert failed(WorkflowError("", report={**told, "traceback": [host]})).what == HOST
+
+
+def test_what_a_refused_run_says_of_itself() -> None:
+    frames = [f'File "base{os.sep}custom_nodes{os.sep}{PACK_FOLDER}{os.sep}x.py", line 1']
+    for traceback, what in ((frames, FAULT), ([], REFUSED)):
+        error = {"type": "exception_during_inner_validation", "extra_info": {"traceback": traceback}}
+        assert failed(WorkflowError("", report={"node_errors": {"1": {"errors": [error]}}})).what == what
+
+
+def test_workflows_in_turn_leave_nothing(served: Soaked) -> None:
+    result = endured(served, small_workflows(served.server, NAMES), 2 * len(NAMES), lambda _: None)
+    assert result.faults == []
+    assert len(result.held) == 2
+
+
+def test_what_grows_is_told() -> None:
+    held = Held(resident=1, tensors=10, bytes=100, hooks=1, runs=0, threads=3, models=1)
+    assert growth([held, replace(held, resident=2, threads=4)]) == []
+    assert growth([held, replace(held, hooks=2)]) == ["hooks: 1 after the first round, 2 after the last"]
+
+
+def test_interrupts_leave_nothing(served: Soaked) -> None:
+    told: list[str] = []
+    assert interrupted(served, small_workflows(served.server, NAMES[1:2]), told.append) == []
+    (line,) = told
+    assert int(line.split(": ")[1].split()[0]) > 3
+
+
+def test_two_clients_at_once(served: Soaked) -> None:
+    assert together(served, small_workflows(served.server, NAMES), lambda _: None) == []
+
+
+def test_a_host_without_a_cache(host: Host, served: Soaked) -> None:
+    usual, _ = twice(served, small_workflows(served.server, NAMES[:1]))
+    assert flagged(host, [("--cache-none",)], usual, NAMES[:1], lambda _: None) == []
+
+
+def test_the_hosts_start_imports_nothing_for_the_pack(host: Host) -> None:
+    """But its own modules: how long they take, `tools/soak.py start` measures."""
+    assert brought(host) == []

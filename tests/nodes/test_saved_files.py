@@ -1,0 +1,53 @@
+"""Where nodes that save write, and what no file can be called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import save_file
+from subject_patches.nodes.residual import SaveResidualToken
+from subject_patches.nodes.saved_files import next_file
+from subject_patches.nodes.trajectory_files import SaveTrajectoryNode
+from subject_patches.patches.mechanisms.residual import ResidualToken
+from subject_patches.tests.shared.models import randn, trajectory
+
+
+def test_each_save_is_a_new_file(tmp_path: Path) -> None:
+    top = tmp_path / "kept"
+    for prefix, name in (("dog", "dog_00001_"), ("pets\\dog", "pets/dog_00001_"), ("./pets//dog", "pets/dog_00002_")):
+        file = next_file(prefix, top)
+        assert file == top / f"{name}.safetensors"
+        save_file({"x": torch.zeros(1)}, file)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", " / ", ".", "..", "/outside", "../outside", "a/../../outside", "C:\\outside", "a\0b", "x" * 300]
+)
+def test_what_names_no_file_in_the_folder(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names no file in the folder kept; write a name of at most 200 letters"):
+        next_file(prefix.strip(" "), tmp_path / "kept")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "dog").write_text("")
+    with pytest.raises(ValueError, match=r"'dog/x' cannot be saved under in the folder .*; write another"):
+        next_file("dog/x", tmp_path)
+
+
+def test_the_nodes_that_save(host_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both refuse what is outside; a trajectory is always where it can be loaded from."""
+    tokens = ([str(host_folders / "tokens")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "residual_tokens", tokens)
+    for node, value in (
+        (SaveResidualToken, ResidualToken(torch.zeros(1, 8), "dog", 1)),
+        (SaveTrajectoryNode, trajectory(randn(1, 4, 8, 8))),
+    ):
+        with pytest.raises(ValueError, match=r"The filename_prefix '/outside' names no file"):
+            node.execute(value, "/outside")
+    SaveTrajectoryNode.execute(trajectory(randn(1, 4, 8, 8)), "trajectories")
+    (file,) = host_folders.rglob("*.safetensors")
+    assert file == host_folders / "output" / "trajectories" / "trajectories_00001_.safetensors"
