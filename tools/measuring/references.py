@@ -6,7 +6,7 @@ Each case, an emblem or a scene, is sampled with several seeds as one batch; err
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
@@ -31,15 +31,18 @@ LEVELS: dict[str, dict[str, Any]] = {
     "fixed at 90%": {"noise_level": "fixed", "fixed_level": 0.9},
     "current, every 2 steps": {"noise_level": "current", "refresh_steps": 2},
     "current, every 4 steps": {"noise_level": "current", "refresh_steps": 4},
-    "current, strength 2": {"noise_level": "current", "strength": 2.0},
-    "nearly clean, strength 2": {**CLEAN, "strength": 2.0},
 }
-RECYCLED = {
-    **LEVELS,
-    "nearly clean, encoder and decoder": {**CLEAN, "sites": "encoder and decoder"},
+# How strongly and in which layers, at the level of `usual`, nearly clean.
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "strength 0.5": {"strength": 0.5},
+    "strength 2": {"strength": 2.0},
+    "encoder and decoder": {"sites": "encoder and decoder"},
 }
 ROUTED = {
     **LEVELS,
+    "current, strength 2": {"noise_level": "current", "strength": 2.0},
+    "nearly clean, strength 2": {**CLEAN, "strength": 2.0},
     "nearly clean, without cross-attention (the paper)": {**CLEAN, "cross_attention": "skipped"},
 }
 BACKGROUNDS: dict[str, dict[str, Any]] = {
@@ -62,7 +65,7 @@ class Row:
     passes: list[float] = field(default_factory=list)
 
 
-def recycled(given: Given) -> None:
+def recycled(given: Given, settings_of: Mapping[str, dict[str, Any]] = LEVELS) -> None:
     """Prints the table of Recycled Self-Attention, over `given.count` emblems carried into a prompt's scene."""
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 
@@ -72,13 +75,15 @@ def recycled(given: Given) -> None:
         def add(name: str, row: Row) -> None:
             model = given.toy.model
             if name != UNPATCHED:
-                model = RecycledSelfAttentionNode.execute(model, pair.subject, **RECYCLED[name]).args[0]
+                model = RecycledSelfAttentionNode.execute(model, pair.subject, **settings_of[name]).args[0]
             _carried(given, row, pair, model, number)
             pair.subject[0].cache.clear()
 
         return add
 
-    _measured(f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *RECYCLED), given, case)
+    _measured(
+        f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *settings_of), given, case
+    )
 
 
 def backgrounds(given: Given) -> None:
