@@ -80,6 +80,15 @@ class Asked:
         beside = f" and a {' '.join(self.beside)}" if self.beside else ""
         return f"an {subject}{beside} {describe_background(self.background)}"
 
+    def ground_right(self, reading: Any) -> bool:
+        """Whether the judge finds the ground, in its colours."""
+        kind, colours = self.background.kind, self.background.colours
+        return (reading.background, reading.background_colours) == (kind, colours)
+
+    def thing_there(self, reading: Any) -> bool:
+        """Whether the judge finds the thing beside the emblem."""
+        return any((each.colour, each.shape) == self.beside for each in reading.objects)
+
 
 def study(given: Given) -> None:
     """Prints the table, over `given.count` pairs of 8 emblems and 20 prompts each (160 are all)."""
@@ -214,12 +223,11 @@ class Case:
         identity = float(alike(judge, images, boxes, self.pictured.identity[None]).mean())
         grounds, things, strays = [], [], []
         for asked, reading in zip(self.asked, readings, strict=True):
-            right = reading.background == asked.background.kind
-            grounds.append(right and reading.background_colours == asked.background.colours)
+            grounds.append(asked.ground_right(reading))
             wanted = asked.beside[1] if asked.beside else NOUN
             strays.append(any(each.shape not in (NOUN, wanted) for each in reading.objects))
             if asked.beside:
-                things.append(any((each.colour, each.shape) == asked.beside for each in reading.objects))
+                things.append(asked.thing_there(reading))
         ground, thing = float(np.mean(grounds)), float(np.mean(things))
         followed = (sum(grounds) + sum(things)) / (len(grounds) + len(things))
         return Means(identity, followed, float(np.mean(seen)), ground, thing, float(np.mean(strays)))

@@ -1,9 +1,10 @@
 """Dual-branch integration with the mask that it should find: is it the toy, or is it the mask?
 
-Concepts are learnt of views with something in them to absorb (`ico.Case`). A prompt asks for one thing, the concept, on
-a ground, and for a property of the ground, its colours: what the views' own grounds can drive out. The oracle mixes the
-branches by the box of the emblem in the concept's own picture of the same seed. If that lies above the training's curve
-and the paper's mask does not, it is the mask; if neither does, it is the toy."""
+Concepts are learnt of views with something in them to absorb, and sampled with the prompts that ask for a thing beside
+the concept (`ico.Case`): where a prompt asks for the concept and a ground alone, 400 steps of training drive nothing
+out, and there is no trade-off to lie above. The oracle mixes the branches by the box of the emblem in the concept's own
+picture of the same seed. If that lies above the training's curve and the paper's mask does not, it is the mask; if
+neither does, it is the toy."""
 
 from __future__ import annotations
 
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EMBLEMS, SEEDS = 4, 3
-GROUNDS = (
-    ("cyan",),
-    ("pink",),
-    ("gray",),
-    ("white",),
-    ("yellow",),
-    ("cyan", "blue"),
-    ("pink", "white"),
-    ("gray", "black"),
-)
 OWN, OWN_TWO, ORACLE = "the paper's mask, lambda 1", "the paper's mask, lambda 2", "the box as the mask (oracle)"
 SEPARATE, STAR = "separate prompts (Figure 10)", "another auxiliary noun (Figure 12)"
 MIXED: dict[str, dict[str, Any]] = {
@@ -72,7 +63,7 @@ def study(given: Given) -> None:
                     print(f"emblem {number + 1}, {name}", file=sys.stderr, flush=True)
     curve = [rows[UNTRAINED], *(rows[_row(steps)] for steps in LENGTHS)]
     print(f"{len(curve[0])} pictures a row, with {SEEDS} seeds of each prompt:\n")
-    measures = ("identity", "prompt followed", "emblem found", "ground right", "its colours right")
+    measures = ("identity", "prompt followed", "emblem found", "ground right", "thing beside")
     print(heading(*measures, "identity, paired", "following, paired", "above the curve"))
     for name, scores in rows.items():
         base = rows[_row(LENGTHS[-1])] if name in MIXED else scores
@@ -88,22 +79,19 @@ class Case:
     """One emblem's views, and the prompts and seeds to sample it with."""
 
     def __init__(self, given: Given, number: int, prompts: int, folder: Path) -> None:
-        from subject_patches.toy.scenes import Background
-
         self.given, self.number = given, number
         self.views = Views(given, number, folder, None)
-        free = [each for each in GROUNDS if self.views.emblem.plate_colour not in each]
-        chosen = [free[place % len(free)] for place in range(prompts)]
-        self.grounds = [Background("plain" if len(each) == 1 else "gradient", each) for each in chosen]
+        two = [each for each in self.views.asked if each.beside]
+        self.asked = [two[place % len(two)] for place in range(prompts)]
 
     def rows(self) -> Any:
         """The rows of the table, each with a score for each picture."""
         toy = self.given.toy
-        yield UNTRAINED, self._scored(lambda place: (toy.encode([self._text(place, NOUN)]), toy.model))
+        yield UNTRAINED, self._scored(lambda place: (toy.encode([self.asked[place].text(NOUN)]), toy.model))
         model, alone = toy.model, []
         for steps in LENGTHS:
             model = self._trained(steps)
-            alone = [self._images(self._prompts(place)[0], model, place) for place in range(len(self.grounds))]
+            alone = [self._images(self._prompts(place)[0], model, place) for place in range(len(self.asked))]
             yield _row(steps), [score for place, images in enumerate(alone) for score in self._scores(images, place)]
         yield OTHER, self._scored(lambda place: (self._prompts(place)[1], model))
         for name in MIXED:
@@ -117,11 +105,6 @@ class Case:
         settings = training_settings(self.given.toy, "for dual-branch", steps, RATES)
         return self.views.learnt(settings, state=StateFile(name, {"training": name}))
 
-    def _text(self, place: int, subject: str) -> str:
-        from subject_patches.toy.scenes import describe_background
-
-        return f"an {subject} {describe_background(self.grounds[place])}"
-
     def _prompts(self, place: int, name: str = "") -> tuple[Any, Any]:
         """A prompt with the concept, and its auxiliary prompt; or what each is responsible for alone."""
         from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
@@ -129,17 +112,18 @@ class Case:
         from subject_patches.patches.parts.prompt import in_context, prompt_spans
         from subject_patches.toy.scenes import describe_background
 
-        clip = self.given.toy.clip
+        clip, asked = self.given.toy.clip, self.asked[place]
+        thing = " ".join(asked.beside)
         if name == SEPARATE:
             concept = AuxiliaryPromptNode.execute(clip, f"an {WORDS}", WORDS, noun=AUXILIARY).args[0]
-            text = describe_background(self.grounds[place])
+            text = f"a {thing} {describe_background(asked.background)}"
             auxiliary = clip.encode_from_tokens_scheduled(clip.tokenize(text))
             for tokens, values in auxiliary:
                 own = in_context(clip, text, tokens, prompt_spans(clip, text))
                 values[BRANCH_KEY] = BranchTokens(own, (), auxiliary=True)
             return concept, auxiliary
         noun = NOUNS.get(name, AUXILIARY)
-        return AuxiliaryPromptNode.execute(clip, self._text(place, WORDS), WORDS, noun=noun).args[:2]
+        return AuxiliaryPromptNode.execute(clip, asked.text(WORDS), WORDS, noun=noun, phrases=thing).args[:2]
 
     def _mixed(self, place: int, name: str, model: Any, alone: Tensor) -> tuple[Any, Any]:
         from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
@@ -154,7 +138,7 @@ class Case:
 
     def _scored(self, made: Callable[[int], tuple[Any, Any]]) -> list[Score]:
         found = []
-        for place in range(len(self.grounds)):
+        for place in range(len(self.asked)):
             positive, model = made(place)
             found += self._scores(self._images(positive, model, place), place)
         return found
@@ -164,16 +148,14 @@ class Case:
         return self.given.pictures(positive, range(first, first + SEEDS), model)
 
     def _scores(self, images: Tensor, place: int) -> list[Score]:
-        judge, ground = self.given.judge, self.grounds[place]
+        judge, asked = self.given.judge, self.asked[place]
         readings = judge.findings(images)
         boxes, seen = places(readings)
         likeness = alike(judge, images, boxes, self.views.pictured.identity[None])[:, 0].tolist()
-        scores = []
-        for identity, emblem, reading in zip(likeness, seen, readings, strict=True):
-            right = reading.background == ground.kind
-            coloured = right and reading.background_colours == ground.colours
-            scores.append(Score(identity, emblem, right, coloured))
-        return scores
+        return [
+            Score(identity, emblem, asked.ground_right(reading), asked.thing_there(reading))
+            for identity, emblem, reading in zip(likeness, seen, readings, strict=True)
+        ]
 
 
 def _by_a_mask() -> type:
