@@ -194,7 +194,8 @@ def _encoding(model: Any) -> Any:
 
     vae, encoder = Toy.load().vae, the_encoder()
     picture = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(3))
-    subject = SubjectNode.made([picture], vae, size=96, mask=[torch.ones(1, 96, 96)]).args[0]
+    mask = torch.nn.functional.pad(torch.ones(1, 72, 72), (12, 12, 12, 12))
+    subject = SubjectNode.made([picture], vae, size=96, mask=[mask]).args[0]
     shown = EncodeSubjectsNode.execute(subject, encoder, vae).args[0]
     patched = RecycledSelfAttentionNode.execute(model, shown).args[0]
     owed = [subject]

@@ -93,8 +93,8 @@ def study(given: Given) -> None:
     """Prints the tables, over `given.count` cases, and what each run does to the noise's error; rows of runs that have
     not been are left out."""
     rows = {row for named in TABLES.values() for row in named.values()}
-    found = {run: tuned(given, run) for run in {row.run for row in rows}}
-    models = {run: made for run, made in found.items() if made is not None}
+    tried = {run: tuned(given, run) for run in sorted({row.run for row in rows})}
+    models = {run: made for run, made in tried.items() if made is not None}
     encoder = the_encoder()
     scores: dict[Any, list[Shown]] = {row: [] for row in (UNPATCHED, *rows) if row == UNPATCHED or row.run in models}
     for number in range(given.count):
@@ -114,9 +114,9 @@ def study(given: Given) -> None:
     print(f"\nThe error of the noise in {given.count} held-out emblems, against the untouched toy without a reference;")
     print("blocked: in their whole pictures, with neither tokens nor reference:\n")
     for run, made in models.items():
-        if made.files is not None:
-            told = (f"{name} {fall:+.1%}" for name, fall in falls(made, SITES.get(run, "decoder"), given.count).items())
-            print(f"- {run}: {', '.join(told)}")
+        if run != ENCODER:
+            found = falls(encoder.vision, made, SITES.get(run, "decoder"), given.count)
+            print(f"- {run or 'untrained'}: {', '.join(f'{name} {fall:+.1%}' for name, fall in found.items())}")
 
 
 def patched_by(made: Tuned, subject: Any, row: Row) -> Any:
@@ -133,8 +133,8 @@ def patched_by(made: Tuned, subject: Any, row: Row) -> Any:
     return model
 
 
-def falls(made: Tuned, sites: str, count: int) -> dict[str, float]:
-    """See `Lesson.falls`; of other pairs than the training's log."""
+def falls(vision: Any, made: Tuned, sites: str, count: int) -> dict[str, float]:
+    """See `Lesson.falls`; of other pairs than the training's log. `vision` is for what brings none."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
@@ -145,11 +145,14 @@ def falls(made: Tuned, sites: str, count: int) -> dict[str, float]:
     from subject_patches.toy.train_anylogo import start
 
     model, autoencoder = frozen(CHECKPOINT)
-    lora = load_file(made.files[1])
-    rank = next(each.shape[0] for name, each in lora.items() if name.endswith("lora_down.weight"))
-    tuning = Tuning(model.unet, rank)
-    start(tuning, *made.files)
-    symbiosis = Symbiosis(model, made.semantics.vision.model.float(), Words()([""]), sites)
+    if made.files is None:
+        tuning = Tuning(model.unet, 1)
+    else:
+        downs = (each for name, each in load_file(made.files[1]).items() if name.endswith("lora_down.weight"))
+        tuning = Tuning(model.unet, next(downs).shape[0])
+        start(tuning, *made.files)
+        vision = made.semantics.vision
+    symbiosis = Symbiosis(model, vision.model.float(), Words()([""]), sites)
     pairs = Pairs(autoencoder, np.random.default_rng((2**41, 6)), count, grounds=True)
     pairs.add(count)
     return symbiosis.falls(tuning, pairs.draw(count, torch.Generator().manual_seed(6)))
