@@ -1,7 +1,7 @@
 """AnyLogo's tuning on the toy: Table 3's rows, Table 4's, and Figure 7's, each trained.
 
-`toy.train_anylogo` makes what is measured: each row reads the two files that its run left in a folder below `toy/runs`,
-or those that come with the repository. The cases are those of the trained subject encoder.
+`toy.train_anylogo` makes what is measured: each row reads the two files that its run left in a folder below `toy/runs`.
+The cases are those of the trained subject encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row:
     level: str | None = None
 
 
-TOY, SHIPPED, ENCODER = "", "shipped", "encoder"
+TOY, ENCODER = "", "encoder"
 UNTRAINED = Row(TOY, level=CURRENT)
 TABLES: dict[str, dict[str, Row]] = {
     "Table 3: blocked, semantic tokens alone, a ReferenceNet, recycling": {
@@ -39,6 +39,7 @@ TABLES: dict[str, dict[str, Row]] = {
         "ReferenceNet and its tokens, longer trained": Row(ENCODER),
         "recycling, reference alone": Row("anylogo", level=CURRENT),
         "recycling, semantic tokens and reference": Row("anylogo", True, CURRENT),
+        "recycling, semantic tokens and reference, nearly clean": Row("anylogo", True, CLEAN),
     },
     "Table 4: where the reference is delivered": {
         "encoder": Row("anylogo-encoder", True, CURRENT),
@@ -50,14 +51,6 @@ TABLES: dict[str, dict[str, Row]] = {
         "0.3": Row("anylogo-0.3", True, CURRENT),
         "0.6": Row("anylogo", True, CURRENT),
         "1": Row("anylogo-1", True, CURRENT),
-    },
-    "The files that come with the repository, longer trained": {
-        "untrained": UNTRAINED,
-        "blocked": Row(SHIPPED),
-        "semantic tokens": Row(SHIPPED, True),
-        "reference": Row(SHIPPED, level=CURRENT),
-        "reference, nearly clean": Row(SHIPPED, level=CLEAN),
-        "semantic tokens and reference": Row(SHIPPED, True, CURRENT),
     },
 }
 SITES = {"anylogo-none": "none", "anylogo-encoder": "encoder", "anylogo-both": "encoder and decoder"}
@@ -82,7 +75,7 @@ def tuned(given: Given, run: str) -> Tuned | None:
 
     if run in (TOY, ENCODER):
         return Tuned(given.toy.model, None)
-    files = (MAPS, LORA) if run == SHIPPED else (RUNS / run / MAPS.name, RUNS / run / LORA.name)
+    files = (RUNS / run / MAPS.name, RUNS / run / LORA.name)
     if not all(path.is_file() for path in files):
         return None
     model, _ = comfy.sd.load_lora_for_models(given.toy.model, None, load_file(files[1]), 1.0, 0.0)
