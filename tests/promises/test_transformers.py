@@ -13,7 +13,7 @@ import torch
 from subject_patches.patches.families import attention_sites
 from subject_patches.tests.shared.dit_models import PATCHED, description_of, dit_model
 from subject_patches.tests.shared.left_behind import interrupt, left_of_sessions, state_of
-from subject_patches.tests.shared.mechanisms import FLUX_MECHANISMS, IDLE, MECHANISMS, Mechanism
+from subject_patches.tests.shared.mechanisms import FLUX_MECHANISMS, IDLE, MECHANISMS, OF_EACH_KIND, Mechanism
 from subject_patches.tests.shared.models import difference, prompt, sample, second_context, subject_for
 from subject_patches.tests.shared.peers import splitting
 from torch import Tensor
@@ -22,12 +22,6 @@ ROUNDING = 2e-5
 # With a model that is told the block, with one that is not, whose picture attends to itself besides, and with one whose
 # picture attends to the prompt apart.
 EVERY = ("FLUX.1", "SD 3.5", "Wan")
-KINDS = (
-    "recycled self-attention in a region",
-    "soft layout bias",
-    "two references routed by maps",
-    "dual branch",
-)
 # What U-Nets alone can do, but for image prompts where a picture attends to the prompt apart.
 NOT_HERE = {
     "a routed image prompt": "image prompt",
@@ -41,7 +35,7 @@ NOT_HERE = {
 Family = tuple[Any, Tensor]
 
 
-PAIRS = [(name, each) for name in PATCHED for each in MECHANISMS if name in EVERY or each.name in KINDS]
+PAIRS = [(name, each) for name in PATCHED for each in MECHANISMS if name in EVERY or each in OF_EACH_KIND]
 PAIRS += [("FLUX.1", each) for each in FLUX_MECHANISMS]
 
 
@@ -79,13 +73,10 @@ def test_what_a_mechanism_promises(mechanism: Mechanism, family: Family) -> None
     assert torch.equal(sample(model, **given), plain)
 
 
-TOGETHER = [each for each in MECHANISMS if each.name in KINDS]
-
-
 def together(model: Any) -> Any:
     """The model with one of each kind, one upon the other, and subjects of its own."""
     subjects = (subject_for(model),)
-    return reduce(lambda below, mechanism: mechanism.on(below, subjects), TOGETHER, model)
+    return reduce(lambda below, mechanism: mechanism.on(below, subjects), OF_EACH_KIND, model)
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -94,17 +85,17 @@ def test_what_several_promise_together(name: str) -> None:
     plain, before = sample(model), state_of(model)
     # 1. Whatever the reason why there is nothing to do.
     reasons = itertools.cycle(IDLE)
-    idle = reduce(lambda below, mechanism: mechanism.off(below, next(reasons)), TOGETHER, model)
+    idle = reduce(lambda below, mechanism: mechanism.off(below, next(reasons)), OF_EACH_KIND, model)
     assert torch.equal(sample(idle), plain)
     patched = together(model)
     whole = sample(patched)
     assert whole.isfinite().all()
     # 8. Each does something beside the others.
-    for left in range(len(TOGETHER) if name in EVERY else 0):
-        others = [mechanism for number, mechanism in enumerate(TOGETHER) if number != left]
+    for left in range(len(OF_EACH_KIND) if name in EVERY else 0):
+        others = [mechanism for number, mechanism in enumerate(OF_EACH_KIND) if number != left]
         less = reduce(lambda below, mechanism: mechanism.on(below), others, model)
-        assert difference(sample(less), whole) > 1e-4, TOGETHER[left].name
-    assert torch.equal(sample(TOGETHER[1].off(patched, "strength 0")), whole)
+        assert difference(sample(less), whole) > 1e-4, OF_EACH_KIND[left].name
+    assert torch.equal(sample(OF_EACH_KIND[1].off(patched, "strength 0")), whole)
     # 2. and 7. The run after one that was interrupted, whose cache may hold half of a pass.
     ended = together(model)
     with pytest.raises(comfy.model_management.InterruptProcessingException):

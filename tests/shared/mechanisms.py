@@ -266,6 +266,18 @@ FLUX_MECHANISMS = (
 # and with every node of the host, is tried with those.
 ALIKE = ("recycled self-attention in a region", "soft layout bias", "eight routed references", "an encoded subject")
 UNLIKE = tuple(each for each in MECHANISMS if each.name not in ALIKE)
+# One of each kind that works on every family.
+OF_EACH_KIND = tuple(
+    each
+    for each in MECHANISMS
+    if each.name
+    in (
+        "recycled self-attention in a region",
+        "soft layout bias",
+        "two references routed by maps",
+        "dual branch",
+    )
+)
 over_mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 over_unlike = pytest.mark.parametrize("mechanism", UNLIKE, ids=lambda m: m.name)
 
@@ -273,6 +285,6 @@ over_unlike = pytest.mark.parametrize("mechanism", UNLIKE, ids=lambda m: m.name)
 def fingerprints() -> list[str]:
     """A digest of what each mechanism's patched model samples."""
     pairs = [(small_model, each) for each in MECHANISMS]
-    pairs += [(partial(dit_model, "FLUX.1"), each) for each in FLUX_MECHANISMS]
+    pairs += [(partial(dit_model, "FLUX.1"), each) for each in (*FLUX_MECHANISMS, *OF_EACH_KIND)]
     results = (sample(mechanism.on(made()), batch=2) for made, mechanism in pairs)
     return [hashlib.sha256(result.numpy().tobytes()).hexdigest() for result in results]
