@@ -154,7 +154,7 @@ class CutCases(Cases):
 
 
 def learnt_in_one_place(given: Given, number: int, folder: Path) -> Concept:
-    """As `learnt`, of views that all show the emblem in the middle of the picture, as large as in the first."""
+    """As `learnt`, of views that all show the emblem in the middle of the picture, of one size."""
     from dataclasses import replace
 
     import numpy as np
