@@ -64,9 +64,10 @@ def fingerprint(*patchers: Any) -> str:
 
     for patcher in patchers:
         for name, weight in sorted(patcher.model.state_dict().items()):
-            # The host puts a patched weight in the place of the model's own while it is loaded.
+            # The host puts a patched weight in the place of the model's own while it is loaded, also that of another
+            # MODEL which shares the model: the own is then kept.
             if name not in patcher.patches:
-                add(name, weight)
+                add(name, patcher.backup[name].weight if name in patcher.backup else weight)
         for name, patches in sorted(patcher.patches.items()):
             for strength, patch, *_ in patches:
                 add(name, strength)

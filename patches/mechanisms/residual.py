@@ -66,7 +66,13 @@ def mean_shift(tuned: Tensor, original: Tensor, subject: Tensor) -> Tensor:
 
 def add_residual(context: Tensor, vectors: Tensor, positions: list[int], strength: float = 1.0) -> Tensor:
     """A context (b, tokens, width) with `strength` times the vectors (k, width) added at these positions, k at a time;
-    Eq. 6. A single vector is added at every position. Raises ValueError when k does not divide the positions."""
+    Eq. 6. A single vector is added at every position. Raises ValueError when k does not divide the positions, and when
+    the context ends before one."""
+    if positions and max(positions) >= context.shape[1]:
+        raise ValueError(
+            f"The prompt has {context.shape[1]} tokens, but the noun's last is number {max(positions) + 1}: another "
+            "node has cut it off; apply the residual before that node."
+        )
     if len(positions) % len(vectors):
         raise ValueError(
             f"The residual is {len(vectors)} vectors, one for each token of its noun, and cannot be added at "

@@ -87,6 +87,12 @@ def test_a_residual_of_two_does_not_fit_one_token() -> None:
         add_residual(torch.zeros(1, 4, 4), torch.zeros(2, 4), [1])
 
 
+def test_a_prompt_that_another_node_cut_off() -> None:
+    assert add_residual(torch.zeros(1, 4, 4), torch.ones(1, 4), [3])[0, 3, 0] == 1
+    with pytest.raises(ValueError, match=r"The prompt has 3 tokens, but the noun's last is number 4: another node has"):
+        add_residual(torch.zeros(1, 3, 4), torch.ones(1, 4), [1, 3])
+
+
 KNOWN = {"dog": ((2, 3), (6, 7)), "brown dog": ((5, 7),), "puppy": ((8, 10),), "hot dog stand": ((12, 15),)}
 
 
