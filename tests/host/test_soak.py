@@ -55,8 +55,8 @@ def test_a_case_is_its_numbers(served: Soaked) -> None:
 
 
 def _behind_the_sampler(prompt: ApiPrompt) -> list[str]:
-    """The kinds of nodes that its MODEL comes through."""
-    (node,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
+    """The kinds of nodes that the MODEL of the last one comes through."""
+    node = [node for node in prompt.values() if node["class_type"] == "KSampler"][-1]
     kinds = []
     while isinstance(node["inputs"].get("model"), list):
         node = prompt[node["inputs"]["model"][0]]

@@ -1,5 +1,5 @@
 """Workflows that nobody would make: each of the pack's nodes in turn, or several in any order, with inputs drawn from
-what the server publishes of them, some of them odd. What is drawn depends on the seed and the case's number alone."""
+what the server publishes of them, some of them odd. What is drawn depends on that, the seed and the case's number."""
 
 from __future__ import annotations
 
