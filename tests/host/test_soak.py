@@ -38,8 +38,8 @@ def test_cases_end_in_a_picture_or_a_sentence(served: Soaked) -> None:
     tally = fuzz(served, range(0, 40, 2))
     assert tally.faults == [], report(tally)
     assert len(tally.nodes) > 15
-    assert tally.verdicts[PICTURE] > 5
-    assert tally.verdicts[SENTENCE] > 5
+    assert tally.verdicts[PICTURE] > 2
+    assert tally.verdicts[SENTENCE] > 2
 
 
 def test_a_case_is_its_numbers(served: Soaked) -> None:
