@@ -21,6 +21,7 @@ PRECEDING, MEAN = "preceding layer", "running mean"
 REFINED, COARSE = "refined", "coarse"
 ATTENTION, LEARNED = "attention maps", "learned maps"
 SMOOTHING_MAX = 0.5
+# From timestep 700 on the toy's router fits better than attention maps do; at 800 it does not (docs/EFFECTS.md).
 LEARNED_FROM = 0.3
 
 
@@ -136,7 +137,7 @@ class RouteByEncoderNode(io.ComfyNode):
                 SubjectEncoderType.Input(
                     "encoder",
                     tooltip="From Load Subject Encoder: the one that Encode Subjects encodes the subjects with. Its "
-                    "file must have a router.",
+                    "file must have a router, as anystory-toy has.",
                 ),
                 io.Combo.Input(
                     "maps",

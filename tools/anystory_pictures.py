@@ -1,8 +1,9 @@
 """Draw the pictures of AnyStory's help pages: `python tools/anystory_pictures.py`.
 
-What AnyStory Subject makes of a picture before any weights are asked, and what Attention Inspector shows of a router.
-The released weights are not needed: the preprocessing has none, and the router runs with random ones on the pack's
-second small model, so that its maps show the form alone. They go to web/docs/.
+What AnyStory Subject makes of a picture before any weights are asked, and what Attention Inspector shows of routers.
+The released weights are not needed: the preprocessing has none, and their router runs with random ones on the pack's
+second small model, so that its maps show the form alone. That of the first one's encoder is trained. They go to
+web/docs/.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ EMBLEMS = ("emblem", "second_emblem")
 SEEN, PATCHES, SIDE, TOKENS = 384, 27, 512, 32
 CAPTION = "an emblem and an emblem on grass"
 STEPS, LAYERS = 8, "double.0, single.5"
+UNET_LAYERS = "output.3, output.5"
 SUBJECT = "What AnyStory Subject makes of a picture"
 CUT = "The picture and its mask, and both cut out: a square 4 % wider than the subject, white around it"
 FOR_VISION = f"For the vision model, {SEEN} x {SEEN}, and which of its {PATCHES} x {PATCHES} places the subject touches"
@@ -45,6 +47,7 @@ def main() -> int:
         sheets = {
             "anystory_subject": (SUBJECT, subject_groups()),
             "anystory_routes": ("Routes, by a router with random weights", route_groups()),
+            "learned_routes": ("Routes, by the trained router of the toy's encoder", learned_route_groups()),
         }
     for name, block in sheets.items():
         target = HELP / f"{name}.jpg"
@@ -74,11 +77,8 @@ def subject_groups() -> list[Any]:
 
 def route_groups() -> list[Any]:
     """A router's maps on the second small model, as Attention Inspector draws them."""
-    from hosting.sheet import Group
     from measuring.anystory import form_for, random_subjects, random_weights
-    from subject_patches.encoders.preprocessing import to_bytes
     from subject_patches.nodes.anystory import AnyStoryNode
-    from subject_patches.nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
     from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
 
     toy = Toy.load(DIT_CHECKPOINT)
@@ -86,12 +86,41 @@ def route_groups() -> list[Any]:
     anystory = random_weights(form_for(toy.model))
     subjects = random_subjects(anystory, [toy.vae.encode(each[None]) for each in pictures])
     model = AnyStoryNode.execute(toy.model, anystory, subjects).args[0]
+    return _shown_routes(toy, model, LAYERS, pictures)
+
+
+def learned_route_groups() -> list[Any]:
+    """Those of the first small model's encoder, of a picture in which both emblems are shown by them."""
+    from subject_patches.encoders.subject_encoder import read_subject_encoder
+    from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+    from subject_patches.nodes.router import RouteByEncoderNode
+    from subject_patches.nodes.subject import SubjectNode
+    from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
+    from subject_patches.toy.sampling import Toy
+    from subject_patches.toy.train_subjects import ENCODER
+
+    toy, encoder, subjects = Toy.load(), read_subject_encoder(ENCODER), ()
+    shown = [_emblem(name) for name in EMBLEMS]
+    for picture, mask in shown:
+        subjects += SubjectNode.made([picture[None]], toy.vae, size=96, margin=0.15, mask=[mask[None]]).args[0]
+    coded = EncodeSubjectsNode.execute(subjects, encoder, toy.vae).args[0]
+    router = RouteByEncoderNode.execute(encoder).args[0]
+    model = RoutedReferenceAttentionNode.execute(toy.model, coded, router).args[0]
+    return _shown_routes(toy, model, UNET_LAYERS, [picture for picture, _ in shown])
+
+
+def _shown_routes(toy: Any, model: Any, layers: str, references: list[Tensor]) -> list[Any]:
+    """The references, the picture that a patched MODEL makes, and its routes in some layers."""
+    from hosting.sheet import Group
+    from subject_patches.encoders.preprocessing import to_bytes
+    from subject_patches.nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
+
     model, record = RecordAttentionNode.execute(model).args
     made = toy.sample([CAPTION], [2], model, steps=STEPS)
-    shown = {"show": "routing map", "layers": LAYERS, "arrange": "layers by steps"}
+    shown = {"show": "routing map", "layers": layers, "arrange": "layers by steps"}
     grid = AttentionInspectorNode.execute(record, made, **shown, first_step=1, last_step=STEPS).args[0]
     return [
-        Group("The two references", tuple(_png(to_bytes(each)) for each in pictures)),
+        Group("The two references, and the picture", tuple(_png(to_bytes(each)) for each in (*references, made[0]))),
         Group("Which places some blocks give to each of them, step by step (light)", (_png(to_bytes(grid[0])),)),
     ]
 

@@ -27,7 +27,7 @@ ROUTER = RouterForm(width=64, heads=4)
 # The timesteps of the measure.
 LOGGED = (100, 400, 700, 900)
 # The measure's layers: the last of each scale.
-MEASURED = (Site("cross", "output", 2, 0), Site("cross", "output", 3, 0), Site("cross", "output", 5, 0))
+MEASURED = (Site("cross", "output", 1, 0), Site("cross", "output", 3, 0), Site("cross", "output", 5, 0))
 
 
 def new_router(encoder: SubjectModules) -> RouterModules:

@@ -119,6 +119,18 @@ def test_a_router_that_is_right_is_measured_so(lesson: routing.Routing, router: 
     assert told.count("/") == 1 + 3 * len(routing.LOGGED)
 
 
+@torch.no_grad()
+def test_the_shipped_router_finds_held_out_emblems(parts: tuple[Any, Any], encoder: Any) -> None:
+    """Of two in a scene each its own, where noise is low: shared out by chance they would have no third of it."""
+    held_out = groups.Groups(parts[1], encoder.vision.model, np.random.default_rng((2**41, 8)), 12, known=2)
+    held_out.add(12)
+    lesson = routing.Routing(parts[0], encoder.vision.model, Words()([""]), encoder.modules)
+    found = lesson.overlaps(encoder.router.model.float(), held_out.rows(torch.arange(12)), 100)
+    coarse, refined = found[routing.MEASURED[1]]
+    assert float(coarse.mean()) > 0.4
+    assert float(refined.mean()) > 0.4
+
+
 def test_training_writes_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run writes the encoder's file with a router in it, and another goes on; a router is put into another
     file of the encoder as it is."""

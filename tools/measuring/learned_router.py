@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .emblems import Likeness
 
 EVERYWHERE, MASKS, ATTENTION = "all references everywhere", "routed by masks", "routed by attention maps"
-DEFAULT, COARSE, FIRST = "routed by encoder", "by its coarse maps", "by it from the first step on"
-WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE, FIRST)
-TIMESTEPS = (100, 400, 700, 900)
+DEFAULT, COARSE = "routed by encoder, refined maps", "routed by encoder, coarse maps"
+WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE)
+TIMESTEPS = (100, 400, 700, 800, 900)
 MAPS = ("coarse", "refined", "attention maps, running mean", "attention maps, preceding layer")
 
 
