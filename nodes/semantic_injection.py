@@ -62,7 +62,7 @@ class SemanticInjectionNode(io.ComfyNode):
             category=SUBJECT,
             description="Tells the model what a subject is by four groups of a vision model's tokens, one for each "
             "scale of the U-Net (AnyLogo). Needs trained maps; Recycled Self-Attention beside it brings the details.",
-            search_aliases=["AnyLogo", "DINOv2", "image prompt", "ip adapter", "ipadapter", "logo", "semantic"],
+            search_aliases=["AnyLogo", "DINOv2", "image prompt", "logo", "semantic"],
             inputs=[
                 model_input("SD 1.x, SD 2.x or SDXL"),
                 subject_input(),
