@@ -67,7 +67,7 @@ class Blend:
     of_prompt: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionCall:
     """One attention: query, key and value of shape (rows, tokens, channels), heads not yet split, or given with heads
     apart (rows, heads, tokens, width): see `given`. Of a joint attention of prompt and picture it has the picture's

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -100,7 +101,13 @@ class LearnedRouting(Routing):
 
     def begin(self) -> LearnedRouting:
         early = None if self.early is None else self.early.begin()
-        return replace(self, early=early, _last=[], _logits={}, _now={"levels": Levels(), "sigma": float("nan")})
+        return replace(
+            self,
+            early=early,
+            _of_calls=WeakKeyDictionary(),
+            _logits={},
+            _now={"levels": Levels(), "sigma": float("nan")},
+        )
 
     def start(self, start: Start) -> None:
         self._now["levels"] = start.levels

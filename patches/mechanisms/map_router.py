@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ class MapRouting(Routing):
     _sigma: list[float] = field(default_factory=lambda: [float("nan")], repr=False)
 
     def begin(self) -> MapRouting:
-        return replace(self, _last=[], _maps={}, _means={}, _tokens={}, _canvases={}, _sigma=[float("nan")])
+        return replace(
+            self, _of_calls=WeakKeyDictionary(), _maps={}, _means={}, _tokens={}, _canvases={}, _sigma=[float("nan")]
+        )
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run knows the subjects' phrases, each in a place of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class MaskRouting(Routing):
     _routes: dict[Hashable, Route] = field(default_factory=dict, repr=False)
 
     def begin(self) -> MaskRouting:
-        return replace(self, _last=[], _routes={})
+        return replace(self, _of_calls=WeakKeyDictionary(), _routes={})
 
     def _find(self, call: AttentionCall) -> Route:
         chunk = call.chunk

@@ -6,11 +6,11 @@ a router's: `mask_router.py`, `map_router.py`, `learned_router.py`.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -56,16 +56,16 @@ class Routing(Edit):
     `names` are the subjects', for notes."""
 
     names: tuple[str, ...]
-    _last: list[Any] = field(default_factory=list, repr=False)
+    _of_calls: MutableMapping[AttentionCall, Route | None] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def _find(self, call: AttentionCall) -> Route | None:
         raise NotImplementedError
 
     def route(self, call: AttentionCall) -> Route | None:
         """The route of a call; None where nothing is known of its places."""
-        if not self._last or self._last[0]() is not call:
-            self._last[:] = [weakref.ref(call), None if call.grid is None else self._find(call)]
-        return self._last[1]
+        if call not in self._of_calls:
+            self._of_calls[call] = None if call.grid is None else self._find(call)
+        return self._of_calls[call]
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.site.kind == "cross":

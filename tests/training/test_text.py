@@ -8,7 +8,7 @@ import torch
 from hosting.random_models import generator
 from subject_patches.nodes.training_inputs import check_learns
 from subject_patches.tests.shared.clips import ENCODERS, FAMILIES, SMALL, small_clip
-from subject_patches.tests.shared.models import small_model
+from subject_patches.tests.shared.models import CONTEXT, small_model
 from subject_patches.training.copies import loaded, with_gradients
 from subject_patches.training.text import TextEncoder
 from torch import Tensor
@@ -25,7 +25,7 @@ def test_words_of_contextual_encoders_are_refused(family: str) -> None:
     clip.tokenizer, clip.tokenizer_options = encoders.tokenizer(), {}
     with pytest.raises(ValueError, match=r"but this CLIP has t5xxl: what T5 or a language model"):
         check_learns(small_model(), clip)
-    check_learns(small_model(), small_clip("SD 1.x"))
+    check_learns(small_model(), small_clip("SD 1.x", hidden_size=CONTEXT))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
