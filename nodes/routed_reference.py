@@ -42,8 +42,6 @@ from .references import kept_references, looked_at, positions_for, reference_str
 from .types import SEVERAL, RouterType, SubjectType
 
 TOKENS_MAX = 4096
-# Under which the host keeps what it is to move beside a MODEL.
-KEY = "subject_patches_routers"
 KEPT, SKIPPED = "kept", "skipped"
 
 
@@ -237,11 +235,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             shares.append(EmptyTokens(prompted, window, empty, eta))
         if not shares:
             return io.NodeOutput(model.clone())
-        patched = add_edit(model, RoutedReferenceAttention(acting, window, routing, tuple(shares)))
-        others = patched.get_additional_models_with_key(KEY)
-        known = {id(each.model) for each in others}
-        patched.set_additional_models(KEY, [*others, *(each for each in router.models if id(each.model) not in known)])
-        return io.NodeOutput(patched)
+        edit = RoutedReferenceAttention(acting, window, routing, tuple(shares))
+        return io.NodeOutput(add_edit(model, edit, router.models))
 
 
 def _check_family(model: Any, prompts: Sequence[Any], background: Any, cross_attention: str) -> None:

@@ -204,10 +204,8 @@ class AnyStoryAttention(Edit):
 
 def add_anystory(model: Any, sites: frozenset[Site], settings: AnyStorySettings) -> Any:
     """A clone of MODEL with AnyStory; the given MODEL stays as it is."""
-    patched = add_edit(model, AnyStoryAttention(sites, Window(), settings))
+    patched = add_edit(model, AnyStoryAttention(sites, Window(), settings), (settings.weights,))
     patched.set_injections(KEY, [*(patched.get_injections(KEY) or ()), settings.loras.injection()])
-    others = [each for each in patched.get_additional_models_with_key(KEY) if each.model is not settings.weights.model]
-    patched.set_additional_models(KEY, [*others, settings.weights])
     wrap(patched, KEY, _sample, _predict_noise, _apply_model)
     return patched
 

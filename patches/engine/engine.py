@@ -10,7 +10,7 @@ session.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,15 @@ KEY = "subject_patches"
 SESSION = "subject_patches_session"
 
 
-def add_edit(model: Any, edit: Edit) -> Any:
-    """A clone of MODEL with one more edit; the given MODEL stays as it is."""
+def add_edit(model: Any, edit: Edit, models: Sequence[Any] = ()) -> Any:
+    """A clone of MODEL with one more edit; the given MODEL stays as it is. `models` are what the host is to move beside
+    it for the edit, each once, whichever edits want it."""
     patched = model.clone()
     options = patched.model_options["transformer_options"]
     options[KEY] = (*options.get(KEY, ()), edit)
+    wanted = {id(each.model) for each in models}
+    others = [each for each in patched.get_additional_models_with_key(KEY) if id(each.model) not in wanted]
+    patched.set_additional_models(KEY, [*others, *models])
     wrap(patched, KEY, _sample, _predict_noise, _apply_model)
     return patched
 
