@@ -10,7 +10,9 @@ from host import Host, Server
 from hosting.base import PACK_FOLDER
 from hosting.client import ApiPrompt
 from hosting.errors import WorkflowError
-from soaking.cases import PACK, case_of, without_patches
+from soaking.bare import without_patches
+from soaking.cases import case_of
+from soaking.described import PACK
 from soaking.endurance import endured, growth, together
 from soaking.flags import flagged, twice
 from soaking.fuzz import fuzz, report

@@ -11,7 +11,8 @@ from typing import Any
 
 from hosting.errors import ServerError, WorkflowError
 
-from .cases import HOMES, Case, case_of, home_nodes
+from .cases import Case, case_of
+from .homes import HOMES, home_nodes
 from .served import MEGABYTE, Held, Soaked
 from .verdicts import FAULT, Verdict, judged
 

@@ -18,7 +18,7 @@ from hosting.location import Host
 from hosting.paths import ROOT
 from hosting.server import Server
 
-from .cases import home_nodes
+from .homes import home_nodes
 
 _PROBE = """
 import sys

@@ -11,7 +11,8 @@ from typing import Any
 from hosting.base import PACK_FOLDER
 from hosting.errors import ServerError, WorkflowError
 
-from .cases import Case, without_patches
+from .bare import without_patches
+from .cases import Case
 from .served import Soaked
 
 PICTURE, SENTENCE, REFUSED, HOST, FAULT = "picture", "sentence", "refused by the host", "the host's own error", "FAULT"
