@@ -20,28 +20,24 @@ NOTE = "MarkdownNote"
 # What a page of 1920 x 1080 shows beside its bars.
 SCREEN = (1760.0, 840.0)
 _COLOURS = {INPUT: "#3f789e", SUBJECT: "#8A8", GENERATE: "#b58b2a", COMPARE: "#a1309b"}
+_LOADERS = {
+    *("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "CLIPVisionLoader"),
+    *("StyleModelLoader", "SubjectPatchesLoadAnyStory", "SubjectPatchesLoadSubjectEncoder"),
+    "SubjectPatchesLoadSemanticInjection",
+}
+_PROMPTS = {"CLIPTextEncode", "SubjectPatchesEncodePrompt", "SubjectPatchesAuxiliaryPrompt", "ConditioningZeroOut"}
 _INPUTS = {
-    *("CheckpointLoaderSimple", "LoraLoader", "LoraLoaderModelOnly", "LoadImage", "LoadImageMask", "CLIPTextEncode"),
-    *(
-        "EmptyLatentImage",
-        "EmptySD3LatentImage",
-        "PrimitiveInt",
-        "PrimitiveStringMultiline",
-        "SubjectPatchesEncodePrompt",
-    ),
-    *("SubjectPatchesAuxiliaryPrompt", "BasicScheduler", "KSamplerSelect", "RandomNoise", "UNETLoader", "VAELoader"),
-    *("CLIPLoader", "DualCLIPLoader", "BatchImagesNode", "ImageScale", "FluxGuidance"),
-    *("ModelSamplingAuraFlow", "ConditioningZeroOut"),
-    *("CLIPVisionLoader", "StyleModelLoader", "ModelSamplingFlux", "SubjectPatchesLoadAnyStory"),
-    *("SubjectPatchesLoadSubjectEncoder", "SubjectPatchesLoadSemanticInjection"),
+    *_LOADERS,
+    *_PROMPTS,
+    *("LoraLoader", "LoraLoaderModelOnly", "LoadImage", "LoadImageMask", "BatchImagesNode", "ImageScale"),
+    *("EmptyLatentImage", "EmptySD3LatentImage", "PrimitiveInt", "PrimitiveStringMultiline", "BasicScheduler"),
+    *("KSamplerSelect", "RandomNoise", "FluxGuidance", "ModelSamplingAuraFlow", "ModelSamplingFlux"),
 }
 _GENERATING = {
     *("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "CFGGuider", "DisableNoise", "VAEDecode"),
     *("SubjectPatchesStepBlendedGuider", "SubjectPatchesSelfRecurrence", "BasicGuider"),
 }
 _COMPARING = {"SaveImage", "PreviewImage", "PreviewAny", "SubjectPatchesAttentionInspector"}
-_LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader"}
-_PROMPTS = {"CLIPTextEncode", "SubjectPatchesEncodePrompt", "SubjectPatchesAuxiliaryPrompt", "ConditioningZeroOut"}
 _PICTURES = {"SaveImage", "PreviewImage", "LoadImage", "LoadImageMask"}
 # Room for a picture, so that a node need not grow when it gets one.
 _PICTURE = (300.0, 340.0)
