@@ -18,8 +18,8 @@ DISTILLED_NOTE = """
 **Choose your files** in Load Diffusion Model, Load CLIP and Load VAE first. {family} needs three, under
 *models*: *diffusion_models/z_image_turbo_bf16.safetensors*, its text encoder *text_encoders/qwen_3_4b.safetensors*
 (type lumina2) and FLUX.1's VAE, *vae/ae.safetensors*. It is distilled: CFG stays 1, so there is no negative prompt, and
-8 steps are enough. **{title}** says how big the picture is; it stands nowhere else. The defaults of references on
-transformers were chosen on the pack's second small model, those of layouts on none: try more and less of them."""
+8 steps are enough. **{title}** says how big the picture is; it stands nowhere else. The defaults of references and
+layouts on transformers were chosen on the pack's second small model: try more and less of them."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ FAMILIES = {
 FLUX_NOTE = """
 
 **Choose your files** in Load Diffusion Model, Load CLIP (Dual) and Load VAE first: FLUX.1 dev, its two text encoders
-and its VAE. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is followed. Inverted without
-guidance, pictures of it come back less well than on SD 1.5. **{title}** says how big the picture is; it stands nowhere
-else. The swap's layers and shares on FLUX are not measured: try more and less of them."""
+and its VAE. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is followed. **{title}** says how
+big the picture is; it stands nowhere else. The swap's layers and shares on FLUX are not measured: try more and less of
+them."""
 DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
 
 
