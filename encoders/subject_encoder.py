@@ -145,7 +145,9 @@ class SubjectEncoder:
         comfy.model_management.load_model_gpu(self.patcher)
         return self.patcher.load_device
 
-    def _seen(self, vision: Any, pixels: Tensor) -> Tensor:
+    def seen(self, vision: Any, pixels: Tensor) -> Tensor:
+        """What the `vision` model sees (rows, n, features) of pictures as it takes them. Raises ValueError unless the
+        encoder was trained with a model as wide."""
         features = seen(vision, pixels)
         if features.shape[-1] != self.form.features:
             raise ValueError(
@@ -155,20 +157,18 @@ class SubjectEncoder:
         return features
 
     @torch.inference_mode()
-    def routing(self, vision: Any, pixels: Tensor) -> Tensor:
-        """The router's feature R_i (1, width), float32 on the CPU, of pictures of one subject as `prompts` takes them:
-        the mean over these."""
+    def routing(self, features: Tensor) -> Tensor:
+        """The router's feature R_i (1, width), float32 on the CPU, of what is `seen` of one subject's pictures: the
+        mean over these."""
         comfy.model_management.load_model_gpu(self.router)
-        made = self.router.model.features(self._seen(vision, pixels).to(self.router.load_device))
+        made = self.router.model.features(features.to(self.router.load_device))
         return made.float().mean(0, keepdim=True).cpu()
 
     @torch.inference_mode()
-    def prompts(self, vision: Any, pixels: Tensor) -> tuple[KeysAndValues, ...]:
+    def prompts(self, features: Tensor) -> tuple[KeysAndValues, ...]:
         """Keys and values (1, pictures * tokens, channels), float32 on the CPU, for all cross-attention layers in the
-        order of published adapters, of pictures of one subject as the `vision` model takes them.
-
-        Raises ValueError where that is not the model that the encoder was trained with."""
-        made = self.modules.prompts(self._seen(vision, pixels).to(self._loaded()))
+        order of published adapters, of what is `seen` of one subject's pictures."""
+        made = self.modules.prompts(features.to(self._loaded()))
         joined = {site: tuple(t.flatten(0, 1)[None].float().cpu() for t in pair) for site, pair in made.items()}
         return tuple(joined[site] for site in in_file_order(joined))
 

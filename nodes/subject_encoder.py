@@ -126,15 +126,16 @@ def _encoded(
     references, prompt, routing = (), None, None
     if parts != TOKENS:
         references = tuple(_kept(reference, encoder, vae) for reference in subject.references)
-    if vision is not None and subject.references:
+    told = parts != REFERENCES
+    if vision is not None and subject.references and (told or encoder.router is not None):
         size, mean, std = vision.image_size, vision.image_mean, vision.image_std
         cut = [segmented(each.image, each.pixel_mask, size, mean, std)[0] for each in subject.references]
         # What stands for no picture is all zero, as what is cut out.
-        pixels, empty = torch.cat(cut), torch.zeros_like(cut[0])
-        if parts != REFERENCES:
-            prompt = AdaptedPrompt(encoder.name, encoder.prompts(vision, pixels), encoder.prompts(vision, empty))
+        own, empty = encoder.seen(vision, torch.cat(cut)), encoder.seen(vision, torch.zeros_like(cut[0]))
+        if told:
+            prompt = AdaptedPrompt(encoder.name, encoder.prompts(own), encoder.prompts(empty))
         if encoder.router is not None:
-            routing = RoutingFeature(encoder.name, encoder.routing(vision, pixels), encoder.routing(vision, empty))
+            routing = RoutingFeature(encoder.name, encoder.routing(own), encoder.routing(empty))
     return EncodedSubject(references, prompt, routing)
 
 

@@ -187,6 +187,17 @@ def test_a_subject_gets_its_routing_feature(encoder: Any) -> None:
     assert EncodeSubjectsNode.execute((pictured(),), without, small_vae()).args[0][0].encoded.routing is None
 
 
+def test_the_vision_model_looks_once(encoder: Any) -> None:
+    """At a subject's pictures and at the empty one, for the tokens and the router together."""
+    rows: list[int] = []
+    hook = encoder.vision.model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["pixel_values"])), with_kwargs=True
+    )
+    with hook:
+        EncodeSubjectsNode.execute((pictured(),), encoder, small_vae())
+    assert rows == [len(pictured().references), 1]
+
+
 def test_the_host_moves_the_router(model: Any, encoder: Any) -> None:
     """It is a model beside the MODEL, once for two nodes, and the given MODEL has none."""
     made = EncodeSubjectsNode.execute((pictured(),), encoder, small_vae()).args[0]
