@@ -14,15 +14,11 @@ from host import ROOT, Server
 from hosting.client import ApiPrompt
 from hosting.errors import WorkflowError
 from hosting.workflows import find_workflow, load_workflow
+from soaking.workflows import PIXELS, small_workflows
 
-from ..shared.queued import PIXELS, pictures, replaced, shrunk
+from ..shared.queued import pictures
 from ..shared.small_flux import write_anystory
 
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DualCLIPLoader": ("SmallClip", {"family": "FLUX.1"}),
-    "CLIPVisionLoader": ("SmallVision", {}),
-    "StyleModelLoader": ("SmallStyle", {"kind": "redux"}),
-}
 # Its subjects' tokens act from a tenth of the steps on, its references from the first but one.
 STEPS = 5
 TOY = "subject-patches-toy.safetensors"
@@ -31,8 +27,7 @@ TOY = "subject-patches-toy.safetensors"
 @pytest.fixture(scope="module")
 def workflow(flux_server: Server) -> ApiPrompt:
     """The file as the page queues it, but for sizes, steps and three loaders."""
-    api = flux_server.to_api(load_workflow(find_workflow("anystory_flux")))
-    return shrunk(replaced(api, LOADERS), steps=STEPS)
+    return small_workflows(flux_server, ["anystory_flux"], steps=STEPS)["anystory_flux"]
 
 
 @pytest.fixture

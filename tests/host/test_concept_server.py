@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 from host import Server
-
-from ..shared.queued import shown
+from soaking.served import shown
 
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}
 

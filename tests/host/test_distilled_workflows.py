@@ -4,9 +4,7 @@ their own widths, so loaders of the test's stand for them."""
 
 from __future__ import annotations
 
-import copy
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +14,10 @@ from hosting.errors import WorkflowError
 from hosting.graphs import DISTILLED
 from hosting.workflows import find_workflow, load_workflow
 from real_workflows import PLAIN
+from soaking.workflows import PIXELS, small
 
-from ..shared.queued import PIXELS, picture, pictures, replaced, shrunk
+from ..shared.queued import picture, pictures
 
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "UNETLoader": ("SmallModel", {"family": "Z-Image"}),
-    "CLIPLoader": ("SmallClip", {"family": "Z-Image"}),
-}
 NAMES = [f"{kind}_zimage" for kind in PLAIN]
 
 
@@ -36,7 +31,7 @@ def workflows(flux_server: Server) -> dict[str, ApiPrompt]:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_at_cfg_1(flux_server: Server, workflows: dict[str, ApiPrompt], name: str) -> None:
     """What the nodes do is seen, and without it the picture is another; the files and the size stand in one place."""
-    api = copy.deepcopy(workflows[name])
+    api = workflows[name]
     values = [value for node in api.values() for value in node["inputs"].values() if not isinstance(value, list)]
     assert [value for value in values if str(value).endswith(".safetensors")] == [
         "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors",
@@ -44,7 +39,8 @@ def test_it_runs_at_cfg_1(flux_server: Server, workflows: dict[str, ApiPrompt], 
     samplers = [node["inputs"] for node in api.values() if node["class_type"] == "KSampler"]
     assert {(each["cfg"], each["steps"]) for each in samplers} == {(1.0, 8)}
     assert values.count(DISTILLED["zimage"].side) == (2 if name == "reference_zimage" else 1)
-    shown = pictures(flux_server, shrunk(replaced(api, LOADERS)))
+    api = small(name, api)
+    shown = pictures(flux_server, api)
     assert {each.shape for each in shown.values()} == {(PIXELS, PIXELS, 3)}
     for node in api.values():
         off = {"strength": 0.0, "guidance_weight": 0.0}
@@ -59,7 +55,7 @@ def test_it_runs_at_cfg_1(flux_server: Server, workflows: dict[str, ApiPrompt], 
 def test_each_box_has_its_phrase(flux_server: Server, workflows: dict[str, ApiPrompt]) -> None:
     """Found in Qwen's tokens: other boxes give another picture, and of a word that Qwen takes for one the half is
     refused by name."""
-    api = shrunk(replaced(copy.deepcopy(workflows["two_subjects_zimage"]), LOADERS))
+    api = small("two_subjects_zimage", workflows["two_subjects_zimage"])
     before = picture(flux_server, api)
     (numbers,) = (node["inputs"] for node in api.values() if node["class_type"] == "PrimitiveStringMultiline")
     boxes = json.loads(numbers["value"])

@@ -6,20 +6,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from host import Server
+from hosting.client import ApiPrompt
 from hosting.errors import WorkflowError
-from hosting.workflows import find_workflow, load_workflow
+from soaking.workflows import PIXELS, small_workflows
 
-from ..shared.queued import PIXELS, picture, replaced, shrunk
+from ..shared.queued import picture
 
 NAMES = ("reference_flux", "two_subjects_flux", "layout_flux")
 TOY = "subject-patches-toy.safetensors"
-ENCODERS = {"DualCLIPLoader": ("SmallClip", {"family": "FLUX.1"})}
+
+
+def _small(server: Server, name: str) -> ApiPrompt:
+    return small_workflows(server, [name])[name]
 
 
 def test_workflows_run_through_the_hosts_loaders(flux_server: Server) -> None:
-    prompts = flux_server.to_api_each([load_workflow(find_workflow(name)) for name in NAMES])
-    for name, api in zip(NAMES, prompts, strict=True):
-        patched = picture(flux_server, shrunk(replaced(api, ENCODERS)))
+    for name, api in small_workflows(flux_server, NAMES).items():
+        patched = picture(flux_server, api)
         assert patched.shape == (PIXELS, PIXELS, 3), name
         (sampler,) = (node for node in api.values() if node["class_type"] == "KSampler")
         (loader,) = (number for number, node in api.items() if node["class_type"] == "UNETLoader")
@@ -30,7 +33,7 @@ def test_workflows_run_through_the_hosts_loaders(flux_server: Server) -> None:
 
 def test_a_picture_is_retouched(flux_server: Server) -> None:
     """It begins where the inverted picture ended; without the swap it becomes another."""
-    api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("retouch_flux"))), ENCODERS))
+    api = _small(flux_server, "retouch_flux")
     patched = picture(flux_server, api)
     assert patched.shape == (PIXELS, PIXELS, 3)
     (guider,) = (node["inputs"] for node in api.values() if node["class_type"] == "CFGGuider")
@@ -42,7 +45,7 @@ def test_a_picture_is_retouched(flux_server: Server) -> None:
 
 def test_phrases_are_found_in_the_tokens_of_t5(flux_server: Server) -> None:
     """A phrase that T5 has no letters for is refused by name; CLIP knows it."""
-    api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("layout_flux"))), ENCODERS))
+    api = _small(flux_server, "layout_flux")
     (prompt,) = (node["inputs"] for node in api.values() if node["class_type"] == "SubjectPatchesEncodePrompt")
     prompt |= {"text": "a 🐶 and a 🐱 in a room", "phrases": "🐶"}
     with pytest.raises(WorkflowError, match="The text encoder t5xxl cannot tell the phrase '🐶'"):
@@ -51,7 +54,7 @@ def test_phrases_are_found_in_the_tokens_of_t5(flux_server: Server) -> None:
 
 def test_bad_input_is_one_sentence(flux_server: Server) -> None:
     """Layers of another family, and a subject that another family's VAE encoded."""
-    api = shrunk(replaced(flux_server.to_api(load_workflow(find_workflow("reference_flux"))), ENCODERS))
+    api = _small(flux_server, "reference_flux")
     (patch,) = (n["inputs"] for n in api.values() if n["class_type"] == "SubjectPatchesRecycledSelfAttention")
     (subject,) = (n["inputs"] for n in api.values() if n["class_type"] == "SubjectPatchesSubject")
     usual = dict(patch)

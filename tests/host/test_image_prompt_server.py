@@ -11,12 +11,12 @@ import torch
 from host import ROOT
 from hosting.server import Server
 from safetensors.torch import save_file
+from soaking.served import shown
 from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.patches.mechanisms.image_prompt import in_file_order
 from subject_patches.toy.family import register
 
 from ..shared.models import generator
-from ..shared.queued import shown
 
 TOY = ROOT / "toy" / "weights" / "subject-patches-toy.safetensors"
 TOKENS = 4

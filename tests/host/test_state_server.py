@@ -13,8 +13,7 @@ from host import Host, Server
 from hosting.client import Progress
 from hosting.errors import WorkflowError
 from safetensors.torch import save_file
-
-from ..shared.queued import shown
+from soaking.served import shown
 
 Workflow = dict[str, dict[str, Any]]
 CHECKPOINT = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "subject-patches-toy.safetensors"}}

@@ -7,10 +7,10 @@ from typing import Any
 import comfy.sd
 from host import ROOT
 from hosting.server import Server
+from soaking.served import shown
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS
 from subject_patches.toy.family import register
 
-from ..shared.queued import shown
 from ..shared.subject_encoders import file_for, written
 
 TOY = ROOT / "toy" / "weights" / "subject-patches-toy.safetensors"

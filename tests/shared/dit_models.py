@@ -11,7 +11,7 @@ from typing import Any
 
 import comfy.model_detection
 import torch
-from hosting.random_models import SMALL_CONTEXT, Fill, fill, fill_shared, generator, model_of
+from hosting.random_models import FLUX, SMALL_CONTEXT, Fill, fill, fill_shared, generator, model_of
 from torch import Tensor
 
 # The pooled output's width, as of the small U-Nets.
@@ -30,22 +30,9 @@ class Dit:
 
 
 _FLUX: dict[str, Any] = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "hidden_size": 3072,
-    "context_in_dim": 4096,
-    "vec_in_dim": 768,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
+    **FLUX,
     "depth": DEPTH,
     "depth_single_blocks": DEPTH,
-    "axes_dim": [16, 56, 56],
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
     "yak_mlp": False,
     "txt_norm": False,
 }

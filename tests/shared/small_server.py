@@ -11,6 +11,7 @@ import torch
 from hosting.paths import ROOT
 from hosting.random_models import generator
 from safetensors.torch import save_file
+from soaking.served import add_pack
 from subject_patches.nodes.image_prompt import layer_channels
 from subject_patches.nodes.model_files import ADAPTERS, RESIDUAL_TOKENS, SUBJECT_ENCODERS
 from subject_patches.nodes.trajectory_files import FOLDER as TRAJECTORIES
@@ -26,11 +27,9 @@ from .small_vision import VISION
 from .subject_encoders import file_for, written
 
 _LOADERS = """
-import sys
-sys.path[:0] = {paths!r}
 from small_checkpoint import SmallCheckpoint
 from small_loaders import LOADERS
-NODE_CLASS_MAPPINGS = {{"SmallCheckpoint": SmallCheckpoint, **LOADERS}}
+NODE_CLASS_MAPPINGS = {"SmallCheckpoint": SmallCheckpoint, **LOADERS}
 """
 TOY = ROOT / "toy" / "weights" / "subject-patches-toy.safetensors"
 # How the files that fit the small models begin; the others are broken.
@@ -39,10 +38,7 @@ GOOD = "soak-"
 
 def add_loaders(base: Path) -> None:
     """Gives a server's base directory the loaders, before it starts."""
-    folder = base / "custom_nodes" / "small_loaders"
-    folder.mkdir(parents=True)
-    paths = [str(ROOT / "tests" / "shared"), str(ROOT / "tools")]
-    (folder / "__init__.py").write_text(_LOADERS.format(paths=paths), encoding="utf-8")
+    add_pack(base, "small_loaders", _LOADERS, ROOT / "tests" / "shared")
 
 
 def add_files(base: Path) -> None:

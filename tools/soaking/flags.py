@@ -9,7 +9,7 @@ from hosting.client import ApiPrompt
 from hosting.location import Host
 from hosting.server import has_gpu
 
-from .served import Soaked, soaked
+from .served import Soaked, pictures, soaked
 from .workflows import again, small_workflows
 
 Told = Callable[[str], None]
@@ -68,8 +68,8 @@ def twice(served: Soaked, prompts: Mapping[str, ApiPrompt]) -> tuple[Pictures, l
     for number in (1, 2):
         shown: Pictures = {}
         for name, prompt in prompts.items():
-            for node, pictures in served.pictures(again(prompt, number)).items():
-                shown[name, node] = pictures
+            for node, several in pictures(served.server, again(prompt, number)).items():
+                shown[name, node] = several
         if served.settled() != plain:
             faults.append(f"the plain picture after round {number} is another")
         rounds.append(shown)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,6 @@ from hosting.server import Server
 
 from .homes import home_nodes
 
-_PROBE = """
-import sys
-sys.path[:0] = {paths!r}
-from soaking.probe import NODE_CLASS_MAPPINGS
-"""
 MEGABYTE = 2**20
 # Where nodes save, every time, in files of new names.
 SAVES = ("output", "temp", "models/residual_tokens")
@@ -48,9 +42,16 @@ class Held:
 
 def install(base: Path) -> None:
     """Gives a server's base directory the probe, before it starts."""
-    folder = base / "custom_nodes" / "soak_probe"
+    add_pack(base, "soak_probe", "from soaking.probe import NODE_CLASS_MAPPINGS\n")
+
+
+def add_pack(base: Path, name: str, text: str, *folders: Path) -> None:
+    """Gives a server's base directory a pack, before it starts: `text` is its module, which imports what it has from
+    tools/ and these folders."""
+    folder = base / "custom_nodes" / name
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(_PROBE.format(paths=[str(ROOT / "tools")]), encoding="utf-8")
+    paths = [str(each) for each in (*folders, ROOT / "tools")]
+    (folder / "__init__.py").write_text(f"import sys\nsys.path[:0] = {paths!r}\n{text}", encoding="utf-8")
 
 
 @contextmanager
@@ -70,7 +71,6 @@ def soaked(host: Host, arguments: Sequence[str] = ()) -> Iterator[Soaked]:
             yield Soaked(server)
     finally:
         base_folder.remove(base)
-        shutil.rmtree(base, ignore_errors=True)
 
 
 class Soaked:
@@ -107,14 +107,9 @@ class Soaked:
         outputs = self.server.queue(prompt)
         return " ".join(outputs[number]["digest"][0] for number in sorted(outputs) if "digest" in outputs[number])
 
-    def pictures(self, prompt: ApiPrompt) -> dict[str, list[Any]]:
-        """The pictures (height, width, 3) of 0 to 255 that each saving node of a workflow gives, by its number."""
-        shown = {number: entry.get("images", ()) for number, entry in self.server.queue(prompt).items()}
-        return {number: [_pixels(self.server, each) for each in images] for number, images in shown.items() if images}
-
     def saved(self, prompt: ApiPrompt) -> dict[str, str]:
         """A digest of each saving node's pictures."""
-        return {number: _digest(shown) for number, shown in self.pictures(prompt).items()}
+        return {number: _digest(several) for number, several in pictures(self.server, prompt).items()}
 
     def plain(self, home: ApiPrompt, links: dict[str, Any]) -> str:
         """The digest of an unpatched picture of the models that `home` loads, sampled anew; `links` are their MODEL,
@@ -142,7 +137,15 @@ def plain_nodes(links: dict[str, Any], number: int) -> ApiPrompt:
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
 
-def _pixels(server: Server, image: dict[str, str]) -> Any:
+def pictures(server: Server, prompt: ApiPrompt) -> dict[str, list[Any]]:
+    """The pictures that each saving node of a workflow gives, by the node's number."""
+    outputs = server.queue(prompt)
+    saved = {number: entry["images"] for number, entry in outputs.items() if entry.get("images")}
+    return {number: [shown(server, each) for each in images] for number, images in saved.items()}
+
+
+def shown(server: Server, image: dict[str, str]) -> Any:
+    """A picture (height, width, 3) of 0 to 255 that a node of a run gave."""
     import numpy as np
     from PIL import Image
 
@@ -150,9 +153,9 @@ def _pixels(server: Server, image: dict[str, str]) -> Any:
         return np.asarray(opened.convert("RGB")).astype(np.float32)
 
 
-def _digest(pictures: Sequence[Any]) -> str:
+def _digest(several: Sequence[Any]) -> str:
     digest = hashlib.sha256()
-    for picture in pictures:
+    for picture in several:
         digest.update(str(picture.shape).encode())
         digest.update(picture.tobytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from hosting.server import Server
 from hosting.workflows import FOLDER, load_workflow
 
 # The side of pictures for real models is this or more, and becomes that; the toys' pictures are as small already.
-_SIDE, _SMALL = 512, 128
+_SIDE, PIXELS = 512, 128
 # What they call width and height is what boxes are numbers of.
 _CANVAS = ("CreateBoundingBoxes", "SubjectPatchesLayout")
 _SIDES = ("width", "height", "value")
@@ -21,7 +21,7 @@ _FLUX: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIPVisionLoader": ("SmallVision", {}),
     "StyleModelLoader": ("SmallStyle", {"kind": "redux"}),
 }
-LOADERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+_LOADERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "sd15": {"CheckpointLoaderSimple": ("SmallCheckpoint", {"family": "sd15"})},
     "sdxl": {"CheckpointLoaderSimple": ("SmallCheckpoint", {"family": "sdxl"})},
     "flux": _FLUX,
@@ -32,25 +32,26 @@ LOADERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
-def small_workflows(server: Server, names: Collection[str] | None = None) -> dict[str, ApiPrompt]:
+def small_workflows(server: Server, names: Collection[str] | None = None, **few: int) -> dict[str, ApiPrompt]:
     """Each by its name, in an order in which what one trains is there when another loads it; only those of `names`
-    where some are given."""
+    where some are given. `few` is as for `small`."""
     files = [path for path in sorted(FOLDER.glob("*.json")) if names is None or path.stem in names]
     prompts = server.to_api_each([load_workflow(path) for path in files])
-    return {path.stem: _small(path.stem, prompt) for path, prompt in zip(files, prompts, strict=True)}
+    return {path.stem: small(path.stem, prompt, **few) for path, prompt in zip(files, prompts, strict=True)}
 
 
-def _small(name: str, prompt: ApiPrompt) -> ApiPrompt:
-    loaders = LOADERS.get(name.rsplit("_", 1)[-1], {})
-    made = {}
+def small(name: str, prompt: ApiPrompt, **few: int) -> ApiPrompt:
+    """The workflow of a name with the loaders of small models, small sides, and few steps; `few` are other numbers of
+    inputs by their names."""
+    loaders, few, made = _LOADERS.get(name.rsplit("_", 1)[-1], {}), {**_FEW, **few}, {}
     for number, node in prompt.items():
         kind, inputs = loaders.get(node["class_type"], (node["class_type"], node["inputs"]))
-        small = {
-            given: _FEW.get(given, _SMALL)
+        changed = {
+            given: few.get(given, PIXELS)
             for given, value in inputs.items()
-            if type(value) is int and (given in _FEW or (given in _SIDES and value >= _SIDE and kind not in _CANVAS))
+            if type(value) is int and (given in few or (given in _SIDES and value >= _SIDE and kind not in _CANVAS))
         }
-        made[number] = {**node, "class_type": kind, "inputs": {**inputs, **small}}
+        made[number] = {**node, "class_type": kind, "inputs": {**inputs, **changed}}
     return made
 
 
