@@ -10,8 +10,7 @@ from hosting.graphs import FAMILIES
 from hosting.paths import ROOT
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
 from real_workflows import REGULARISING, WORKFLOWS
-
-SIDE = 64
+from soaking.workflows import small
 
 
 def test_every_kind_is_there_for_every_family() -> None:
@@ -33,8 +32,11 @@ def test_they_run(small_server: Server, family: str) -> None:
         assert [node["inputs"]["ckpt_name"] for node in loaders] == [known.checkpoint]
         every = [value for node in prompt.values() for value in node["inputs"].values()]
         assert sum(value == known.side for value in every) == _places(prompt, known.side)
-        _make_small(prompt, family)
-        outputs = small_server.queue(prompt, seconds=300)
+        made = small(f"{kind}_{family}", prompt)
+        for node in made.values():
+            if node["class_type"] == "PrimitiveInt" and node["inputs"]["value"] == REGULARISING:
+                node["inputs"]["value"] = 2
+        outputs = small_server.queue(made, seconds=300)
         assert any(entry.get("images") for entry in outputs.values()), kind
 
 
@@ -45,20 +47,3 @@ def _places(prompt: dict[str, Any], side: int) -> int:
     kinds = {"PrimitiveInt", "EmptyLatentImage", "SubjectPatchesSubject", "CreateBoundingBoxes", "SubjectPatchesLayout"}
     values = (node["inputs"].values() for node in prompt.values() if node["class_type"] in kinds)
     return sum(value == side for each in values for value in each)
-
-
-def _make_small(prompt: dict[str, Any], family: str) -> None:
-    for node in prompt.values():
-        inputs = node["inputs"]
-        if node["class_type"] == "CheckpointLoaderSimple":
-            node["class_type"], node["inputs"] = "SmallCheckpoint", {"family": family}
-        elif node["class_type"] == "PrimitiveInt":
-            inputs["value"] = {FAMILIES[family].side: SIDE, REGULARISING: 2}.get(inputs["value"], inputs["value"])
-        elif node["class_type"] == "EmptyLatentImage":
-            inputs |= {name: SIDE for name in ("width", "height") if not isinstance(inputs[name], list)}
-        elif node["class_type"] == "SubjectPatchesTrainConcept":
-            inputs |= {"steps": 1, "size": SIDE, "batch_size": 1}
-        elif "steps" in inputs:
-            inputs["steps"] = 2
-        elif node["class_type"] == "SubjectPatchesSubject":
-            inputs["size"] = SIDE
