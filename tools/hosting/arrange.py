@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from .wiring import WIRES, Wired, wire
@@ -90,11 +91,8 @@ def arrange(workflow: Workflow, sizes: Mapping[int, Sequence[float]]) -> Workflo
     members = _members(workflow)
 
     def best(*, above: bool) -> _Laid:
-        usual, *others = (
-            max(found, key=lambda way: way.zoom)
-            for found in ([*_ways(workflow, members, sizes, above=above, stacked=stacked)] for stacked in (False, True))
-            if found
-        )
+        found = [[*_ways(workflow, members, sizes, above=above, stacked=stacked)] for stacked in (False, True)]
+        usual, *others = (max(ways, key=lambda way: way.zoom) for ways in found if ways)
         return _better(*others, usual) if others else usual
 
     chosen = _better(best(above=True), best(above=False))
@@ -157,37 +155,37 @@ def _ways(
             _columns([nodes[number] for number in numbers], workflow["links"], sizes, tallest)
             for numbers in members.values()
         ]
+        # Groups from left to right, some of them below others.
+        stacks = [[mine] for mine in grouped]
         if stacked:
             if [len(mine) for mine in grouped[-2:]] != [1, 1]:
                 continue
             _widen([*grouped[-2][0], *grouped[-1][0]])
+            stacks[-2:] = [grouped[-2:]]
         columns: list[list[Node]] = []
-        frames = []
-        for number, mine in enumerate(grouped):
-            below = stacked and number == len(grouped) - 1
-            start = top
-            if below:
-                left, start = frames[-1][0], start + frames[-1][3] + _BETWEEN_GROUPS
-            right, bottom = _place(mine, left + _PADDING, start + _HEAD + TITLE)
-            frames.append([left, start, right + _PADDING - left, bottom + _PADDING - start])
-            if below:
-                columns[-1] += mine[0]
-            else:
-                columns += mine
-            left += frames[-1][2] + _BETWEEN_GROUPS
+        frames: list[list[list[float]]] = []
+        for stack in stacks:
+            start, framed = top, []
+            for mine in stack:
+                right, bottom = _place(mine, left + _PADDING, start + _HEAD + TITLE)
+                framed.append([left, start, right + _PADDING - left, bottom + _PADDING - start])
+                start += framed[-1][3] + _BETWEEN_GROUPS
+            columns += [[node for part in parts for node in part] for parts in zip(*stack, strict=True)]
+            frames.append(framed)
+            left += framed[0][2] + _BETWEEN_GROUPS
         wired = wire(columns, workflow["links"])
         for node in (node for column in columns for node in column):
             node["pos"][1] += wired.height
-        bottom = max(frame[1] + frame[3] for frame in frames) + wired.height
-        for number, frame in enumerate(frames):
-            if stacked and number == len(frames) - 2:
-                frame[3] += wired.height
-            else:
-                frame[1] += wired.height if stacked and number == len(frames) - 1 else 0.0
-                frame[3] = bottom - frame[1]
+        bottom = max(last[1] + last[3] for *_, last in frames) + wired.height
+        for first, *below in frames:
+            first[3] += wired.height
+            for frame in below:
+                frame[1] += wired.height
+            last = [first, *below][-1]
+            last[3] = bottom - last[1]
         groups = [
             {"id": number, "title": title, "bounding": frame, "color": _colour(title), "flags": {}}
-            for number, (title, frame) in enumerate(zip(members, frames, strict=True), start=1)
+            for number, (title, frame) in enumerate(zip(members, chain(*frames), strict=True), start=1)
         ]
         bottom = max([bottom, *(note["pos"][1] + note["size"][1] for note in notes)])
         others = [node for node in nodes.values() if node["type"] != NOTE]
