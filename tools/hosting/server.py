@@ -161,7 +161,7 @@ class Server:
             if self.running:
                 raise
             raise ServerError(f"The server died while a workflow ran; its log ends: {self._log_end()}") from error
-        return self._json("GET", f"/history/{prompt_id}")[prompt_id]["outputs"]
+        return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
 
     def fetch(self, image: dict[str, str]) -> bytes:
         """The file of one entry of an output's `images` list, as the server wrote it."""
@@ -175,16 +175,16 @@ class Server:
     def object_info(self) -> dict[str, Any]:
         """What the server knows of every node type, by its name."""
         if self._object_info is None:
-            self._object_info = self._json("GET", "/object_info")
+            self._object_info = self.get("/object_info")
         return self._object_info
 
     def get(self, path: str) -> Any:
         """What the server answers to a path that gives JSON."""
-        return self._json("GET", path)
+        return json.loads(self._request("GET", path))
 
     def blueprints(self) -> dict[str, Any]:
         """The subgraph blueprints that the server offers, by number."""
-        return self._json("GET", "/global_subgraphs")
+        return self.get("/global_subgraphs")
 
     def to_api(self, workflow: dict[str, Any], *, offline: bool = False) -> ApiPrompt:
         """Convert a workflow from the UI format, which people save, to the API format, which the server runs.
@@ -250,9 +250,6 @@ class Server:
     def _log_lines(self) -> list[str]:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return _COLOUR.sub("", text).splitlines()
-
-    def _json(self, method: str, path: str) -> Any:
-        return json.loads(self._request(method, path))
 
     def _request(self, method: str, path: str, seconds: float = _HTTP_SECONDS) -> bytes:
         connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=seconds)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hosting.client import ApiPrompt
 
-from .served import MEGABYTE, Held, Soaked
+from .served import MEGABYTE, Held, Soaked, Told
 from .workflows import again
-
-Told = Callable[[str], None]
 
 
 @dataclass
@@ -40,7 +38,7 @@ def endured(served: Soaked, prompts: Mapping[str, ApiPrompt], runs: int, told: T
         if served.settled() != plain:
             result.faults.append(f"the plain picture after run {number} is another")
         result.held.append(served.held())
-        told(f"round {round_}: {told_of(result.held[-1])}")
+        told(f"round {round_}: {result.held[-1]}")
         if number % len(prompts):
             break
         there = served.kept_files()
@@ -69,14 +67,6 @@ def growth(held: list[Held]) -> list[str]:
         if getattr(late, name) > getattr(early, name):
             faults.append(f"{name}: {getattr(early, name)} after the first round, {getattr(late, name)} after the last")
     return faults
-
-
-def told_of(held: Held) -> str:
-    """What a process holds, in words."""
-    return (
-        f"{held.resident / MEGABYTE:.0f} MB resident, {held.bytes / MEGABYTE:.1f} MB in {held.tensors} tensors, "
-        f"{held.hooks} hooks, {held.runs} of runs, {held.threads} threads, {held.models} models"
-    )
 
 
 def together(served: Soaked, prompts: Mapping[str, ApiPrompt], told: Told) -> list[str]:

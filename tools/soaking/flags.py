@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hosting.client import ApiPrompt
 from hosting.location import Host
 from hosting.server import has_gpu
 
-from .served import Soaked, pictures, soaked
+from .served import Soaked, Told, pictures, soaked
 from .workflows import again, small_workflows
 
-Told = Callable[[str], None]
 Pictures = dict[tuple[str, str], list[Any]]
 # Which change no number, which do not and are refused beside --cpu, and which compute in half precision.
 EXACT: tuple[Sequence[str], ...] = (

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hosting.errors import ServerError, WorkflowError
 
 from .cases import Case, case_of
 from .homes import HOMES, home_nodes
-from .served import MEGABYTE, Held, Soaked
+from .served import Held, Soaked, Told
 from .verdicts import FAULT, Verdict, judged
 
 # How many cases lie between two looks at what the process holds.
@@ -30,17 +29,16 @@ class Tally:
     held: list[tuple[int, Held]] = field(default_factory=list)
 
 
-def fuzz(served: Soaked, numbers: Iterable[int], seed: int = 0, told: Callable[[str], None] | None = None) -> Tally:
+def fuzz(served: Soaked, numbers: Iterable[int], seed: int = 0, told: Told = lambda _: None) -> Tally:
     """Runs the cases of these numbers. `told` hears of each."""
+    # Anew: files may have come since the server was asked.
     known = served.server.get("/object_info")
-    plain: dict[str, str] = {}
     tally = Tally()
 
     def picture(home: str) -> str:
         return served.plain(*home_nodes(home))
 
-    for home in HOMES:
-        plain[home] = picture(home)
+    plain = {home: picture(home) for home in HOMES}
     files = served.kept_files()
     tally.held.append((0, served.held()))
     for done, number in enumerate(numbers, 1):
@@ -54,13 +52,12 @@ def fuzz(served: Soaked, numbers: Iterable[int], seed: int = 0, told: Callable[[
         tally.nodes.update(set(case.nodes))
         if verdict.what == FAULT:
             tally.faults.append((case, verdict))
-        if told is not None:
-            told(f"{verdict.what}: {case}\n    {verdict.why}")
+        told(f"{verdict.what}: {case}\n    {verdict.why}")
         if done % _LOOK == 0:
             tally.held.append((done, served.held()))
     new = {name for name in served.kept_files().keys() - files.keys() if not _saved(name)}
     if new:
-        told and told(f"new files: {', '.join(sorted(new))}")
+        told(f"new files: {', '.join(sorted(new))}")
     return tally
 
 
@@ -80,11 +77,7 @@ def report(tally: Tally) -> str:
     """The numbers of a run in lines."""
     lines = [f"{sum(tally.verdicts.values())} cases over {len(tally.nodes)} nodes:"]
     lines += [f"  {what}: {count}" for what, count in tally.verdicts.most_common()]
-    lines += [
-        f"  after {done} cases {held.resident / MEGABYTE:.0f} MB resident, {held.bytes / MEGABYTE:.1f} MB in "
-        f"{held.tensors} tensors, {held.hooks} hooks, {held.runs} of runs, {held.threads} threads"
-        for done, held in tally.held
-    ]
+    lines += [f"  after {done} cases {held}" for done, held in tally.held]
     lines += [f"FAULT in {case}\n    {verdict.why}" for case, verdict in tally.faults]
     return "\n".join(lines)
 
@@ -93,8 +86,4 @@ def keep(tally: Tally, folder: Path) -> None:
     """Writes the workflow of each case that was at fault, in API format."""
     for case, _ in tally.faults:
         folder.mkdir(exist_ok=True)
-        (folder / f"case_{case.number}.json").write_text(_json(case), encoding="utf-8")
-
-
-def _json(case: Case) -> Any:
-    return json.dumps(case.prompt, indent=1)
+        (folder / f"case_{case.number}.json").write_text(json.dumps(case.prompt, indent=1), encoding="utf-8")

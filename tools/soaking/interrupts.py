@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from hosting.client import ApiPrompt
 from hosting.errors import WorkflowInterrupted
 
 from .endurance import growth, same
-from .served import Soaked
+from .served import Soaked, Told
 from .workflows import again
-
-Told = Callable[[str], None]
 
 
 def interrupted(served: Soaked, prompts: Mapping[str, ApiPrompt], told: Told) -> list[str]:

@@ -200,7 +200,7 @@ class Digest:
     def told(self, images: Tensor) -> dict[str, Any]:
         whole = images.detach().float().cpu().contiguous()
         digest = hashlib.sha256(whole.numpy().tobytes()).hexdigest()
-        return {"ui": {"digest": [digest], "finite": [bool(whole.isfinite().all())], "shape": [list(whole.shape)]}}
+        return {"ui": {"digest": [digest], "finite": [bool(whole.isfinite().all())]}}
 
 
 NODE_CLASS_MAPPINGS = {

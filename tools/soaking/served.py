@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from hosting.server import Server
 from .homes import home_nodes
 
 MEGABYTE = 2**20
+# What hears of a run as it goes on, in lines.
+Told = Callable[[str], None]
 # Where nodes save, every time, in files of new names.
-SAVES = ("output", "temp", "models/residual_tokens")
+_SAVES = ("output", "temp", "models/residual_tokens")
 # Not the pack's: its checkout, where Python writes as it imports, and what the host keeps of itself.
 _OTHERS = ("custom_nodes", "user", "server.log")
 
@@ -38,6 +40,12 @@ class Held:
     runs: int
     threads: int
     models: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.resident / MEGABYTE:.0f} MB resident, {self.bytes / MEGABYTE:.1f} MB in {self.tensors} tensors, "
+            f"{self.hooks} hooks, {self.runs} of runs, {self.threads} threads, {self.models} models"
+        )
 
 
 def install(base: Path) -> None:
@@ -98,7 +106,7 @@ class Soaked:
         base, found = self.server.base, {}
         for path in base.rglob("*"):
             name = path.relative_to(base).as_posix()
-            if path.is_file() and not name.startswith((*SAVES, *_OTHERS)):
+            if path.is_file() and not name.startswith((*_SAVES, *_OTHERS)):
                 found[name] = path.stat().st_size
         return found
 

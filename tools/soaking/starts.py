@@ -7,12 +7,13 @@ import re
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from hosting.errors import ServerError
 from hosting.location import Host
 from hosting.paths import ROOT
+
+from .served import Told
 
 # Seconds of one core, with everything that the host imports by itself already there.
 LIMIT = 0.2
@@ -35,7 +36,6 @@ seconds = time.process_time() - started
 print(json.dumps([loaded, seconds, sorted(set(sys.modules) - there)]))
 """
 _LINE = re.compile(r"import time:\s+(?P<own>\d+) \|\s+\d+ \|\s+(?P<name>\S+)")
-Told = Callable[[str], None]
 
 
 def started(host: Host, told: Told) -> list[str]:

@@ -16,15 +16,14 @@ _CANVAS = ("CreateBoundingBoxes", "SubjectPatchesLayout")
 _SIDES = ("width", "height", "value")
 _FEW = {"steps": 2, "size": 64, "batch_size": 1}
 # What stands for the host's loaders, by how a workflow's name ends.
-_FLUX: dict[str, tuple[str, dict[str, Any]]] = {
-    "DualCLIPLoader": ("SmallClip", {"family": "FLUX.1"}),
-    "CLIPVisionLoader": ("SmallVision", {}),
-    "StyleModelLoader": ("SmallStyle", {"kind": "redux"}),
-}
 _LOADERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "sd15": {"CheckpointLoaderSimple": ("SmallCheckpoint", {"family": "sd15"})},
     "sdxl": {"CheckpointLoaderSimple": ("SmallCheckpoint", {"family": "sdxl"})},
-    "flux": _FLUX,
+    "flux": {
+        "DualCLIPLoader": ("SmallClip", {"family": "FLUX.1"}),
+        "CLIPVisionLoader": ("SmallVision", {}),
+        "StyleModelLoader": ("SmallStyle", {"kind": "redux"}),
+    },
     "zimage": {
         "UNETLoader": ("SmallModel", {"family": "Z-Image"}),
         "CLIPLoader": ("SmallClip", {"family": "Z-Image"}),
