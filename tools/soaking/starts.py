@@ -61,15 +61,16 @@ def started(host: Host, told: Told) -> list[str]:
 
 def brought(host: Host) -> list[str]:
     """The modules that the host imports for the pack alone, and that are not the pack's own."""
-    with tempfile.TemporaryDirectory() as compiled:
-        return _loaded(host, compiled)[1]
+    return _loaded(host)[1]
 
 
-def _loaded(host: Host, compiled: str, options: tuple[str, ...] = ()) -> tuple[float, list[str], str]:
+def _loaded(host: Host, compiled: str | None = None, options: tuple[str, ...] = ()) -> tuple[float, list[str], str]:
     """The seconds, the modules of others that are new, and what the interpreter said. `compiled` is the folder of its
-    bytecode, which it may be told elsewhere not to write."""
-    environment = {**host.environment(), "PYTHONPYCACHEPREFIX": compiled}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    bytecode where that counts: it may be told elsewhere not to write any."""
+    environment = host.environment()
+    if compiled is not None:
+        environment = {**environment, "PYTHONPYCACHEPREFIX": compiled}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [str(host.python), *options, "-c", _LOAD.format(pack=str(ROOT))]
     done = subprocess.run(command, env=environment, cwd=Path(host.tree), capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
