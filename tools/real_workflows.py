@@ -107,8 +107,8 @@ def concept(graph: Graph) -> str:
     both = graph.sampled("KSampler, with its prompt", model, [prompts, 0], negative, latent)
     graph.save("After: with its prompt", both, "dual_branch")
     return (
-        "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (900 steps; on a GPU "
-        "minutes, on a processor many hours), and the second branch brings the rest of the prompt "
+        "## Teach the checkpoint your concept\nA few pictures become an embedding and a LoRA (900 steps, which want "
+        "a GPU), and the second branch brings the rest of the prompt "
         f"back. Half of the training sees {REGULARISING} other shields, which the checkpoint draws by itself, so that "
         "the noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) "
         "in their place), the *noun* and the *name*, then both in the prompt, and the noun in *Others of the noun*. "
