@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class SaveTrajectoryNode(io.ComfyNode):
     def execute(cls, trajectory: Inversion, filename_prefix: str) -> io.NodeOutput:
         output = Path(folder_paths.get_output_directory())
         # Elsewhere it could be saved but never be chosen.
-        file = next_file(filename_prefix.replace("\\", "/").removeprefix(f"{FOLDER}/"), output / FOLDER)
+        inside = posixpath.normpath(filename_prefix.replace("\\", "/")).removeprefix(f"{FOLDER}/")
+        file = next_file(inside, output / FOLDER)
         tensors, metadata = to_file(trajectory)
         comfy.utils.save_torch_file(tensors, str(file), metadata=metadata)
         return io.NodeOutput(ui={"text": (file.relative_to(output).as_posix(),)})

@@ -50,4 +50,8 @@ def test_the_nodes_that_save(host_folders: Path, monkeypatch: pytest.MonkeyPatch
             node.execute(value, "/outside")
     SaveTrajectoryNode.execute(trajectory(randn(1, 4, 8, 8)), "trajectories")
     (file,) = host_folders.rglob("*.safetensors")
-    assert file == host_folders / "output" / "trajectories" / "trajectories_00001_.safetensors"
+    folder = host_folders / "output" / "trajectories"
+    assert file == folder / "trajectories_00001_.safetensors"
+    for prefix in ("trajectories/dog", "./trajectories//dog", "dog"):
+        SaveTrajectoryNode.execute(trajectory(randn(1, 4, 8, 8)), prefix)
+    assert {each.name for each in folder.glob("dog_*")} == {f"dog_0000{number}_.safetensors" for number in (1, 2, 3)}
