@@ -20,7 +20,7 @@ from PIL import Image
 PUBLISHING = ROOT / "docs" / "PUBLISHING.md"
 LARGEST = 30 * 2**20
 LEFT_BEHIND = shutil.ignore_patterns(
-    ".git", "__pycache__", ".pytest_cache", ".ruff_cache", "demo_output", "runs", ".*venv"
+    ".git", "__pycache__", ".pytest_cache", ".ruff_cache", "demo_output", "soak_output", "runs", ".*venv"
 )
 
 
@@ -60,7 +60,7 @@ def test_a_package_has_what_runs_and_no_more(copy: Path, tmp_path: Path) -> None
         archive.extractall(tmp_path / "unpacked")
         texts = {name: archive.read(name).decode("utf-8") for name in names if name.endswith((".md", ".json"))}
     assert [
-        name for name in names if re.match(r"(tests|tools/weights|tools/measuring|\.\w+)/", name) or "judge" in name
+        name for name in names if re.match(r"(tests|tools/(weights|measuring|soaking)|\.\w+)/", name) or "judge" in name
     ] == []
     for kept in (
         "__init__.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.sd
 import comfy.supported_models
@@ -27,16 +27,14 @@ class SmallCheckpoint:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, the host's name
         return {"required": {"family": (["sd15", "sdxl"],)}}
 
-    sizes: ClassVar[dict[str, int]] = {"hidden_size": WIDTH}
-
     def load(self, family: str) -> tuple[Any, Any, Any]:
         """SDXL's context is both its encoders' side by side."""
         if family == "sd15":
             model = model_of(comfy.supported_models.SD15, {**SMALL, "context_dim": WIDTH})
-            return model, _reading(small_clip("SD 1.x", **self.sizes)), comfy.sd.VAE(sd=tiny_weights(4))
+            return model, _reading(small_clip("SD 1.x", hidden_size=WIDTH)), comfy.sd.VAE(sd=tiny_weights(4))
         config = {**SMALL, "model_channels": 64, "num_classes": "sequential", "context_dim": 2 * WIDTH}
         model = model_of(comfy.supported_models.SDXL, {**config, "adm_in_channels": SIX + WIDTH})
-        return model, _reading(small_clip("SDXL", **self.sizes)), comfy.sd.VAE(sd=tiny_weights(4))
+        return model, _reading(small_clip("SDXL", hidden_size=WIDTH)), comfy.sd.VAE(sd=tiny_weights(4))
 
 
 def _reading(clip: Any) -> Any:
