@@ -50,7 +50,7 @@ class Held:
 
 def install(base: Path) -> None:
     """Gives a server's base directory the probe, before it starts."""
-    add_pack(base, "soak_probe", "from soaking.probe import NODE_CLASS_MAPPINGS\n")
+    add_pack(base, "soak_probe", "import soaking.watched\nfrom soaking.probe import NODE_CLASS_MAPPINGS\n")
 
 
 def add_pack(base: Path, name: str, text: str, *folders: Path) -> None:
