@@ -62,7 +62,7 @@ def _effects(host: Host, studies: dict[str, Callable[..., None]], options: Names
     given = Given(host, toy, load_judge(), options.count, options.steps, world, options.keep)
     with torch.inference_mode():
         for name, study in studies.items():
-            print(f"\n## {name.capitalize()}\n", flush=True)
+            print(f"\n## {name[0].upper()}{name[1:]}\n", flush=True)
             study(given)
 
 
