@@ -20,8 +20,10 @@ from .forms import Given, formed, head_split
 PLACES = "where its queries lie in the picture"
 PROMPT = "the tokens of its prompt"
 BATCH = "the rows of its batch"
-# Logits (rows, heads, queries, keys) that are held at once, for whoever looks at an attention: 64 MB in float32.
+# Logits (rows, heads, queries, keys) that are held at once, for whoever looks at an attention: 64 MB in float32. On a
+# CPU 4 MB, which its caches hold, but not of so few queries that reading the keys anew for each lot would cost more.
 _HELD = 2**24
+_CACHED, _FEWEST = 2**20, 64
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,32 @@ class AttentionCall:
     def parts(self, keys: int) -> Iterator[slice]:
         """The queries, some at a time: as many as have not too many logits over so many keys to be held at once."""
         rows, queries, _ = self.shape
-        count = max(_HELD // max(rows * self.heads * keys, 1), 1)
+        each = max(rows * self.heads * keys, 1)
+        count = max(_HELD // each, 1)
+        if self.device.type == "cpu":
+            count = min(count, max(_CACHED // each, _FEWEST))
         return (slice(start, min(start + count, queries)) for start in range(0, queries, count))
 
     def scores(self, keys: slice = slice(None), queries: slice = slice(None)) -> Tensor:
         """The scaled logits of the call's own keys with their bias, of some keys and queries: (rows, heads, queries,
         keys) in float32."""
-        query, key = head_split(self.query[:, queries], self.heads), head_split(self.key[:, keys], self.heads)
-        logits = (query @ key.transpose(-1, -2)) * (self.query.shape[-1] // self.heads) ** -0.5
-        bias = self.bias_of(keys)
-        return logits if bias is None else logits + per_head(_of_queries(bias, queries))
+        return self._scores_of(keys)(queries)
+
+    def _scores_of(self, keys: slice) -> Callable[[slice], Tensor]:
+        """The same of some queries after others: what is alike for all of them is made once."""
+        query, bias = self.given("query"), self.bias_of(keys)
+        key = self._scaled(self.given("key")[..., keys, :]).transpose(-1, -2)
+
+        def scores(queries: slice) -> Tensor:
+            logits = head_split(query[..., queries, :], self.heads) @ key
+            return logits if bias is None else logits + per_head(_of_queries(bias, queries))
+
+        return scores
+
+    def _scaled(self, keys: Tensor) -> Tensor:
+        """Keys whose products with queries are logits: (rows, heads, keys, width) in float32."""
+        split = head_split(keys, self.heads)
+        return split * split.shape[-1] ** -0.5
 
     def bias_of(self, keys: slice = slice(None)) -> Tensor | None:
         """What the model and edits add to the logits of some of the call's own keys: broadcastable to (rows, queries,
@@ -258,16 +276,22 @@ class AttentionCall:
         """Attention over some of the call's own keys as if these were all: (rows, heads, queries, keys)."""
         return self.scores(keys, queries).softmax(-1)
 
+    def probabilities_in_parts(self, keys: slice) -> Iterator[Tensor]:
+        """The same of all queries, some at a time: see `parts`."""
+        scores = self._scores_of(keys)
+        return (scores(part).softmax(-1) for part in self.parts(len(range(*keys.indices(self.keys)))))
+
     def extension_share(self) -> Tensor:
         """Share of the attention mass that lies on the extensions: (rows, heads, queries), 0 to 1."""
         most = max(self.keys, *(extension.key.shape[1] for extension in self.extensions))
-        return torch.cat([self._extension_share(part) for part in self.parts(most)], -1)
+        own = self._scores_of(slice(None))
+        keys = [self._scaled(extension.key).transpose(-1, -2) for extension in self.extensions]
+        return torch.cat([self._extension_share(own(part), keys, part) for part in self.parts(most)], -1)
 
-    def _extension_share(self, part: slice) -> Tensor:
-        shares = [self.scores(queries=part).logsumexp(-1)]
-        queries = head_split(self.query[:, part], self.heads) * (self.query.shape[-1] // self.heads) ** -0.5
-        for extension in self.extensions:
-            logits = queries @ head_split(extension.key, self.heads).transpose(-1, -2)
+    def _extension_share(self, own: Tensor, keys: Sequence[Tensor], part: slice) -> Tensor:
+        shares, queries = [own.logsumexp(-1)], head_split(self.given("query")[..., part, :], self.heads)
+        for extension, key in zip(self.extensions, keys, strict=True):
+            logits = queries @ key
             if extension.bias is not None:
                 logits = logits + _of_queries(per_head(extension.bias), part, 2).to(logits.device)
             if extension.route is not None:

@@ -22,15 +22,12 @@ def attention_maps(call: AttentionCall, groups: Sequence[Sequence[int]]) -> Tens
     if call.grid is None or not call.reads:
         return None
     length = call.chunk.length
-    chosen = torch.zeros(length, len(groups), device=call.query.device)
+    chosen = torch.zeros(length, len(groups), device=call.device)
     chosen[[t for group in groups for t in group], [n for n, group in enumerate(groups) for _ in group]] = 1
 
-    def some(queries: slice) -> Tensor:
-        shares = call.probabilities(call.prompt, queries).mean(1)
-        return shares.unflatten(-1, (-1, length)).sum(-2) @ chosen
-
-    parts = call.parts(call.prompt.stop - call.prompt.start)
-    return torch.cat([some(part) for part in parts], 1).mT.unflatten(-1, call.grid)
+    chosen = chosen.repeat((call.prompt.stop - call.prompt.start) // length, 1)
+    parts = [shares.mean(1) @ chosen for shares in call.probabilities_in_parts(call.prompt)]
+    return torch.cat(parts, 1).mT.unflatten(-1, call.grid)
 
 
 def spread_out(maps: Tensor, chunk: Chunk) -> Tensor:
@@ -77,11 +74,18 @@ def smoothed(maps: Tensor, share: float) -> Tensor:
     # Below this a Gaussian's neighbours weigh less than one part in a million.
     if deviation < 0.19:
         return maps
-    from kornia.filters import gaussian_blur2d
+    reach = min(int(3 * deviation) + 1, *maps.shape[-2:])
+    down, across = (_blurring(size, deviation, reach, maps) for size in maps.shape[-2:])
+    return down @ maps @ across.mT
 
-    # The border is repeated, and a kernel may reach over all of it.
-    size = 2 * min(int(3 * deviation) + 1, min(maps.shape[-2:])) + 1
-    return gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
+
+def _blurring(size: int, deviation: float, reach: int, like: Tensor) -> Tensor:
+    """The blur of a line as a matrix (size, size), which takes less than a convolution of lines so short. The border is
+    repeated, and the `reach` of a place may go over all of it."""
+    offsets = torch.arange(-reach, reach + 1, device=like.device)
+    weights = (-0.5 * (offsets / deviation) ** 2).softmax(0)
+    places = (torch.arange(size, device=like.device)[:, None] + offsets).clamp(0, size - 1)
+    return like.new_zeros(size, size).scatter_add_(1, places, weights.to(like).expand(size, -1))
 
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -272,8 +272,8 @@ class DualBranchIntegration(Edit):
             spans = (tokens.prompt, tokens.noun)
             own, noun = (positions_of(span if chunk is None else chunk.placed(span)) for span in spans)
             parts = [
-                mask(token_shares(each.probabilities(keys, part), own, self.sharpness), own, noun)
-                for part in each.parts(keys.stop - keys.start)
+                mask(token_shares(shares, own, self.sharpness), own, noun)
+                for shares in each.probabilities_in_parts(keys)
             ]
             masks.append(spread(torch.cat(parts, -1), gain, self.sharpness))
         return concept_weight(*masks, self.injection)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -96,18 +95,13 @@ class LearnedRouting(Routing):
     read: frozenset[Site]
     early: MapRouting | None
     until: Window
-    _logits: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
-    _now: dict[str, Any] = field(default_factory=dict, repr=False)
+    _logits: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _now: dict[str, Any] = field(
+        default_factory=lambda: {"levels": Levels(), "sigma": float("nan")}, init=False, repr=False
+    )
 
     def begin(self) -> LearnedRouting:
-        early = None if self.early is None else self.early.begin()
-        return replace(
-            self,
-            early=early,
-            _of_calls=WeakKeyDictionary(),
-            _logits={},
-            _now={"levels": Levels(), "sigma": float("nan")},
-        )
+        return replace(self, early=None if self.early is None else self.early.begin())
 
     def start(self, start: Start) -> None:
         self._now["levels"] = start.levels

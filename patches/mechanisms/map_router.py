@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -72,16 +71,11 @@ class MapRouting(Routing):
     phrases: tuple[str, ...]
     before: Mapping[Site, Site]
     read: frozenset[Site]
-    _maps: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
-    _means: dict[Hashable, MeanMap] = field(default_factory=dict, repr=False)
-    _tokens: dict[Hashable, list[list[int]]] = field(default_factory=dict, repr=False)
-    _canvases: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
-    _sigma: list[float] = field(default_factory=lambda: [float("nan")], repr=False)
-
-    def begin(self) -> MapRouting:
-        return replace(
-            self, _of_calls=WeakKeyDictionary(), _maps={}, _means={}, _tokens={}, _canvases={}, _sigma=[float("nan")]
-        )
+    _maps: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _means: dict[Hashable, MeanMap] = field(default_factory=dict, init=False, repr=False)
+    _tokens: dict[Hashable, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
+    _canvases: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sigma: list[float] = field(default_factory=lambda: [float("nan")], init=False, repr=False)
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when no prompt of the run knows the subjects' phrases, each in a place of its own."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -75,10 +74,7 @@ class MaskRouting(Routing):
     """The same route at every step: `masks` (n, height, width)."""
 
     masks: Tensor
-    _routes: dict[Hashable, Route] = field(default_factory=dict, repr=False)
-
-    def begin(self) -> MaskRouting:
-        return replace(self, _of_calls=WeakKeyDictionary(), _routes={})
+    _routes: dict[Hashable, Route] = field(default_factory=dict, init=False, repr=False)
 
     def _find(self, call: AttentionCall) -> Route:
         chunk = call.chunk

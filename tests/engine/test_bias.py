@@ -67,14 +67,14 @@ def test_what_looks_at_an_attention_holds_part_of_it(monkeypatch: pytest.MonkeyP
     call.extend(*more, bias=torch.randn(1, 11, 5, generator=source), route=torch.arange(11)[None] < 6)
     call.extend(*more, bias=torch.tensor(0.5))
     whole, share = call.probabilities(), call.extension_share()
-    sizes: list[int] = []
-    monkeypatch.setattr(calls, "_HELD", 2 * 2 * 7 * 3)
-    for part in call.parts(7):
-        sizes.append(call.probabilities(queries=part).numel())
-        torch.testing.assert_close(call.probabilities(queries=part), whole[:, :, part])
-    assert max(sizes) <= 2 * 2 * 7 * 3
-    assert sum(sizes) == whole.numel()
-    torch.testing.assert_close(call.extension_share(), share)
+    for limits in ({"_HELD": 2 * 2 * 7 * 3}, {"_CACHED": 0, "_FEWEST": 3}):
+        with monkeypatch.context() as patch:
+            for name, limit in limits.items():
+                patch.setattr(calls, name, limit)
+            parts = list(call.probabilities_in_parts(slice(0, 7)))
+            assert max(part.numel() for part in parts) <= 2 * 2 * 7 * 3
+            torch.testing.assert_close(torch.cat(parts, 2), whole)
+            torch.testing.assert_close(call.extension_share(), share)
 
 
 # Attention functions of other packs
