@@ -1,6 +1,12 @@
 """The workflows for a distilled model, Z-Image Turbo, over the queue of a stock server: at CFG 1 in few steps, with
 small models of the host's own classes. The host's loader loads the VAE; those of a Z-Image and of its Qwen know only
-their own widths, so loaders of the test's stand for them."""
+their own widths, so loaders of the test's stand for them.
+
+UNETLoader knows a Z-Image by its 3840 channels (`ZImage` in comfy/supported_models.py, "Z image" in
+comfy/model_detection.py): with the four refining blocks that it always has, one layer makes a file of 1.8 GB.
+CLIPLoader knows a Qwen3 4B by a norm of 2560 numbers (`detect_te_model` in comfy/sd.py) and makes it by
+`Qwen3_4BConfig` (comfy/text_encoders/llama.py), 36 layers whatever the file holds: 4 billion numbers, 8 GB in half
+precision. Nothing that the loader gives goes over that."""
 
 from __future__ import annotations
 

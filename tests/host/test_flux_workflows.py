@@ -1,5 +1,12 @@
 """The workflows for FLUX.1, over the queue of a stock server. Its own loaders load a small FLUX and a small VAE under
-the names of the released files; small text encoders, CLIP-L and T5, stand for the loader that knows but their sizes."""
+the names of the released files; small text encoders, CLIP-L and T5, stand for the loader that knows but their sizes.
+
+DualCLIPLoader takes no small files: for the type flux `load_text_encoder_state_dicts` (comfy/sd.py) makes a
+`flux_clip` whatever they hold, whose `T5XXLModel` (comfy/text_encoders/sd3_clip.py) reads its sizes from
+t5_config_xxl.json, 24 layers of 4096, and whose CLIP-L reads sd1_clip_config.json. Weights of other shapes are an
+error; those of these are 4.8 billion numbers, 9.5 GB in half precision. `SDClipModel` (comfy/sd1_clip.py) would let
+a `t5xxl_model_config` among the model's options go over the sizes, as the tests' encoders do, but the loader gives
+no option but the device."""
 
 from __future__ import annotations
 
