@@ -149,12 +149,16 @@ class SubjectEncoder:
         """What the `vision` model sees (rows, n, features) of pictures as it takes them. Raises ValueError unless the
         encoder was trained with a model as wide."""
         features = seen(vision, pixels)
-        if features.shape[-1] != self.form.features:
+        self.check_vision(features.shape[-1])
+        return features
+
+    def check_vision(self, channels: int) -> None:
+        """Raises ValueError unless the encoder reads so many channels of a vision model."""
+        if channels != self.form.features:
             raise ValueError(
                 f"The encoder '{self.name}' reads {self.form.features} channels of a vision model, but the one "
-                f"connected gives {features.shape[-1]}; load the vision model that the encoder was trained with."
+                f"connected gives {channels}; load the vision model that the encoder was trained with."
             )
-        return features
 
     @torch.inference_mode()
     def routing(self, features: Tensor) -> Tensor:

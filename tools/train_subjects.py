@@ -4,9 +4,9 @@
     python tools/host.py python -m torch.distributed.run --standalone --nproc-per-node 8 tools/train_subjects.py ...
 
 The kind `anylogo` tunes the U-Net to lend and read its own features (a LoRA) and trains the maps of its tokens. The
-kind `anystory` trains a subject encoder, AnyStory's first stage, beside a U-Net that stays as it is. DATA is a folder
-or WebDataset shards; see docs/TRAINING.md. It needs the extra `train` (accelerate, and for shards webdataset). Stopping
-is safe: the same command goes on from the last save.
+kind `anystory` trains a subject encoder beside a U-Net that stays as it is, and with `--stage 2` the router of an
+`--encoder` that is trained. DATA is a folder or WebDataset shards; see docs/TRAINING.md. It needs the extra `train`
+(accelerate, and for shards webdataset). Stopping is safe: the same command goes on from the last save.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ def main() -> int:
     """The command line; see the module's text."""
     parser = Parser(prog="train_subjects.py", description="Train what shows subjects, for a checkpoint.")
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0])
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="anystory's: encoder, then router")
+    parser.add_argument("--encoder", type=Path, help="what stage 1 wrote, for stage 2")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint with U-Net, CLIP and VAE")
     parser.add_argument("--vae", type=Path, help="another VAE (AnyLogo trains SD 1.5 with SDXL's)")
-    parser.add_argument("--vision", type=Path, required=True, help="a vision model that ComfyUI loads: DINOv2")
+    parser.add_argument("--vision", type=Path, help="a vision model that ComfyUI loads: DINOv2")
     parser.add_argument("--data", required=True, help="a folder of samples, or shards, like data-{000..127}.tar")
     parser.add_argument("--folder", type=Path, required=True, help="where the training keeps its files")
     parser.add_argument("--steps", type=int, required=True, help="the paper's are 50000")
@@ -54,10 +56,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     options = parser.parse_args()
-    for name in ("checkpoint", "vae", "vision"):
+    if options.stage == 2 and (options.kind != "anystory" or options.encoder is None):
+        parser.error("--stage 2 needs --kind anystory and the encoder that stage 1 wrote: --encoder")
+    if options.stage == 1 and options.encoder is not None:
+        parser.error("--encoder is for --stage 2; stage 1 trains an encoder of its own")
+    if options.stage == 1 and options.vision is None:
+        parser.error("--vision: give the file of the vision model")
+    for name in ("checkpoint", "vae", "vision", "encoder"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
             parser.error(f"--{name}: there is no file {path}")
+    if options.encoder is not None and options.encoder.resolve().parent == options.folder.resolve():
+        parser.error(f"--folder is where {options.encoder} lies; give another, in which the same name is free")
     if options.size % 64:
         parser.error(f"--size is {options.size}; give a multiple of 64")
     host = find_host()
@@ -88,12 +98,14 @@ def _train(options: Any) -> list[float]:
     import comfy.utils
     import torch
     from accelerate import Accelerator
+    from subject_patches.encoders.subject_encoder import read_subject_encoder
     from subject_patches.toy import family
     from subject_patches.training.accelerated import Accelerated, Plan
     from subject_patches.training.anylogo import AnyLogoTuning
     from subject_patches.training.frozen import Frozen
     from subject_patches.training.samples import source_of
     from subject_patches.training.subject_encoder import SubjectEncoderTraining
+    from subject_patches.training.subject_router import SubjectRouterTraining
 
     family.register()
     accelerator = Accelerator(mixed_precision=PRECISIONS[options.precision], cpu=args.cpu)
@@ -106,11 +118,16 @@ def _train(options: Any) -> list[float]:
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint))
     if options.vae is not None:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(options.vae)))
-    vision = vision_of(options.vision)
+    encoder = None if options.encoder is None else read_subject_encoder(options.encoder)
+    vision = encoder.vision if options.vision is None else vision_of(options.vision)
+    if vision is None:
+        raise ToolError(f"--vision: {options.encoder} brings no vision model; give the one that it was trained with.")
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    frozen = Frozen(model, clip, vae, vision, dtype, options.checkpointing)
+    frozen = Frozen(model, clip, vae, vision, dtype, options.checkpointing, encoder)
     if options.kind == "anylogo":
         kind: Any = AnyLogoTuning(frozen, options.rank, keep=options.keep, through=not options.detached)
+    elif options.stage == 2:
+        kind = SubjectRouterTraining(frozen)
     else:
         kind = SubjectEncoderTraining(frozen, options.size, options.tokens)
     plan = Plan(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..encoders.segmented import segmented
 from ..patches.parts.masks import resize_mask
+from ..training.router import spread
 from .data import CELL
 from .drawing import Picture, draw
 from .pairs import REFERENCE, Store, reference_of, signal
@@ -78,10 +79,6 @@ class Groups(Store):
         inside = torch.from_numpy(np.concatenate([drawn.masks[places] for drawn, places in scenes])).float()
         present = torch.arange(MOST) < torch.tensor(several)[:, None]
 
-        def spread(each: Tensor) -> Tensor:
-            """Of all emblems in turn, to those of each scene."""
-            return each.new_zeros((*present.shape, *each.shape[1:])).masked_scatter(_like(present, each), each)
-
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             seen = self.vision(pixels, intermediate_output=-2)[1].float()
         self._keep(
@@ -89,10 +86,10 @@ class Groups(Store):
                 "latents": self._encoded(signal(images)),
                 "tokens": self.words([drawn.scene.caption for drawn, _ in scenes]),
                 "present": present,
-                "emblems": spread(resize_mask(inside, (SIZE // CELL, SIZE // CELL))),
-                "references": spread(self._encoded(pixels)),
-                "mask": spread(resize_mask(masks, (REFERENCE // CELL, REFERENCE // CELL))),
-                "seen": spread(seen),
+                "emblems": spread(resize_mask(inside, (SIZE // CELL, SIZE // CELL)), present),
+                "references": spread(self._encoded(pixels), present),
+                "mask": spread(resize_mask(masks, (REFERENCE // CELL, REFERENCE // CELL)), present),
+                "seen": spread(seen, present),
             },
             count,
         )
@@ -105,7 +102,3 @@ class Groups(Store):
         drawn = {name: kept[numbers] for name, kept in self.kept.items()}
         whole = {name: each.float() if each.is_floating_point() else each for name, each in drawn.items()}
         return GroupBatch(**{**whole, "tokens": drawn["tokens"].long()})
-
-
-def _like(present: Tensor, each: Tensor) -> Tensor:
-    return present.view(*present.shape, *(1,) * (each.ndim - 1))

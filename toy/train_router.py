@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject_patches.training.files import save_whole
 
 from .command import together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of
@@ -59,18 +58,11 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
 
 
 def write(router: Any, encoder: Any, path: Path) -> None:
-    """Writes the file of an encoder that is loaded with a router in it, in half precision."""
-    from subject_patches.encoders.loading import file_tensors
-    from subject_patches.encoders.router import ROUTER, ROUTER_ENTRY
-    from subject_patches.encoders.weights import metadata
-    from subject_patches.toy.routing import ROUTER as FORM
+    """Writes the file of an encoder that is loaded with a router in it."""
+    from subject_patches.toy.routing import ROUTER
+    from subject_patches.training.subject_router import write_with_router
 
-    from .family import VISION
-
-    own = encoder.modules.state_dict() | {ROUTER + name: each for name, each in router.state_dict().items()}
-    told = {ROUTER_ENTRY: FORM.said()}
-    about = metadata(encoder.form, encoder.family, TRAINED_BY, VISION, **told)
-    save_whole(path, file_tensors(own, encoder.vision.model.state_dict()), about)
+    write_with_router(path, encoder, router, ROUTER, TRAINED_BY)
 
 
 def main() -> None:

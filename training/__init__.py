@@ -18,8 +18,10 @@ symbiotic         AnyLogo's tuning: low-rank differences, semantic maps, and the
 frozen            what stays as it is in such trainings of real families: a checkpoint's parts and a vision model
 anylogo           AnyLogo's tuning of them
 subject_encoder   the first stage of AnyStory's training beside them
-router            the second stage's pass and loss, of its router
+subject_router    the second stage, of its router
+router            that stage's pass and loss, which the toy's goes by, too
 samples           what trainings of real families read: folders and WebDataset shards
+groups            samples of several subjects
 accelerated       the steps of such a training, on one process or many
 usual             what steps, sizes and rates are where an input is 0
 

@@ -7,7 +7,7 @@ training that was stopped goes on, on as many processes, to exactly what it woul
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,21 +19,24 @@ from .averages import Average, shared
 from .copies import loaded, with_gradients
 from .files import load_state, save_state
 from .frozen import Frozen
-from .samples import Batches, Folder, Sample, Shards, loader
+from .samples import Batches, Folder, Raw, Shards, loader
 
 STATE = "state.pt"
 
 
 class Kind(Protocol):
-    """What is trained: its `modules` beside what is `frozen`, on which data, and the files that come of it."""
+    """What is trained: its `modules` beside what is `frozen`, on which data, and the files that come of it. `decode`
+    makes a sample of its files, `beside` says by name what else a call that goes on has to share with the first."""
 
     name: str
+    decode: Callable[[Raw, int, str], Any]
+    beside: Mapping[str, str]
     frozen: Frozen
     modules: nn.Module
 
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]: ...
 
-    def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor: ...
+    def loss(self, samples: Sequence[Any], generator: torch.Generator) -> Tensor: ...
 
     def write(self, modules: Any, folder: Path) -> Sequence[Path]: ...
 
@@ -74,7 +77,7 @@ class Accelerated:
     def _about(self) -> dict[str, Any]:
         plan = self.plan
         about = {"kind": self.kind.name, "batch": plan.batch, "accumulation": plan.accumulation, "seed": plan.seed}
-        return {**about, "size": plan.size, "processes": self.accelerator.num_processes}
+        return {**about, "size": plan.size, "processes": self.accelerator.num_processes, **self.kind.beside}
 
     def _resume(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
@@ -95,7 +98,7 @@ class Accelerated:
             start = self.step * plan.accumulation
             data = Batches(
                 self.source, plan.size, plan.batch, plan.seed, self.accelerator.process_index,
-                self.accelerator.num_processes, start,
+                self.accelerator.num_processes, start, self.kind.decode,
             )  # fmt: skip
             batches = loader(data, plan.workers)
             said = time.monotonic()
@@ -111,7 +114,7 @@ class Accelerated:
         self.accelerator.wait_for_everyone()
         return self.losses
 
-    def _advance(self, batches: Iterator[list[Sample]]) -> float:
+    def _advance(self, batches: Iterator[list[Any]]) -> float:
         plan, mean = self.plan, 0.0
         for part in range(plan.accumulation):
             number = self.step * plan.accumulation + part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..patches.parts.masks import resize_mask
 from ..patches.parts.sites import select_sites
 from .files import save_whole
 from .frozen import Frozen
-from .samples import Sample
+from .samples import Sample, decoded
 from .symbiotic import KEEP, MAPS_TIMES, Passes, Slots, Tuning, drawn_rows
 
 KEPT = PROMPTS[0]
@@ -28,6 +28,8 @@ class AnyLogoTuning:
     Raises ValueError where the vision model is no DINOv2."""
 
     name = "anylogo"
+    decode = staticmethod(decoded)
+    beside: Mapping[str, str] = {}
 
     def __init__(
         self, frozen: Frozen, rank: int = 16, delivering: str = "decoder", keep: float = KEEP, through: bool = True

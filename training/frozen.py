@@ -1,4 +1,4 @@
-"""What stays as it is in a training of what shows subjects: a checkpoint's parts and a vision model."""
+"""What stays as it is in a training of what shows subjects: a checkpoint's parts, a vision model, maybe an encoder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.segmented import segmented
+from ..encoders.subject_encoder import SubjectEncoder
 from ..patches.families import family_of
 from ..patches.families.unet import UNet
+from ..patches.parts.masks import resize_mask
 from .denoising import Denoiser
 
 
 class Frozen:
-    """A private copy of a U-Net MODEL, its CLIP and VAE, and a vision model (a CLIP_VISION). `patchers` are to be
-    loaded before use.
+    """A private copy of a U-Net MODEL, its CLIP and VAE, a vision model (a CLIP_VISION), and for a router's training
+    the subject encoder that it is for. `patchers` are to be loaded before use.
 
     Raises ValueError where the MODEL is no U-Net."""
 
     def __init__(
-        self, model: Any, clip: Any, vae: Any, vision: Any, dtype: torch.dtype, checkpointing: bool = False
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        vision: Any,
+        dtype: torch.dtype,
+        checkpointing: bool = False,
+        encoder: SubjectEncoder | None = None,
     ) -> None:
         family = family_of(model)
         if not isinstance(family, UNet):
             raise ValueError(f"This training is for U-Nets, but the model is {family.name}; take another checkpoint.")
         self.family, self.clip, self.vae, self.vision = family, clip, vae, vision
+        self.encoder = encoder
         self.context = family.context_width(model)
         self.denoiser = Denoiser(model, dtype, checkpointing)
 
@@ -36,7 +46,8 @@ class Frozen:
 
     @property
     def patchers(self) -> tuple[Any, ...]:
-        return (self.denoiser.patcher, self.vae.patcher, self.clip.patcher, self.vision.patcher)
+        beside = () if self.encoder is None else (self.encoder.patcher,)
+        return (self.denoiser.patcher, self.vae.patcher, self.clip.patcher, self.vision.patcher, *beside)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +75,19 @@ class Frozen:
         vision = self.vision
         found, _ = segmented(pictures, masks, vision.image_size, vision.image_mean, vision.image_std)
         return found.to(vision.load_device)
+
+    @torch.no_grad()
+    def seen(self, pixels: Tensor) -> Tensor:
+        """What the vision model sees (n, tokens, channels) in `pixels` of pictures, before its last layer."""
+        return self.vision.model(pixel_values=pixels, intermediate_output=-2)[1].to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def cut_out(self, pictures: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """What a ReferenceNet reads of pictures (n, height, width, 3) of 0 to 1: the latents of what is inside their
+        masks (n, height, width), `size` pixels wide, and the masks in these's cells."""
+        found, inside = segmented(pictures, masks, size)
+        latents = self.latents((found / 2 + 0.5).movedim(1, -1))
+        return latents, resize_mask(inside, tuple(latents.shape[-2:])).to(self.device)
 
     @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The second stage of AnyStory's training (section 3.4): its router, beside a subject encoder that stays as it is.
+"""What the second stage of AnyStory's training (section 3.4) goes by: a router beside a subject encoder that stays.
 
 A U-Net's pass in which every subject is shown in the places that the router gives it, with gradients through the choice
 (Gumbel-softmax, Jang et al. 2017), and the loss of the maps (Eq. 4).
@@ -27,11 +27,15 @@ WEIGHT = 0.1
 TEMPERATURE = 1.0
 
 
-def chosen(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """sigma(M): of logits (rows, n, places) one of the n a place, as 0 and 1, drawn by Gumbel-softmax; the gradient is
-    that of the softmax."""
+def gumbel(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise for `chosen`; the generator is on the CPU."""
     uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
-    noise = -(-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
+    return -(-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
+
+
+def chosen(logits: Tensor, noise: Tensor) -> Tensor:
+    """sigma(M): of logits (rows, n, places) one of the n a place, as 0 and 1, drawn by Gumbel-softmax with `gumbel`
+    noise; the gradient is that of the softmax."""
     soft = ((logits + noise) / TEMPERATURE).softmax(1)
     hard = functional.one_hot(soft.argmax(1), soft.shape[1]).mT.to(soft)
     return hard + soft - soft.detach()
@@ -44,6 +48,13 @@ def routing_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
     maps = logits.softmax(1)[:, :-1]
     distance = (maps - truth).square().sum(-1) * present
     return distance.sum() / present.sum().clamp(min=1)
+
+
+def spread(each: Tensor, present: Tensor) -> Tensor:
+    """What belongs to all subjects in turn (subjects, ...) at the rows' places (rows, n, ...) that are `present` (rows,
+    n); zeros at the others."""
+    there = present.view(*present.shape, *(1,) * (each.ndim - 1))
+    return each.new_zeros((*present.shape, *each.shape[1:])).masked_scatter(there, each)
 
 
 def true_maps(masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -90,7 +101,9 @@ def routing_pass(
     generator: torch.Generator | None = None,
 ) -> RoutedPass:
     """A pass in which the router decides (Eq. 5 to 8). `order` are the U-Net's sites as they run. The gradient of what
-    it decides comes through Eq. 5 alone, minus infinity having none, and a layer's maps teach no other layer."""
+    it decides comes through Eq. 5 alone, minus infinity having none, and a layer's maps teach no other layer.
+
+    A layer that is computed again in the backward pass (checkpointing) is shown what it was shown before."""
     made = RoutedPass()
     rows, count = shown.present.shape
     everyone = torch.cat([shown.features, shown.nothing.expand(rows, 1, -1, -1)], 1)
@@ -100,19 +113,29 @@ def routing_pass(
     features = router.features(everyone.flatten(0, 1)).unflatten(0, (rows, count + 1))
     there = torch.cat([shown.present, shown.present.new_ones(rows, 1)], 1)
     last: list[Site] = []
+    noise: dict[Site, Tensor] = {}
+    misrouted: dict[Site, Tensor | None] = {}
 
-    def routed(site: Site, grid: tuple[int, int]) -> Tensor:
-        _, refined, own = made.maps[site]
-        return chosen(resized(refined.unflatten(-1, own), grid).flatten(2), generator)
+    def elsewhere(grid: tuple[int, int]) -> Tensor | None:
+        """Of each place (rows, places, subjects) what is said of the subjects that the last map does not give it."""
+        if not last:
+            return None
+        _, refined, own = made.maps[last[0]]
+        with torch.no_grad():
+            logits = resized(refined.unflatten(-1, own), grid).flatten(2)
+            sigma = chosen(logits, gumbel(logits, generator))[:, :-1]
+            return sigma.new_zeros(sigma.shape).masked_fill(sigma < 0.5, ABSENT).mT
 
     def route(site: Site) -> Any:
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
             grid = _grid(extra)
             with torch.autocast(q.device.type, enabled=False):
                 coarse, refined = router.maps(site, q.detach().float(), features.float(), there)
-            made.maps[site] = coarse, refined, grid
+            made.maps.setdefault(site, (coarse, refined, grid))
             last[:] = [site]
-            sigma = routed(site, grid).to(q)
+            if site not in noise:
+                noise[site] = gumbel(refined, generator)
+            sigma = chosen(refined, noise[site]).to(q)
             output = attention(q, k, v, extra["n_heads"])
             key, value = (each.to(q).unflatten(0, (rows, count + 1)) for each in prompts[site])
             for number in range(count + 1):
@@ -130,12 +153,13 @@ def routing_pass(
         unseen = torch.zeros(absent.shape, device=key.device).masked_fill(absent, ABSENT)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-            if not last:
+            if site not in misrouted:
+                misrouted[site] = elsewhere(_grid(extra))
+            places = misrouted[site]
+            if places is None:
                 return attention(q, k, v, extra["n_heads"])
-            sigma = routed(last[0], _grid(extra))[:, :-1].detach()
             # (rows, queries, subjects, tokens of each)
-            misrouted = sigma.new_zeros(sigma.shape).masked_fill(sigma < 0.5, ABSENT)
-            bias = misrouted.mT[..., None] + unseen[:, None]
+            bias = places.to(q)[..., None] + unseen.to(q)[:, None]
             bias = functional.pad(bias.flatten(2)[:, None], (k.shape[1], 0))
             both = torch.cat([k, key.to(k)], 1), torch.cat([v, value.to(v)], 1)
             return attention(q, *both, extra["n_heads"], bias)

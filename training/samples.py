@@ -2,17 +2,18 @@
 
 In a folder or in WebDataset shards, under one key each: `KEY.picture.png`, `KEY.mask.png` (white where the subject is),
 `KEY.subject.png` (its opacity, or `KEY.subject_mask.png`, says where in it the subject is) and `KEY.txt`; pictures may
-be png, jpg or webp. Which samples a step takes depends on the seed, the step and the number of processes alone, so a
-training that goes on reads what it would have read.
+be png, jpg or webp. `groups.py` says how a sample has several subjects. Which samples a step takes depends on the seed,
+the step and the number of processes alone, so a training that goes on reads what it would have read.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,25 @@ def decoded(raw: Raw, size: int, key: str = "a sample") -> Sample:
     missing = [name for name in NEEDED if name not in raw]
     if missing:
         raise ValueError(f"{key} has no {missing[0]}; each needs {', '.join(NEEDED)} (see docs/TRAINING.md).")
-    picture, mask = _opened(raw["picture"], "RGB", key), _opened(raw["mask"], "L", key)
-    subject = _opened(raw["subject"], "RGBA", key)
-    own = _opened(raw["subject_mask"], "L", key)[0] if "subject_mask" in raw else subject[3]
-    scene = _around(picture, _fitted(mask, picture.shape[-2:]), size)
-    whole = _squared(torch.cat([subject[:3], _fitted(own[None], subject.shape[-2:])]), size)
+    picture = opened(raw["picture"], "RGB", key)
+    scene = around(picture, fitted(opened(raw["mask"], "L", key), picture.shape[-2:]), size)
+    whole = subject_of(raw, "", size, key)
+    return Sample(scene[:3].movedim(0, -1), scene[3], whole[:3].movedim(0, -1), whole[3], caption_of(raw))
+
+
+def subject_of(raw: Raw, number: str, size: int, key: str) -> Tensor:
+    """The picture of a subject, called so with its `number` behind, and its mask: (4, size, size)."""
+    subject, mask = opened(raw[f"subject{number}"], "RGBA", key), f"subject_mask{number}"
+    own = opened(raw[mask], "L", key) if mask in raw else subject[3:]
+    return squared(torch.cat([subject[:3], fitted(own, subject.shape[-2:])]), size)
+
+
+def caption_of(raw: Raw) -> str:
     text = raw["txt"] if isinstance(raw["txt"], bytes) else raw["txt"].read_bytes()
-    return Sample(scene[:3].movedim(0, -1), scene[3], whole[:3].movedim(0, -1), whole[3], text.decode("utf-8").strip())
+    return text.decode("utf-8").strip()
 
 
-def _opened(value: Path | bytes, mode: str, key: str) -> Tensor:
+def opened(value: Path | bytes, mode: str, key: str) -> Tensor:
     """A picture as (channels, height, width) of 0 to 1."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -74,26 +84,34 @@ def _opened(value: Path | bytes, mode: str, key: str) -> Tensor:
     return planes[None] if planes.ndim == 2 else planes.movedim(-1, 0)
 
 
-def _fitted(mask: Tensor, size: Sequence[int]) -> Tensor:
+def fitted(mask: Tensor, size: Sequence[int]) -> Tensor:
     return mask if mask.shape[-2:] == tuple(size) else functional.interpolate(mask[None], tuple(size), mode="area")[0]
 
 
-def _around(picture: Tensor, mask: Tensor, size: int) -> Tensor:
-    """The largest square of a picture (3, h, w) that has as much of the mask's middle as can be, with the mask behind:
-    (4, size, size). The paper's zoom in, as far as nothing of the scene need be made up."""
-    height, width = picture.shape[-2:]
-    side = min(height, width)
-    rows, columns = (mask[0] > 0.5).nonzero(as_tuple=True)
-    if len(rows):
-        middle = (int(rows.min() + rows.max()) // 2, int(columns.min() + columns.max()) // 2)
-    else:
-        middle = (height // 2, width // 2)
-    top = min(max(middle[0] - side // 2, 0), height - side)
-    left = min(max(middle[1] - side // 2, 0), width - side)
-    return _resized(torch.cat([picture, mask])[:, top : top + side, left : left + side], size)
+def around(picture: Tensor, masks: Tensor, size: int) -> Tensor:
+    """The largest square of a picture (3, h, w) that has as much of its subjects as can be, rather some wholly than
+    more in part, with their masks (n, h, w) behind: (3 + n, size, size). The paper's zoom in, as far as nothing of the
+    scene need be made up."""
+    side = min(picture.shape[-2:])
+    inside = (masks > 0.5).double()
+    top, left = _from(inside.sum(2), side), _from(inside.sum(1), side)
+    return _resized(torch.cat([picture, masks])[:, top : top + side, left : left + side], size)
 
 
-def _squared(planes: Tensor, size: int) -> Tensor:
+def _from(places: Tensor, side: int) -> int:
+    """Where a part of so many places begins in which the sum of the squares of the subjects' shares is the largest, of
+    subjects with so much at each of their `places` (n, length); of such parts the one whose middle is nearest to
+    theirs."""
+    shares = places / places.sum(1, keepdim=True).clamp(min=1)
+    before = functional.pad(shares.cumsum(1), (1, 0))
+    held = (before[:, side:] - before[:, :-side]).square().sum(0)
+    some = places.sum(0).nonzero()
+    middle = int(some.min() + some.max()) // 2 if len(some) else places.shape[1] // 2
+    best = (held > held.max() - 1e-6).nonzero()[:, 0]
+    return int(best[(best - (middle - side // 2)).abs().argmin()])
+
+
+def squared(planes: Tensor, size: int) -> Tensor:
     """All of some planes (4, h, w) in a square, filled up with their edge, and the mask with nothing."""
     height, width = planes.shape[-2:]
     scale = size / max(height, width)
@@ -165,14 +183,22 @@ def source_of(data: str) -> Folder | Shards:
 
 
 class Batches(IterableDataset):
-    """Endless batches of a source for one of `count` processes, from batch number `start` on. A loader's workers share
-    them so that they come in the same order for any start."""
+    """Endless batches of a source for one of `count` processes, from batch number `start` on; `decode` makes a sample
+    of its files. A loader's workers share them so that they come in the same order for any start."""
 
     def __init__(
-        self, source: Folder | Shards, size: int, batch: int, seed: int, rank: int, count: int, start: int
+        self,
+        source: Folder | Shards,
+        size: int,
+        batch: int,
+        seed: int,
+        rank: int,
+        count: int,
+        start: int,
+        decode: Callable[[Raw, int, str], Any] = decoded,
     ) -> None:
         self.source, self.size, self.batch, self.seed = source, size, batch, seed
-        self.rank, self.count, self.start = rank, count, start
+        self.rank, self.count, self.start, self.decode = rank, count, start, decode
 
     def _stream(self) -> Iterator[tuple[str, Raw]]:
         number = 0
@@ -185,22 +211,22 @@ class Batches(IterableDataset):
                 raise ValueError("A process has no samples of its own; give more samples, or fewer processes.")
             number += 1
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         worker = get_worker_info()
         workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
         stream = self._stream()
         for number in itertools.count():
             found = list(itertools.islice(stream, self.batch))
             if number >= self.start and (number - self.start) % workers == mine:
-                yield [decoded(raw, self.size, key) for key, raw in found]
+                yield [self.decode(raw, self.size, key) for key, raw in found]
 
 
-def loader(batches: Batches, workers: int) -> Iterator[list[Sample]]:
+def loader(batches: Batches, workers: int) -> Iterator[list[Any]]:
     """The batches, decoded by so many worker processes, or in this one."""
     return iter(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_they_are))
 
 
-def _as_they_are(batch: list[Sample]) -> list[Sample]:
+def _as_they_are(batch: list[Any]) -> list[Any]:
     return batch
 
 

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from ..encoders.loading import file_tensors
 from ..encoders.reference_net import first_weights, shape_of
-from ..encoders.segmented import segmented
 from ..encoders.subject_encoder import Form, SubjectModules
 from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
-from ..patches.parts.masks import resize_mask, tokens_inside
+from ..patches.parts.masks import tokens_inside
 from ..patches.parts.sites import Site
 from .files import save_whole
 from .frozen import Frozen
-from .samples import Sample
+from .samples import Sample, decoded
 from .symbiotic import KeysAndValues, Slots, attention, recycling, sparse_bias
 
 # Shares of rows: those of the pass without a prompt, and of the others those without tokens (the paper drops the vision
@@ -39,6 +38,8 @@ class SubjectEncoderTraining:
     ReferenceNet reads, `tokens` how many a subject gets."""
 
     name = "anystory"
+    decode = staticmethod(decoded)
+    beside: Mapping[str, str] = {}
 
     def __init__(self, frozen: Frozen, size: int, tokens: int = TOKENS) -> None:
         self.frozen = frozen
@@ -56,13 +57,10 @@ class SubjectEncoderTraining:
         """For an optimiser: all learn alike."""
         return [{"params": list(self.modules.parameters()), "lr": rate}]
 
-    @torch.no_grad()
     def _seen(self, subjects: Tensor, masks: Tensor, apart: Tensor) -> Tensor:
         """What the vision model sees of subjects that are cut out; of rows that are `apart`, of an empty picture."""
         pixels = self.frozen.pixels(subjects, masks)
-        pixels = pixels * (~apart).to(pixels).view(-1, 1, 1, 1)
-        seen = self.frozen.vision.model(pixel_values=pixels, intermediate_output=-2)[1]
-        return seen.to(self.frozen.device)
+        return self.frozen.seen(pixels * (~apart).to(pixels).view(-1, 1, 1, 1))
 
     def loss(self, samples: Sequence[Sample], generator: torch.Generator) -> Tensor:
         """Eq. 1 over some samples; all chance comes from the generator, on the CPU."""
@@ -72,14 +70,12 @@ class SubjectEncoderTraining:
         masks = torch.stack([each.subject_mask for each in samples])
         rows = {name: each.to(frozen.device) for name, each in drawn_rows(count, NO_TOKENS, generator).items()}
         context, pooled = frozen.prompts([each.caption for each in samples], rows["unconditional"])
-        cut, inside = segmented(subjects, masks, self.form.size)
         clean = frozen.latents(pictures)
-        reference = frozen.latents((cut / 2 + 0.5).movedim(1, -1))
-        inside = resize_mask(inside, tuple(reference.shape[-2:])).to(frozen.device)
+        reference, inside = frozen.cut_out(subjects, masks, self.form.size)
         sigmas = frozen.denoiser.levels(count, generator)
         noisy = frozen.denoiser.noised(clean, sigmas, generator)
         seen = self._seen(subjects, masks, rows["unconditional"])
-        slots = showing(self.modules, reference, inside, seen.float(), rows)
+        slots = showing(self.modules, reference, inside, seen, rows)
         predicted = frozen.denoiser.denoised(noisy, sigmas, context, pooled, **slots)
         return frozen.denoiser.errors(predicted, clean, sigmas).mean()
 

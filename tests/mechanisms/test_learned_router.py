@@ -25,6 +25,7 @@ from subject_patches.patches.mechanisms.subject import Reference, Subject
 from subject_patches.training.router import (
     RoutedPass,
     chosen,
+    gumbel,
     intersection_over_union,
     overlap,
     routing_loss,
@@ -340,13 +341,13 @@ def test_a_route_at_another_grid_is_of_interpolated_logits() -> None:
 def test_a_choice_is_one_hot_and_has_the_softmax_s_gradient() -> None:
     with torch.inference_mode(False), torch.enable_grad():
         logits = torch.tensor([[[9.0, -9.0], [0.0, 0.0]]], requires_grad=True)
-        sigma = chosen(logits, generator(1))
+        sigma = chosen(logits, gumbel(logits, generator(1)))
         assert sigma.detach().tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
         (sigma * torch.tensor([1.0, 2.0])).sum().backward()
         # What all maps of a place gain together is always the same, so no gradient comes of it.
         assert torch.allclose(logits.grad.sum(1), torch.zeros(1, 2), atol=1e-6)
         even = torch.zeros(1, 2, 400, requires_grad=True)
-        drawn = chosen(even, generator(2))
+        drawn = chosen(even, gumbel(even, generator(2)))
         assert 150 < float(drawn[0, 0].detach().sum()) < 250
         drawn[0, 0].sum().backward()
         assert bool((even.grad[0, 0] > 0).all())

@@ -15,25 +15,18 @@ from typing import Any
 import pytest
 import torch
 from host import ROOT
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.encoders.semantic_injection import read_semantic_maps
 from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.tests.shared.clips import small_clip
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model, subject
+from subject_patches.tests.shared.samples import png
 from subject_patches.tests.shared.semantics import VISION, contents, told, vision
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.toy.sampling import CHECKPOINT
 from subject_patches.training.samples import Batches, Folder, Shards, decoded, source_of
-from torch import Tensor
 
 COUNT = 5
-
-
-def png(array: Tensor) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray((array * 255).byte().numpy()).save(stream, "png")
-    return stream.getvalue()
 
 
 def files_of(number: int) -> dict[str, bytes]:
