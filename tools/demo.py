@@ -8,6 +8,7 @@ the path of each is printed. Nothing is opened.
 A workflow needs nothing special to appear here: the pictures of each Save Image or Preview Image node make one group,
 captioned with the title of the node ("Before: ...", "After: ..."), and the groups come as the nodes lie on the canvas,
 from left to right and then downwards. Its thumbnail shows the first picture of the first group and of the last "After".
+Workflows for real models have the thumbnail of the nearest one for the small model, which says so.
 """
 
 from __future__ import annotations
@@ -48,8 +49,16 @@ def main() -> int:
 def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bool, thumbnails: bool) -> None:
     # Pillow is there only in the host's interpreter.
     from hosting.gallery import Entry, in_order, look_of, page, wide_sheet
-    from hosting.sheet import draw_sheet, draw_thumbnail
-    from hosting.workflows import complete_workflows, fetch_groups, find_workflow, load_workflow, use_checkpoint
+    from hosting.sheet import draw_borrowed, draw_sheet, draw_thumbnail
+    from hosting.workflows import (
+        borrowed_pictures,
+        complete_workflows,
+        fetch_groups,
+        find_workflow,
+        load_workflow,
+        use_checkpoint,
+    )
+    from PIL import Image
 
     there = {path.stem: path for path in ([find_workflow(name)] if name else complete_workflows())}
     files = [there[stem] for stem in in_order(list(there))]
@@ -79,6 +88,10 @@ def _demo(host: Host, name: str | None, checkpoint: Path | None, keep_server: bo
             if thumbnails:
                 draw_thumbnail(groups).save(path.with_suffix(".jpg"), quality=88)
                 draw_sheet([(_words(path.stem), groups)]).save(HELP / f"{path.stem}.jpg", quality=88)
+        if thumbnails:
+            for target, given in borrowed_pictures().items():
+                with Image.open(given) as opened:
+                    draw_borrowed(opened).save(target, quality=80)
         sheet, gallery = OUTPUT / "gallery.png", OUTPUT / "gallery.html"
         wide_sheet(entries).save(sheet)
         gallery.write_text(page(entries), encoding="utf-8")

@@ -9,7 +9,7 @@ import convert
 import numpy as np
 import pytest
 import torch
-from anystory_pictures import SUBJECT, subject_groups
+from help_pictures import SUBJECT, subject_groups
 from host import ROOT
 from hosting.sheet import draw_sheet
 from PIL import Image

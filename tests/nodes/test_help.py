@@ -56,6 +56,18 @@ def test_a_workflow_may_leave_advanced_inputs_out(schema: Any) -> None:
             assert given[each.id].default in (getattr(each, "default", None), *([None] if schema.is_input_list else []))
 
 
+def test_a_picture_made_without_the_node_is_said_to_be() -> None:
+    """A help page's picture is of a workflow that has the node, or is no workflow's; else a line below it says more."""
+    workflows = {path.stem: path.read_text("utf-8") for path in (ROOT / "workflows").glob("*.json")}
+    silent = []
+    for schema in SCHEMAS:
+        text = (HELP / f"{schema.node_id}.md").read_text(encoding="utf-8")
+        for stem, below in re.findall(r"!\[[^\]]+\]\((\w+)\.jpg\)\n\n(.)", text):
+            if f'"{schema.node_id}"' not in workflows.get(stem, f'"{schema.node_id}"') and below != "*":
+                silent.append(schema.node_id)
+    assert silent == []
+
+
 def test_help_pages_name_a_workflow_to_begin_with() -> None:
     """Where a shipped workflow has the node, its page names one."""
     workflows = {path.stem: path.read_text("utf-8") for path in (ROOT / "workflows").glob("*.json")}

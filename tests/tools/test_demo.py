@@ -17,9 +17,9 @@ from hosting.errors import WorkflowError
 from hosting.gallery import Entry, in_order, look_of, page, wide_sheet
 from hosting.paths import ROOT
 from hosting.pip import clean_environment
-from hosting.sheet import Group, draw_sheet, draw_thumbnail, fit
-from hosting.workflows import complete_workflows, fetch_groups, load_workflow
-from PIL import Image
+from hosting.sheet import Group, draw_borrowed, draw_sheet, draw_thumbnail, fit
+from hosting.workflows import FOLDER, borrowed_pictures, complete_workflows, fetch_groups, load_workflow
+from PIL import Image, ImageChops, ImageStat
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -152,3 +152,19 @@ def test_no_picture_is_an_error(server: Server, solid_workflow: dict[str, Any]) 
     """A run whose outputs hold no picture is not passed over in silence."""
     with pytest.raises(WorkflowError, match="gave no picture"):
         fetch_groups(server, solid_workflow, {"1": {"text": ["x"]}})
+
+
+def test_every_workflow_has_a_picture_in_templates() -> None:
+    """The host looks for it beside the file. One of a workflow for a real model is another's, and says so."""
+    borrowed = borrowed_pictures()
+    drawn = {path.with_suffix(".jpg") for path in complete_workflows()}
+    pictures = {*FOLDER.glob("*.jpg")}
+    assert pictures == {path.with_suffix(".jpg") for path in FOLDER.glob("*.json")} == drawn | {*borrowed}
+    for path, given in borrowed.items():
+        assert given in drawn
+        with Image.open(path) as shown, Image.open(given) as nearest:
+            wanted = draw_borrowed(nearest)
+            assert shown.size == wanted.size
+            assert max(ImageStat.Stat(ImageChops.difference(shown, wanted)).mean) < 4, path
+    line = wanted.crop((0, wanted.height - 27, *wanted.size))
+    assert line.getcolors() != [(line.width * line.height, WHITE)]

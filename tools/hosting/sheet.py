@@ -14,6 +14,9 @@ _COLUMNS = 4
 _WIDTH = _COLUMNS * (_SIDE + _GAP) - _GAP
 _TITLE_SIZE = 22
 _CAPTION_SIZE = 15
+# What a workflow's picture says that another one gave.
+BORROWED = "made with the pack's small model"
+_BORROWED_HEIGHT = 240
 _PAPER, _INK, _FAINT = "#ffffff", "#111111", "#666666"
 # A group's caption and its pictures as they are drawn.
 _Tiled = tuple[str, list[Image.Image]]
@@ -62,6 +65,18 @@ def draw_thumbnail(groups: Sequence[Group]) -> Image.Image:
     for number, picture in enumerate(pictures):
         thumbnail.paste(picture, (number * 2 * _SIDE, 0))
     return thumbnail
+
+
+def draw_borrowed(thumbnail: Image.Image) -> Image.Image:
+    """A thumbnail for another workflow than the one that gave it, smaller, and with a line that says what made it, in
+    the middle, as the page may crop its sides."""
+    image = _scaled(thumbnail, 2 * _BORROWED_HEIGHT, _BORROWED_HEIGHT)
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    sheet = Image.new("RGB", (image.width, image.height + _CAPTION_SIZE + _GAP), _PAPER)
+    sheet.paste(image)
+    place = ((sheet.width - font.getlength(BORROWED)) / 2, image.height + _GAP / 2 - 2)
+    ImageDraw.Draw(sheet).text(place, BORROWED, _FAINT, font)
+    return sheet
 
 
 def fit(picture: bytes, side: int) -> Image.Image:

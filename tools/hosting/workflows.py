@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 FOLDER = ROOT / "workflows"
 _CHECKPOINTS = ("_sd15", "_sdxl")
+# The workflow for the small model that shows what those for real models show, by their names without the model's.
+_NEAREST = {
+    "reference": "emblem_in_a_scene",
+    "small_region": "emblem_in_a_painted_region",
+    "two_subjects": "two_emblems_by_masks",
+    "layout": "layout_by_boxes",
+    "concept": "concept_and_the_prompt",
+    "use_a_concept": "concept_and_the_prompt",
+    "retouch": "retouch_a_picture",
+    "anystory": "emblem_by_a_trained_encoder",
+}
 
 
 def workflow_files() -> list[Path]:
@@ -32,6 +43,15 @@ def real_workflow_files() -> list[Path]:
 def find_real_workflow(name: str) -> Path:
     """The workflow file for a real checkpoint that is called `name`, without .json."""
     return next(path for path in real_workflow_files() if path.stem == name)
+
+
+def borrowed_pictures() -> dict[Path, Path]:
+    """The picture of each workflow that a machine without its models cannot draw, and the one that stands for it: of
+    the nearest workflow for the small model."""
+    drawn = {path.stem for path in complete_workflows()}
+    others = [path for path in (*workflow_files(), *real_workflow_files()) if path.stem not in drawn]
+    nearest = {path: _NEAREST[path.stem.rsplit("_", 1)[0]] for path in others}
+    return {path.with_suffix(".jpg"): FOLDER / f"{stem}.jpg" for path, stem in nearest.items()}
 
 
 def complete_workflows() -> list[Path]:

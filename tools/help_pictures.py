@@ -1,19 +1,20 @@
-"""Draw the pictures of AnyStory's help pages: `python tools/anystory_pictures.py`.
+"""Draw the pictures of help pages that no workflow's run gives: `python tools/help_pictures.py [NAME ...]`.
 
-What AnyStory Subject makes of a picture before any weights are asked, and what Attention Inspector shows of routers.
-The released weights are not needed: the preprocessing has none, and their router runs with random ones on the pack's
-second small model, so that its maps show the form alone. That of the first one's encoder is trained. They go to
-web/docs/.
+What Align Reference makes of a picture, what AnyStory Subject makes of one before any weights are asked, and what
+Attention Inspector shows of routers. The released weights are not needed: the preprocessing has none, and their router
+runs with random ones on the pack's second small model, so that its maps show the form alone. That of the first one's
+encoder is trained. They go to web/docs/.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from host import ROOT, find_host
+from host import ROOT, ToolError, find_host
 from hosting.command import Parser, enter, run
 from hosting.pack import import_host, load_pack
 
@@ -24,9 +25,12 @@ HELP = ROOT / "web" / "docs"
 EMBLEMS = ("emblem", "second_emblem")
 # What FLUX.1 Redux's SigLIP sees, in patches of 14, and what AnyStory was trained with, in tokens of 16.
 SEEN, PATCHES, SIDE, TOKENS = 384, 27, 512, 32
+# A picture with a subject that stands elsewhere in it, and is transparent there.
+LAYOUT = "another_emblem"
 CAPTION = "an emblem and an emblem on grass"
 STEPS, LAYERS = 8, "double.0, single.5"
 UNET_LAYERS = "output.3, output.5"
+ALIGNED = "A reference, moved to where the subject of another picture stands"
 SUBJECT = "What AnyStory Subject makes of a picture"
 CUT = "The picture and its mask, and both cut out: a square 4 % wider than the subject, white around it"
 FOR_VISION = f"For the vision model, {SEEN} x {SEEN}, and which of its {PATCHES} x {PATCHES} places the subject touches"
@@ -35,7 +39,9 @@ FOR_FLUX = f"For the FLUX, {SIDE} x {SIDE}, and which of its {TOKENS} x {TOKENS}
 
 def main() -> int:
     """The command line; see the module's text."""
-    Parser(prog="anystory_pictures.py", description="Draw the pictures of AnyStory's help pages.").parse_args()
+    parser = Parser(prog="help_pictures.py", description="Draw the help pages' pictures that no workflow gives.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these (by default all)")
+    names = parser.parse_args().names
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
     import_host(host.tree)
@@ -43,17 +49,38 @@ def main() -> int:
     import torch
     from hosting.sheet import draw_sheet
 
-    with torch.inference_mode():
-        sheets = {
-            "anystory_subject": (SUBJECT, subject_groups()),
-            "anystory_routes": ("Routes, by a router with random weights", route_groups()),
-            "learned_routes": ("Routes, by the trained router of the toy's encoder", learned_route_groups()),
-        }
-    for name, block in sheets.items():
+    sheets: dict[str, tuple[str, Callable[[], list[Any]]]] = {
+        "align_reference": (ALIGNED, aligned_groups),
+        "anystory_subject": (SUBJECT, subject_groups),
+        "anystory_routes": ("Routes, by a router with random weights", route_groups),
+        "learned_routes": ("Routes, by the trained router of the toy's encoder", learned_route_groups),
+    }
+    if unknown := sorted({*names} - {*sheets}):
+        raise ToolError(f"There is no picture {', '.join(unknown)}; the names are: {', '.join(sheets)}.")
+    for name in names or sheets:
+        title, groups = sheets[name]
         target = HELP / f"{name}.jpg"
-        draw_sheet([block]).save(target, quality=88)
+        with torch.inference_mode():
+            draw_sheet([(title, groups())]).save(target, quality=88)
         print(target)
     return 0
+
+
+def aligned_groups() -> list[Any]:
+    """A reference, a picture whose subject stands elsewhere, and what Align Reference to Layout makes of them."""
+    from hosting.sheet import Group
+    from subject_patches.encoders.preprocessing import to_bytes
+    from subject_patches.nodes.align import AlignReferenceNode
+
+    picture, mask = _emblem(EMBLEMS[1])
+    layout, around = _emblem(LAYOUT)
+    place = 1 - around
+    made = AlignReferenceNode.execute(picture[None], mask[None], place[None]).args
+    return [
+        Group("The reference and its mask", tuple(_png(to_bytes(each)) for each in (picture, mask))),
+        Group("The layout picture and its subject", tuple(_png(to_bytes(each)) for each in (layout, place))),
+        Group("The reference that it makes, and its mask", tuple(_png(to_bytes(each[0])) for each in made)),
+    ]
 
 
 def subject_groups() -> list[Any]:
