@@ -14,7 +14,7 @@ from ..patches.mechanisms.map_router import MapRouter
 from ..patches.mechanisms.mask_router import MaskRouter
 from ..patches.mechanisms.router import MOST_SUBJECTS
 from .checks import check_choice, check_number, masks_in, tell_upside_down
-from .inputs import ADVANCED, SHARE
+from .inputs import ADVANCED, SHARE, SHARES
 from .types import SEVERAL, LayoutType, RouterType, SubjectEncoderType
 
 PRECEDING, MEAN = "preceding layer", "running mean"
@@ -162,7 +162,7 @@ class RouteByEncoderNode(io.ComfyNode):
                     **SHARE,
                     **ADVANCED,
                     tooltip="Where in the run's schedule the learned maps take over from the early ones; 0 is its "
-                    "first step.",
+                    f"first step. {SHARES}",
                 ),
             ],
             outputs=[router_output()],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..patches.parts.writing import NAME_MAX, shortened
+from ..patches.parts.writing import NAME_LIMIT, NAME_MAX, shortened
 from .model_files import ENDING
 
 
@@ -19,8 +19,8 @@ def next_file(prefix: str, top: Path) -> Path:
     outside = inside.is_absolute() or ".." in inside.parts or PureWindowsPath(written).drive
     if outside or not inside.name or "\0" in written or any(len(part.encode()) > NAME_MAX for part in inside.parts):
         raise ValueError(
-            f"The filename_prefix '{shortened(prefix)}' names no file in the folder {top.name}; write a name of at "
-            f"most {NAME_MAX} letters, after the names of subfolders if you like."
+            f"The filename_prefix '{shortened(prefix)}' names no file in the folder {top.name}; write a name of "
+            f"{NAME_LIMIT}, after the names of subfolders if you like."
         )
     try:
         folder, name, counter, *_ = folder_paths.get_save_image_path(str(inside), str(top))

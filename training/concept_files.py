@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..patches.parts.writing import NAME_MAX, shortened
+from ..patches.parts.writing import NAME_LIMIT, NAME_MAX, shortened
 from .files import save_whole
 from .loop import LossMap
 
@@ -43,8 +43,7 @@ class ConceptFiles:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w\-]*", self.name) or len(self.name.encode()) > NAME_MAX:
             raise ValueError(
-                f"'{shortened(self.name)}' is no name for a concept; write letters, digits, - and _ only, at most "
-                f"{NAME_MAX}."
+                f"'{shortened(self.name)}' is no name for a concept; write letters, digits, - and _ only, {NAME_LIMIT}."
             )
         for path in self.paths:
             if path.exists() and _metadata(path).get("training") != KIND:

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 from torch import Tensor
 
-from ..patches.parts.writing import NAME_MAX, shortened
+from ..patches.parts.writing import NAME_LIMIT, NAME_MAX, shortened
 from .files import save_whole
 
 FOLDER = "training"
@@ -27,8 +27,8 @@ class StateFile:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w\-][\w\- .]*", self.name) or len(self.name.encode()) > NAME_MAX:
             raise ValueError(
-                f"'{shortened(self.name)}' is no name for a training; write letters, digits, spaces, dots, - and _, at "
-                f"most {NAME_MAX}, and no folder."
+                f"'{shortened(self.name)}' is no name for a training; write letters, digits, spaces, dots, - and _, "
+                f"{NAME_LIMIT}, and no folder."
             )
 
     @property

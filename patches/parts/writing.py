@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # Bytes: file systems take 255, with a number and an ending.
 NAME_MAX = 200
+# How messages say so.
+NAME_LIMIT = f"at most {NAME_MAX} bytes (a plain letter is one, é two, 犬 three)"
 _QUOTED = 40
 
 

@@ -12,6 +12,7 @@ from subject_patches.nodes.residual import SaveResidualToken
 from subject_patches.nodes.saved_files import next_file
 from subject_patches.nodes.trajectory_files import SaveTrajectoryNode
 from subject_patches.patches.mechanisms.residual import ResidualToken
+from subject_patches.patches.parts.writing import NAME_MAX
 from subject_patches.tests.shared.models import randn, trajectory
 
 
@@ -27,9 +28,18 @@ def test_each_save_is_a_new_file(tmp_path: Path) -> None:
     "prefix", ["", " / ", ".", "..", "/outside", "../outside", "a/../../outside", "C:\\outside", "a\0b", "x" * 300]
 )
 def test_what_names_no_file_in_the_folder(prefix: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"names no file in the folder kept; write a name of at most 200 letters"):
+    with pytest.raises(ValueError, match=r"names no file in the folder kept; write a name of at most 200 bytes [(]"):
         next_file(prefix.strip(" "), tmp_path / "kept")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_name(tmp_path: Path) -> None:
+    """As long as the sentence says, each letter counted as it says, and one more."""
+    for letter, size in (("x", 1), ("é", 2), ("犬", 3)):
+        longest = letter * (NAME_MAX // size)
+        next_file(longest, tmp_path)
+        with pytest.raises(ValueError, match=r"names no file in the folder .* bytes"):
+            next_file(f"{longest}{letter}", tmp_path)
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:

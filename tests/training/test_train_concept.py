@@ -172,7 +172,7 @@ def test_the_hosts_loaders_take_the_files(host_folders: Path) -> None:
         ({"noun": " "}, "The noun is empty; write what"),
         ({"noun": "(dog:1.2)"}, "The noun is '[(]dog:1.2[)]'; write words alone"),
         ({"name": "a/b"}, "'a/b' is no name for a concept; write letters"),
-        ({"name": "x" * 500}, f"'{'x' * 400}…' is no name for a concept; write .*, at most 200"),
+        ({"name": "x" * 500}, f"'{'x' * 400}…' is no name for a concept; write .*, at most 200 bytes [(]"),
         ({"preset": "none"}, "The preset is 'none'; choose one of plain, for dual-branch, fixed template"),
         ({"learning_rate": float("nan")}, "The learning_rate is nan; give a number from 0 to 1"),
         ({"smallest_crop": 2.0}, "The smallest_crop is 2.0"),

@@ -209,7 +209,8 @@ def test_cancel_leaves_the_models() -> None:
         ({"more_templates": "a {} and a {}"}, "The line 'a {} and a {}' of more_templates needs the place"),
         ({"more_templates": "so " * 80 + "{}"}, "is longer than 75 tokens; shorten it"),
         ({"resume_name": "../dog"}, r"'\.\./dog' is no name for a training"),
-        ({"resume_name": "x" * 201}, "x' is no name for a training; write .*, at most 200, and no folder"),
+        ({"resume_name": "é" * 101}, "at most 200 bytes [(]a plain letter is one, é two, 犬 three[)]"),
+        ({"resume_name": "x" * 201}, "x' is no name for a training; write .*, at most 200 bytes .*, and no folder"),
         ({"vae": None}, "The vae input is None"),
     ],
 )
