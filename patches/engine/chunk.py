@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -82,9 +83,9 @@ class Chunk:
             return in_turn(things, rows)
         return things[[picture % len(things) for picture in self.pictures]]
 
-    @property
+    @cached_property
     def spans(self) -> dict[str, Spans]:
-        """Where in the model's context the phrases are that the conditioning knows."""
+        """Where in the model's context the phrases are that the conditioning knows, found once for all of a call."""
         return {phrase: self.placed(found) for phrase, found in self.conditioning.get(SPANS_KEY, {}).items()}
 
     def placed(self, spans: Spans) -> Spans:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from subject_patches.patches.engine.chunk import Chunk
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.layout_regions import Layout, Region
@@ -54,6 +55,15 @@ def valued(shown: Tensor, irrelevant: Tensor) -> Tensor:
 
 
 OUTSIDE = {(2, 3): valued(LEFT, ~LEFT), (5,): valued(RIGHT, ~RIGHT)}
+
+
+def test_phrases_are_found_once_for_all_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each of the two known phrases, once a step."""
+    found = []
+    placed = Chunk.placed
+    monkeypatch.setattr(Chunk, "placed", lambda chunk, spans: found.append(spans) or placed(chunk, spans))
+    look = looked_at(model, run={"steps": 3})
+    assert len(found) == 2 * 3 < len(look.of("positive"))
 
 
 @pytest.mark.parametrize(
