@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.supported_models
 import numpy as np
 import pytest
 import torch
+from subject_patches.toy import dit_family, family
 from subject_patches.toy.data import LABELS, UNLABELLED, Words, labels_of
+from subject_patches.toy.dit_family import ToyDit
 from subject_patches.toy.drawing import draw
-from subject_patches.toy.family import ToyDiffusion, register
+from subject_patches.toy.family import ToyDiffusion
 from subject_patches.toy.judge import caption_score, load_judge
 from subject_patches.toy.sampling import Toy
 from subject_patches.toy.scenes import Background, describe, sample_emblem, sample_scene, view
@@ -93,16 +98,20 @@ def test_trained_text_encoder_is_the_hosts() -> None:
     torch.testing.assert_close(encode_text(model.text.text_model, tokens), model.text.text_model(tokens)[0])
 
 
-def test_no_real_checkpoint_is_taken_for_the_toy() -> None:
-    """No family of the host has a description that the toy's would match, and registering twice changes nothing."""
+@pytest.mark.parametrize(("own", "register"), [(ToyDiffusion, family.register), (ToyDit, dit_family.register)])
+def test_no_real_checkpoint_is_taken_for_a_toy(own: Any, register: Callable[[], None]) -> None:
+    """No family of the host has a description that a toy's would match, a toy is asked before the host's own that would
+    take it, as FLUX would the DiT, and registering twice changes nothing."""
     register()
     families = list(comfy.supported_models.models)
     register()
     assert comfy.supported_models.models == families
-    assert families.count(ToyDiffusion) == 1
-    for family in families:
-        if family is not ToyDiffusion:
-            assert not ToyDiffusion.matches(family.unet_config), family.__name__
+    assert families.count(own) == 1
+    for each in families:
+        if each is not own:
+            assert not own.matches(each.unet_config), each.__name__
+            if each.matches(own.unet_config):
+                assert families.index(own) < families.index(each)
 
 
 def test_loader_finds_the_toy(toy: Toy) -> None:

@@ -1,9 +1,7 @@
-"""The second toy: its trainer differentiates the host's own transformer, only it is taken for it, and it obeys its
-prompts."""
+"""The second toy: its trainer differentiates the host's own transformer, and it obeys its prompts."""
 
 from __future__ import annotations
 
-import comfy.supported_models
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hosting.workflows import fetch_groups, find_workflow, load_workflow
 from safetensors.torch import load_file
 from subject_patches.toy import joint
 from subject_patches.toy.data import Words, small_scene
-from subject_patches.toy.dit_family import FLUX, IDS, TOKENS, ToyDit, register
+from subject_patches.toy.dit_family import FLUX, IDS, TOKENS, ToyDit
 from subject_patches.toy.evaluate import held_out_emblems
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
@@ -79,21 +77,6 @@ def test_small_world_is_small() -> None:
     assert {thing.shape for thing in things} == {*SMALL.shapes, "emblem"}
     assert {thing.texture for thing in things} == set(TEXTURES[:2])
     assert all(len(scene.things) < 4 or len({t.shape for t in scene.things}) == 1 for scene in scenes)
-
-
-def test_no_real_checkpoint_is_taken_for_the_dit() -> None:
-    """No family of the host has a description that the DiT's would match, the DiT is asked before the host's own FLUX,
-    which would take it, and registering twice changes nothing."""
-    register()
-    families = list(comfy.supported_models.models)
-    register()
-    assert comfy.supported_models.models == families
-    assert families.count(ToyDit) == 1
-    for family in families:
-        if family is not ToyDit:
-            assert not ToyDit.matches(family.unet_config), family.__name__
-            if family.matches(ToyDit.unet_config):
-                assert families.index(ToyDit) < families.index(family)
 
 
 def test_loader_finds_the_dit(dit: Toy) -> None:
