@@ -14,12 +14,8 @@ def head_split(tokens: Tensor, heads: int) -> Tensor:
 
 
 def formed(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens (rows, n, channels), or with heads apart, in the form of `like`, which has as many channels."""
-    if tokens.ndim == like.ndim:
-        return tokens
-    if like.ndim == 3:
-        return tokens.transpose(1, 2).flatten(2)
-    return tokens.unflatten(-1, (like.shape[1], -1)).transpose(1, 2)
+    """Tokens (rows, n, channels) in the form of `like`, which has as many channels, or of that form already."""
+    return tokens if tokens.ndim == like.ndim else tokens.unflatten(-1, (like.shape[1], -1)).transpose(1, 2)
 
 
 class Given:

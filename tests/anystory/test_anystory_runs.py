@@ -17,6 +17,7 @@ from ..shared.anystory_models import golden_anystory, golden_model, loaded_anyst
 from ..shared.anystory_runs import hooks_of, prompt, sample, settings
 from ..shared.anystory_watch import Watch
 from ..shared.models import difference, randn
+from ..shared.samplers import sampler_for
 from ..shared.second_device import DEVICE, SecondDevice
 
 NEVER = (0.0, 0.0)
@@ -160,14 +161,14 @@ def test_without_room_in_the_cache(model: Any) -> None:
     assert torch.equal(results[0], sample(told(model, given), steps=3))
 
 
-# With random weights an adaptive step takes hundreds.
-@pytest.mark.parametrize("sampler", [name for name in comfy.samplers.KSampler.SAMPLERS if name != "dpm_adaptive"])
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 def test_samplers(sampler: str, model: Any) -> None:
     """Also those that call the model twice a step, or write into their levels."""
     patched = told(model, settings(reference_window=(0.3, 1.0)))
-    results = [sample(patched, sampler=sampler, steps=3) for _ in range(2)]
+    run = {"steps": 3, **sampler_for(sampler, 0.05)}
+    results = [sample(patched, **run) for _ in range(2)]
     assert results[0].isfinite().all()
-    assert difference(results[0], sample(model, sampler=sampler, steps=3)) > 0.003
+    assert difference(results[0], sample(model, **run)) > 0.003
     assert torch.equal(*results)
 
 

@@ -10,7 +10,7 @@ from comfy.ldm.modules import attention as host
 from subject_patches.patches.engine.call import Extension
 from subject_patches.patches.engine.execution import Attend, execute
 from subject_patches.tests.shared import dense
-from subject_patches.tests.shared.calls import TOLERANCE, Counted, assert_exact, expected, make_call
+from subject_patches.tests.shared.calls import TOLERANCE, Counted, assert_exact, expected, make_call, with_heads_apart
 from torch import Tensor
 
 
@@ -112,6 +112,18 @@ def test_probabilities() -> None:
     call.bias(torch.randn(2, 9, 7))
     reference = dense.shares(call.query, call.key, 3, call.bias_of())
     torch.testing.assert_close(call.probabilities(), reference.float(), rtol=0, atol=TOLERANCE)
+
+
+def test_heads_apart_are_copied_once_an_edit_looks() -> None:
+    """And once, however many look."""
+    call = make_call()
+    apart = with_heads_apart(call)
+    assert len({id(each) for each in vars(apart).values() if isinstance(each, Tensor)}) == 3
+    execute([apart], Counted(3))
+    assert len({id(each) for each in vars(apart).values() if isinstance(each, Tensor)}) == 3
+    for name in ("query", "key", "value"):
+        assert torch.equal(getattr(apart, name), getattr(call, name))
+        assert getattr(apart, name) is getattr(apart, name)
 
 
 def test_extension_share() -> None:

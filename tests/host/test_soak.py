@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from host import Host, Server
 from hosting.base import PACK_FOLDER
 from hosting.client import ApiPrompt
-from hosting.errors import WorkflowError
+from hosting.errors import ServerError, WorkflowError
 from soaking.bare import without_patches
-from soaking.cases import case_of
+from soaking.cases import Case, case_of
 from soaking.described import PACK
 from soaking.endurance import endured, growth, together
 from soaking.flags import flagged, twice
@@ -19,7 +21,7 @@ from soaking.fuzz import fuzz, report
 from soaking.interrupts import interrupted
 from soaking.served import Held, Soaked
 from soaking.starts import brought
-from soaking.verdicts import FAULT, HOST, PICTURE, REFUSED, SENTENCE, failed
+from soaking.verdicts import FAULT, HOST, PICTURE, REFUSED, SENTENCE, failed, judged
 from soaking.workflows import small_workflows
 
 from ..shared.small_server import add_files
@@ -94,6 +96,55 @@ def test_what_a_refused_run_says_of_itself() -> None:
     for traceback, what in ((frames, FAULT), ([], REFUSED)):
         error = {"type": "exception_during_inner_validation", "extra_info": {"traceback": traceback}}
         assert failed(WorkflowError("", report={"node_errors": {"1": {"errors": [error]}}})).what == what
+
+
+DRAWN, BROKEN = ({"3": {"digest": ["a"], "finite": [finite]}} for finite in (True, False))
+TWO, HANGS = {**DRAWN, "4": BROKEN["3"]}, ServerError()
+
+
+def ended(kind: str) -> WorkflowError:
+    """A run that the host ended with an error, over what the pack gave it."""
+    frames = [f'File "base{os.sep}custom_nodes{os.sep}{PACK_FOLDER}{os.sep}x.py", line 1', 'File "base/x.py", line 1']
+    return WorkflowError("", report={"exception_type": kind, "exception_message": "no", "traceback": frames})
+
+
+@pytest.mark.parametrize(
+    ("patched", "bare", "what"),
+    [
+        (DRAWN, None, PICTURE),
+        (BROKEN, DRAWN, FAULT),
+        (TWO, DRAWN, FAULT),
+        (BROKEN, BROKEN, HOST),
+        (ended("TypeError"), ended("TypeError"), HOST),
+        (ended("TypeError"), ended("KeyError"), FAULT),
+        (ended("TypeError"), DRAWN, FAULT),
+        (ended("TypeError"), HANGS, FAULT),
+        (HANGS, None, FAULT),
+    ],
+)
+def test_what_became_of_a_case(patched: Any, bare: Any, what: str) -> None:
+    """A fault is the host's own where the same workflow without the patches ends so, too; None is asked for nothing."""
+    answers = [each for each in (patched, bare) if each is not None]
+
+    def queue(prompt: ApiPrompt, seconds: float) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def case(link: str) -> Case:
+        nodes = (("Loader", {}), (f"{PACK}Patch", {"model": ["1", 0]}), ("Sampler", {"model": [link, 0]}))
+        prompt = {f"{n}": {"class_type": kind, "inputs": inputs} for n, (kind, inputs) in enumerate(nodes, 1)}
+        return Case(1, "toy", (), prompt, ())
+
+    known = {kind: {"output": ["MODEL"]} for kind in ("Loader", f"{PACK}Patch", "Sampler")}
+    served = Soaked(SimpleNamespace(queue=queue))
+    assert judged(served, case("2"), known).what == what
+    assert answers == []
+    if what == HOST:
+        # A workflow that has no patch in its way is asked once.
+        answers.append(patched)
+        assert judged(served, case("1"), known).what == FAULT
 
 
 def test_workflows_in_turn_leave_nothing(served: Soaked) -> None:

@@ -65,7 +65,9 @@ def sample(
     positive: Any = None,
     negative: Any = None,
     callback: Any = None,
+    function: Any = None,
 ) -> Tensor:
+    chosen = comfy.samplers.sampler_object(sampler) if function is None else comfy.samplers.KSAMPLER(function)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(prompt() if positive is None else positive, prompt(20) if negative is None else negative)
     guider.set_cfg(cfg)
@@ -73,8 +75,7 @@ def sample(
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     with torch.inference_mode():
         return guider.sample(
-            noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True,
-            seed=seed, callback=callback,
+            noise, torch.zeros_like(noise), chosen, sigmas, disable_pbar=True, seed=seed, callback=callback
         )  # fmt: skip
 
 
