@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from host import Host
-from measuring.concepts import kept_or_trained
+from measuring.concepts import _key, kept_or_trained
 from measuring.given import Given
 from safetensors.torch import load_file, save_file
 from subject_patches.tests.shared.concepts import latents, matching_clip
 from subject_patches.tests.shared.models import small_model
+from subject_patches.toy import sampling
 from subject_patches.toy.sampling import Toy
 from subject_patches.toy.scenes import WHOLE
 from subject_patches.training.concept_run import Settings
@@ -37,3 +40,15 @@ def test_a_kept_concept_is_taken_by_the_same_training_alone(host: Host, tmp_path
     kept_or_trained(given, pictures + 1, settings)
     kept_or_trained(replace(given, kept=None), pictures - 1, settings)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_kept_concept_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regularisation's captions and pictures, and the toy's weights, make others of it."""
+    pictures, settings = latents(2, 1), Settings("dog", SCHEMES["plain"], 1)
+    others = [None, *(SimpleNamespace(captions=[t], latents=pictures + n) for t, n in (("a", 0), ("b", 0), ("a", 1)))]
+    keys = [_key(pictures, settings, each) for each in others]
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"others")
+    monkeypatch.setattr(sampling, "CHECKPOINT", weights)
+    keys.append(_key(pictures, settings, None))
+    assert len(set(keys)) == 5
