@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from host import Server, ToolError, find_host
-from hosting.arrange import NOTE, TITLE, arrange
+from hosting.arrange import NOTE, TELLING, TITLE, TOLD, arrange
 from hosting.command import Parser, enter, run
 from hosting.page import Page
 from hosting.workflows import FOLDER
@@ -72,6 +72,7 @@ def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = Non
     if note is not None:
         _note(workflow, note)
     page.load(workflow)
+    page.forget_linked()
     workflow = _arranged(page, page.export()[1])
     page.load(workflow)
     page.settle()
@@ -82,7 +83,9 @@ def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = Non
 
 
 def _arranged(page: Page, workflow: dict[str, Any]) -> dict[str, Any]:
-    """The open workflow laid out with room for all that its nodes show, on the canvas and in Nodes 2.0."""
+    """The open workflow laid out with room for all that its nodes show, on the canvas and in Nodes 2.0, also of what
+    they say while they run."""
+    _tell(page, workflow)
     sizes, grown = page.least_sizes(), {}
     page.modern(True)
     try:
@@ -91,11 +94,19 @@ def _arranged(page: Page, workflow: dict[str, Any]) -> dict[str, Any]:
             sizes = grown or sizes
             laid = arrange(workflow, sizes)
             page.load(laid)
+            _tell(page, workflow)
             heights = {number: math.ceil(height - TITLE) for number, (*_, height) in page.grown().items()}
             grown = {number: [width, max(height, heights[number])] for number, (width, height) in sizes.items()}
     finally:
         page.modern(False)
     return laid
+
+
+def _tell(page: Page, workflow: dict[str, Any]) -> None:
+    for node in workflow["nodes"]:
+        if node["type"] in TELLING:
+            page.tell(node["id"], TOLD)
+    page.settle()
 
 
 def _note(workflow: dict[str, Any], text: str) -> None:

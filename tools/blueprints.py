@@ -15,26 +15,29 @@ from typing import Any
 
 from host import ROOT, Server, find_host
 from hosting.command import Parser, enter, run
+from hosting.graphs import NOUNS_IN_PROMPT
 from hosting.page import Page
 from hosting.workflows import find_real_workflow, load_workflow
 
 FOLDER = ROOT / "subgraphs"
 # Where the page lists the boxes among blueprints.
 CATEGORY = "Subject Patches"
+_TEXT = "PrimitiveString"
 _NAMESPACE = uuid.UUID("8f0c3f0e-11ba-4c8e-9c3e-6f1f5a6c1f0b")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A box: the workflow whose nodes of these kinds it holds, and which of their widgets it shows, by their kind; what
-    the page says of it, what else it is found by, and what it calls sockets whose names say too little."""
+    """A box: the workflow whose nodes of these kinds it holds, and which of their widgets it shows, by their kind or
+    title, and with a label where the name says too little; what the page says of it, what else it is found by, and what
+    it calls sockets whose names say too little."""
 
     name: str
     description: str
     aliases: tuple[str, ...]
     workflow: str
     kinds: tuple[str, ...]
-    widgets: tuple[tuple[str, str], ...]
+    widgets: tuple[tuple[str, ...], ...]
     labels: tuple[tuple[str, str], ...]
 
 
@@ -58,11 +61,11 @@ BLUEPRINTS = (
         (
             *("SubjectPatchesSubject", "SubjectPatchesLayout", "SubjectPatchesLayoutBias"),
             *("SubjectPatchesRouteByMasks", "SubjectPatchesRoutedReferenceAttention", "CreateBoundingBoxes"),
-            *("SubjectPatchesEncodePrompt", "PrimitiveStringMultiline"),
+            *("SubjectPatchesEncodePrompt", "PrimitiveStringMultiline", "PrimitiveString", "StringFormat"),
         ),
         (
-            *(("SubjectPatchesEncodePrompt", "text"), ("SubjectPatchesEncodePrompt", "phrases")),
-            *(("PrimitiveStringMultiline", "value"), ("SubjectPatchesSubject", "phrase")),
+            *(("First noun", "value", "first noun"), ("Second noun", "value", "second noun")),
+            *((NOUNS_IN_PROMPT, "f_string", "prompt"), ("PrimitiveStringMultiline", "value", "boxes")),
             *(("SubjectPatchesRoutedReferenceAttention", "strength"), ("SubjectPatchesLayoutBias", "guidance_weight")),
         ),
         (("image", "first subject"), ("image_1", "second subject"), ("CONDITIONING", "positive")),
@@ -100,13 +103,31 @@ def main() -> int:
     return 0
 
 
+def _typed(workflow: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The workflow with words on the nodes of these kinds that come to them from a Text node which is not one."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        widgets = [entry for entry in node["inputs"] if "widget" in entry]
+        for entry in widgets if node["type"] in kinds else ():
+            source = nodes[links[entry["link"]][1]] if entry.get("link") in links else None
+            if source is not None and source["type"] == _TEXT and _TEXT not in kinds:
+                node["widgets_values"][widgets.index(entry)] = source["widgets_values"][0]
+                source["outputs"][0]["links"].remove(entry["link"])
+                del links[entry["link"]]
+                entry["link"] = None
+    return workflow | {"links": [*links.values()]}
+
+
 def made(page: Page, blueprint: Blueprint) -> dict[str, Any]:
     """The blueprint in the form in which the page keeps one: a workflow of the box alone."""
-    page.load(load_workflow(find_real_workflow(blueprint.workflow)) | {"extra": {}})
+    page.load(_typed(load_workflow(find_real_workflow(blueprint.workflow)), blueprint.kinds) | {"extra": {}})
     page.box(blueprint.name, blueprint.kinds, blueprint.widgets)
     _, workflow = page.export()
     (definition,) = workflow["definitions"]["subgraphs"]
     (box,) = (node for node in workflow["nodes"] if node["type"] == definition["id"])
+    # The page may write a 0 there, which the first of the widgets would take.
+    box.pop("widgets_values", None)
     fixed = str(uuid.uuid5(_NAMESPACE, blueprint.name))
     for socket in box["inputs"]:
         socket["link"] = None

@@ -17,7 +17,7 @@ from author import save
 from host import Server, find_host
 from hosting.client import ApiPrompt
 from hosting.command import Parser, enter, run
-from hosting.graphs import DISTILLED, FAMILIES, FLUX, Graph, Link, graph_for
+from hosting.graphs import DISTILLED, FAMILIES, FLUX, NOUNS_IN_PROMPT, Graph, Link, graph_for
 from hosting.page import Page
 from hosting.workflows import FOLDER
 
@@ -42,11 +42,13 @@ def reference(graph: Graph) -> str:
 def two_subjects(graph: Graph) -> str:
     """Two subjects, each in its box."""
     side = graph.side()
-    layout = _boxes(graph, {"dog": LEFT, "cat": RIGHT})
-    first = graph.subject("First subject: the dog", graph.picture("Your dog", "emblem"), "dog")
-    second = graph.subject("Second subject: the cat", graph.picture("Your cat", "second_emblem"), "cat", others=first)
-    text = {"clip": graph.clip, "text": "a photo of a dog and a cat on a lawn", "phrases": "dog\ncat"}
-    positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **text), 0]
+    nouns = graph.noun("First noun", "dog"), graph.noun("Second noun", "cat")
+    prompt, phrases = _prompt(graph, "a photo of a {a} and a {b} on a lawn", nouns)
+    layout = _boxes(graph, (LEFT, RIGHT), phrases)
+    first = graph.subject("First subject", graph.picture("First subject's picture", "emblem"), nouns[0])
+    picture = graph.picture("Second subject's picture", "second_emblem")
+    second = graph.subject("Second subject", picture, nouns[1], others=first)
+    positive = [graph.add("SubjectPatchesEncodePrompt", clip=graph.clip, text=prompt, phrases=phrases), 0]
     negative = graph.negative(positive)
     model = [graph.add("SubjectPatchesLayoutBias", model=graph.model, layout=layout), 0]
     router = [graph.add("SubjectPatchesRouteByMasks", layout=layout), 0]
@@ -55,18 +57,18 @@ def two_subjects(graph: Graph) -> str:
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "two_subjects")
     return (
         "## Two subjects, each in its box\nEach picture is seen in its own box only, so that the two do not blend.\n\n"
-        "**Change first:** the two pictures, their nouns (in the prompt, in *phrases*, in each Subject Reference and "
-        f"as each box's description), then the boxes. {BOXES}"
+        "**Change first:** the two pictures, the two nouns, then the prompt around them, then the boxes: the first box "
+        f"is the first noun's. {NOUNS} {BOXES}"
     )
 
 
 def layout(graph: Graph) -> str:
     """Phrases in boxes, without pictures."""
     side = graph.side()
-    placed = _boxes(graph, {"red apple": LEFT, "green bottle": RIGHT})
-    text = "a photo of a red apple and a green bottle on a wooden table"
-    prompt = {"clip": graph.clip, "text": text, "phrases": "red apple\ngreen bottle"}
-    positive = [graph.add("SubjectPatchesEncodePrompt", "Prompt", **prompt), 0]
+    nouns = graph.noun("First phrase", "red apple"), graph.noun("Second phrase", "green bottle")
+    prompt, phrases = _prompt(graph, "a photo of a {a} and a {b} on a wooden table", nouns)
+    placed = _boxes(graph, (LEFT, RIGHT), phrases)
+    positive = [graph.add("SubjectPatchesEncodePrompt", clip=graph.clip, text=prompt, phrases=phrases), 0]
     negative = graph.negative(positive)
     latent = graph.empty(side)
     alone = graph.sampled("KSampler, the prompt alone", graph.model, positive, negative, latent)
@@ -75,9 +77,9 @@ def layout(graph: Graph) -> str:
     boxed = graph.sampled("KSampler, with the boxes", model, positive, negative, latent)
     graph.save("After: each in its box", boxed, "layout")
     return (
-        "## Things where you say\nEach phrase of the prompt is drawn in its box.\n\n**Change first:** the boxes. Each "
-        "has its phrase as its description; the phrase must stand in the prompt and in *phrases*, too. "
-        f"*guidance_weight* of Layout Bias says how hard: 0.05 to 0.08 are the authors'. {BOXES}"
+        "## Things where you say\nEach phrase of the prompt is drawn in its box.\n\n**Change first:** the two phrases, "
+        "then the prompt around them, then the boxes: the first box is the first phrase's. "
+        f"{NOUNS} *guidance_weight* of Layout Bias says how hard: 0.05 to 0.08 are the authors'. {BOXES}"
     )
 
 
@@ -86,18 +88,21 @@ def concept(graph: Graph) -> str:
     side = graph.side()
     shown = {f"images.image{n}": graph.picture("A picture of your concept", f"shield_{n + 1}") for n in range(4)}
     images = [graph.add("BatchImagesNode", **shown), 0]
-    noun = graph.text("Others of the noun", "a photo of a shield")
-    negative = graph.negative(noun)
+    noun = graph.noun("Noun of your concept", "shield")
+    text = graph.filled("Prompt of the others: {a} is the noun", "a photo of a {a}", noun)
+    plain = graph.text("Others of the noun", text)
+    negative = graph.negative(plain)
     several = {"width": side, "height": side, "batch_size": REGULARISING}
     latents = [graph.add("EmptyLatentImage", f"{REGULARISING} others of the noun", **several), 0]
-    others = graph.sampled("KSampler, others of the noun", graph.model, noun, negative, latents)
+    others = graph.sampled("KSampler, others of the noun", graph.model, plain, negative, latents)
     links = {"model": graph.model, "clip": graph.clip, "vae": graph.vae, "images": images}
     links["regularisation_images"] = others
-    settings = {"noun": "shield", "name": NAME, "preset": "for dual-branch"}
+    settings = {"noun": noun, "name": NAME, "preset": "for dual-branch"}
     automatic = {"steps": 0, "size": 0, "learning_rate": 0.0, "word_learning_rate": 0.0}
     trained = graph.add("SubjectPatchesTrainConcept", **links, **settings, **automatic)
-    words = f"embedding:{NAME} shield"
-    given = {"clip": [trained, 1], "text": f"a photo of {words} on a sandy beach", "concept": words}
+    words = [trained, 2]
+    text = graph.filled("Prompt: {a} is the concept", "a photo of {a} on a sandy beach", words)
+    given = {"clip": [trained, 1], "text": text, "concept": words}
     prompts = graph.add("SubjectPatchesAuxiliaryPrompt", **given, preset="automatic", noun="")
     latent = graph.empty(side)
     alone = graph.sampled("KSampler, the concept alone", [trained, 0], [prompts, 0], negative, latent)
@@ -111,8 +116,8 @@ def concept(graph: Graph) -> str:
         "a GPU), and the second branch brings the rest of the prompt "
         f"back. Half of the training sees {REGULARISING} other shields, which the checkpoint draws by itself, so that "
         "the noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) "
-        "in their place), the *noun* and the *name*, then both in the prompt, and the noun in *Others of the noun*. "
-        "Steps and rates are 0, which takes the authors' for this "
+        "in their place), the noun and the *name* of Train ICO Concept, then the prompt: {a} in it stands for the "
+        "concept's words, the embedding and the noun. Steps and rates are 0, which takes the authors' for this "
         f"checkpoint; the log says what was taken. *use_a_concept* loads both again: they are called {NAME}."
     )
 
@@ -151,11 +156,12 @@ def retouch(graph: Graph) -> str:
     sigmas = [graph.add("BasicScheduler", "The steps of all three", model=graph.model, **graph.steps()), 0]
     _, source = inverted("Your picture", "another_emblem")
     _, details = inverted("The details", "emblem")
-    neutral = {"clip": graph.clip, "text": "a photo of an emblem", "phrases": "emblem"}
-    positive = [graph.add("SubjectPatchesEncodePrompt", "What both pictures show", **neutral), 0]
+    noun = graph.noun("Noun of what both pictures show", "emblem")
+    text = graph.filled("Prompt: {a} is the noun", "a photo of the {a}", noun)
+    positive = [graph.add("SubjectPatchesEncodePrompt", clip=graph.clip, text=text, phrases=noun), 0]
     negative = graph.negative(positive, "")
     positive = graph.guided(positive)
-    mask = {"phrase": "emblem", "threshold": 0.3, "join": "OR"}
+    mask = {"phrase": noun, "threshold": 0.3, "join": "OR"}
     links = {"layout": [source, 0], "reference": [details, 0]}
     links["blend_mask"] = [graph.add("SubjectPatchesAdaptiveBlendMask", **mask), 0]
     swap = {"model": graph.model, **links, "lambda2": 0.2, "mask_blend_start": 0.6}
@@ -168,9 +174,8 @@ def retouch(graph: Graph) -> str:
     return (
         "## Give a picture's subject the details of another\n**Your picture** keeps its structure; its subject takes "
         f"the look of **The details** ({graph.steps()['steps']} steps; lambda2 0.2 and the mask from 0.6 are the "
-        "paper's).\n\n**Change first:** the two pictures, then the noun in *What both pictures show*, in its *phrases* "
-        "and in Adaptive Swap Mask. More *lambda2* keeps more of the picture. Connect a painted mask to Adaptive Swap "
-        "Mask to say where."
+        "paper's).\n\n**Change first:** the two pictures, then the noun of what both show, which stands nowhere else. "
+        "More *lambda2* keeps more of the picture. Connect a painted mask to Adaptive Swap Mask to say where."
     )
 
 
@@ -217,6 +222,7 @@ def small_region(graph: Graph) -> str:
 NAME = "my_concept"
 # How many pictures for regularisation the checkpoint makes of the noun.
 REGULARISING = 12
+NOUNS = "Each stands in one place: {a} and {b} in the prompt stand for them."
 BOXES = (
     "Draw them in *Create Bounding Boxes*, whose editor needs Nodes 2.0 (a switch in the menu of the ComfyUI logo, top "
     "left); without it, edit the numbers in *The boxes in numbers*, of a 512 x 512 canvas."
@@ -229,19 +235,25 @@ PLAIN = ("reference", "two_subjects", "layout")
 OTHERS = {**dict.fromkeys(PLAIN, DISTILLED), "retouch": FLUX}
 
 
-def _boxes(graph: Graph, boxes: dict[str, tuple[int, int, int, int]]) -> Link:
-    """A layout of boxes for the editor, and in numbers for who has none."""
+def _prompt(graph: Graph, text: str, nouns: tuple[Link, Link]) -> tuple[Link, Link]:
+    """The prompt with its nouns, and the nouns as phrases."""
+    filled = graph.filled(NOUNS_IN_PROMPT, text, *nouns)
+    return filled, graph.filled("Both as phrases, one a line", "{a}\n{b}", *nouns)
+
+
+def _boxes(graph: Graph, boxes: tuple[tuple[int, int, int, int], ...], phrases: Link) -> Link:
+    """A layout of boxes for the editor, and in numbers for who has none. The phrases are not written into the boxes."""
     drawn = [
         {
             **dict(zip(("x", "y", "width", "height"), box, strict=True)),
-            "metadata": {"type": "obj", "text": "", "desc": phrase, "palette": ["#d62828"]},
+            "metadata": {"type": "obj", "text": "", "desc": "", "palette": ["#d62828"]},
         }
-        for phrase, box in boxes.items()
+        for box in boxes
     ]
     numbers = [graph.add("PrimitiveStringMultiline", "The boxes in numbers", value=json.dumps(drawn, indent=1)), 0]
     state = {"bboxes": numbers, "width": 512, "height": 512}
     editor = graph.add("CreateBoundingBoxes", "Create Bounding Boxes: draw here", **state)
-    canvas = {"width": 512, "height": 512, "phrases": "", "boxes": [editor, 2]}
+    canvas = {"width": 512, "height": 512, "phrases": phrases, "boxes": [editor, 2]}
     return [graph.add("SubjectPatchesLayout", **canvas), 0]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from author import save
 from host import ROOT, Server
-from hosting.arrange import NOTE, SCREEN
+from hosting.arrange import NOTE, SCREEN, TELLING, TOLD
+from hosting.arrange import TITLE as TITLE_BAR
 from hosting.page import HOW_TO_GET, Page, find_browser
 from hosting.wiring import WIRES
 from hosting.workflows import load_workflow, real_workflow_files, workflow_files
@@ -41,8 +42,8 @@ def prompts(server: Server) -> dict[str, Any]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path: Path) -> None:
     """No node is missing, the page's API export is what the tools queue, and the file is what the page saves. Nodes lie
-    in titled groups and none over another, on opening and with the pictures of a run; no link runs behind a node. What
-    is written on nodes can be read on opening."""
+    in titled groups and none over another, on opening and with what a run shows and says; no link runs behind a node.
+    What is written on nodes can be read on opening."""
     workflow = load_workflow(path)
     page.load(workflow)
     assert page.missing() == []
@@ -52,11 +53,18 @@ def test_page_runs_what_the_tools_run(page: Page, prompts: dict[str, Any], path:
     assert _lasting(saved) == _lasting(workflow)
     _check_canvas(page, workflow)
     assert page.links_behind() == []
+    before = page.bounds()
+    telling = [node["id"] for node in workflow["nodes"] if node["type"] in TELLING]
     for node in workflow["nodes"]:
         if node["type"] in ("SaveImage", "PreviewImage"):
             page.show_pictures(node["id"], "subject_patches_emblem.png", 2)
+        if node["id"] in telling:
+            page.tell(node["id"], TOLD)
     page.settle()
     _check_canvas(page, workflow)
+    least, after = page.least_sizes(), page.bounds()
+    # The page makes a node larger that has no room for what it says.
+    assert all(least[number][1] + TITLE_BAR <= after[number][3] == before[number][3] for number in telling)
 
 
 @pytest.mark.parametrize("stem", ["layout_by_boxes", "two_subjects_sdxl", "train_a_residual_token"])
@@ -121,7 +129,11 @@ def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
         (definition,) = blueprint["definitions"]["subgraphs"]
         assert box["type"] == definition["id"]
         assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
-        assert box["properties"]["proxyWidgets"]
+        inner = {str(node["id"]): node["widgets_values"] for node in definition["nodes"]}
+        shown = [number for number, _ in box["properties"]["proxyWidgets"]]
+        assert shown
+        # The box shows what stands on its nodes, not what the page kept for itself.
+        assert all(value in inner[number] for number, value in zip(shown, page.values(box["id"]), strict=True))
         assert len(box["inputs"]) > 2
         assert definition["description"] == blueprint["extra"]["BlueprintDescription"]
 

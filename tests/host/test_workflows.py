@@ -25,6 +25,7 @@ from hosting.workflows import (
     workflow_files,
 )
 from PIL import Image
+from subject_patches.patches.parts.prompt import split_phrases
 
 
 @pytest.mark.parametrize("path", complete_workflows(), ids=lambda path: path.stem)
@@ -97,6 +98,24 @@ def test_what_is_shown_before_a_run(path: Path) -> None:
         assert [width, height] == kinds["SubjectPatchesLayout"][0]["widgets_values"][:2]
         assert [*states] == [json.loads(numbers["widgets_values"][0])] * 2
     assert ["`" in note["widgets_values"][0] for note in kinds["MarkdownNote"]] == [False]
+
+
+def test_each_noun_is_written_once(server: Server) -> None:
+    """What a phrase, a noun or a box is called can be changed in one place: links bring it where else it is needed."""
+    files = [*workflow_files(), *real_workflow_files()]
+    for path, prompt in zip(files, server.to_api_each([load_workflow(path) for path in files]), strict=True):
+        named, written = set(), []
+        for node in prompt.values():
+            for name, value in node["inputs"].items():
+                if not isinstance(value, str):
+                    continue
+                written.append(value)
+                if name in ("phrase", "phrases", "noun", "concept") or node["class_type"] == "PrimitiveString":
+                    named |= {*split_phrases(value)}
+                if node["class_type"] == "PrimitiveStringMultiline":
+                    named |= {box["metadata"]["desc"] for box in json.loads(value)} - {""}
+        places = {noun: sum(len(re.findall(rf"\b{re.escape(noun)}\b", text)) for text in written) for noun in named}
+        assert {noun for noun, count in places.items() if count > 1} == set(), path.stem
 
 
 def test_unconvertible_workflow_is_one_sentence(server: Server) -> None:

@@ -27,12 +27,14 @@ _LOADERS = {
     "SubjectPatchesLoadSemanticInjection",
 }
 _PROMPTS = {"CLIPTextEncode", "SubjectPatchesEncodePrompt", "SubjectPatchesAuxiliaryPrompt", "ConditioningZeroOut"}
+_WRITTEN = {*_PROMPTS, "StringFormat"}
 _INPUTS = {
     *_LOADERS,
     *_PROMPTS,
     *("LoraLoader", "LoraLoaderModelOnly", "LoadImage", "LoadImageMask", "BatchImagesNode", "ImageScale"),
     *("EmptyLatentImage", "EmptySD3LatentImage", "PrimitiveInt", "PrimitiveStringMultiline", "BasicScheduler"),
-    *("KSamplerSelect", "RandomNoise", "FluxGuidance", "ModelSamplingAuraFlow", "ModelSamplingFlux"),
+    *("PrimitiveString", "StringFormat", "KSamplerSelect", "RandomNoise", "FluxGuidance"),
+    *("ModelSamplingAuraFlow", "ModelSamplingFlux"),
 }
 _GENERATING = {
     *("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "CFGGuider", "DisableNoise", "VAEDecode"),
@@ -40,6 +42,9 @@ _GENERATING = {
 }
 _COMPARING = {"SaveImage", "PreviewImage", "PreviewAny", "SubjectPatchesAttentionInspector"}
 _PICTURES = {"SaveImage", "PreviewImage", "LoadImage", "LoadImageMask"}
+# What they say while they run stays below their widgets.
+TELLING = {"SubjectPatchesTrainConcept", "SubjectPatchesTrainResidualToken"}
+TOLD = "step 300 of 900, loss 0.1234, 10:20 left"
 # Room for a picture, so that a node need not grow when it gets one.
 _PICTURE = (300.0, 340.0)
 # How high the page makes a node's title.
@@ -229,14 +234,16 @@ def _widen(column: list[Node]) -> None:
 
 
 def _reading_order(node: Node) -> tuple[int, int]:
-    """What everything else hangs on comes first, then what people change: pictures, prompts. A node's number decides
-    between others."""
+    """What everything else hangs on comes first, then what people change: pictures, nouns, prompts. A node's number
+    decides between others."""
     if node["type"] in ("LoadImage", "LoadImageMask"):
         place = 1
-    elif node["type"] in _PROMPTS:
-        place = 3 if "negative" in (node.get("title") or "").lower() else 2
+    elif node["type"] == "PrimitiveString":
+        place = 2
+    elif node["type"] in _WRITTEN:
+        place = 4 if "negative" in (node.get("title") or "").lower() else 3
     else:
-        place = 0 if node["type"] in _LOADERS else 4
+        place = 0 if node["type"] in _LOADERS else 5
     return place, node["id"]
 
 

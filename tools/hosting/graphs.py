@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 from .client import ApiPrompt
 
 Link = list[Any]
+NOUNS_IN_PROMPT = "Prompt: {a} and {b} stand for both"
 NEGATIVE = "blurry, low quality, watermark, text"
 CHECKPOINT_NOTE = """
 
@@ -75,7 +77,16 @@ class Graph:
         """The side of the picture, in the one place where it stands."""
         return [self.add("PrimitiveInt", "Side of the picture", value=self.family.side), 0]
 
-    def text(self, title: str, text: str) -> Link:
+    def noun(self, title: str, value: str) -> Link:
+        """What a subject is called, in the one place where it stands; `filled` puts it where else it is needed."""
+        return [self.add("PrimitiveString", title, value=value), 0]
+
+    def filled(self, title: str, text: str, *words: Link) -> Link:
+        """A text in which {a}, {b} and so on stand for the words."""
+        values = {f"values.{letter}": word for letter, word in zip(ascii_lowercase, words, strict=False)}
+        return [self.add("StringFormat", title, **values, f_string=text), 0]
+
+    def text(self, title: str, text: Link | str) -> Link:
         return [self.add("CLIPTextEncode", title, clip=self.clip, text=text), 0]
 
     def negative(self, positive: Link, text: str = NEGATIVE) -> Link:
@@ -101,7 +112,7 @@ class Graph:
     def picture(self, title: str, name: str) -> Link:
         return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
 
-    def subject(self, title: str, image: Link, phrase: str = "", **more: Any) -> Link:
+    def subject(self, title: str, image: Link, phrase: Link | str = "", **more: Any) -> Link:
         given = {"image": image, "vae": self.vae, "phrase": phrase, "size": 512, **more}
         return [self.add("SubjectPatchesSubject", title, **given), 0]
 

@@ -38,6 +38,14 @@ _MISSING = """
 const known = window.LiteGraph.registered_node_types;
 return window.app.graph.nodes.map(node => node.type).filter(type => !(type in known));
 """
+_LINKED = """
+for (const node of window.app.graph.nodes)
+    for (const input of node.inputs)
+        if (input.link != null && input.widget) {
+            const widget = node.widgets.find(each => each.name === input.widget.name);
+            if (typeof widget.value === "string" && widget.type !== "combo") widget.value = "";
+        }
+"""
 _MODERN = """
 const [on, done] = arguments;
 window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", on).then(() => done(null), e => done(String(e)));
@@ -90,6 +98,10 @@ const [id, images] = arguments;
 const detail = {node: id, display_node: id, prompt_id: "shown", output: {images}};
 window.app.api.dispatchEvent(new CustomEvent("executed", {detail}));
 """
+_TELL = """
+const [id, text] = arguments;
+window.app.api.dispatchEvent(new CustomEvent("progress_text", {detail: {nodeId: id, text}}));
+"""
 _LOADED = """
 return window.app.graph.nodes.every(node => (node.imgs || []).every(image => image.complete));
 """
@@ -99,10 +111,18 @@ const graph = window.app.graph, nodes = graph.nodes.filter(node => kinds.include
 const {node} = graph.convertToSubgraph(new Set(nodes));
 node.title = node.subgraph.name = name;
 const shown = [];
-for (const [kind, widget] of widgets)
+for (const [from, widget, label] of widgets)
     for (const inner of node.subgraph.nodes)
-        if (inner.type === kind) shown.push([String(inner.id), widget]);
+        if (inner.type === from || inner.title === from) {
+            shown.push([String(inner.id), widget]);
+            if (!label) continue;
+            inner.widgets.find(each => each.name === widget).label = label;
+            inner.inputs.find(each => each.widget?.name === widget).label = label;
+        }
 node.properties.proxyWidgets = shown;
+"""
+_VALUES = """
+return window.app.graph.getNodeById(arguments[0]).widgets.map(widget => widget.value);
 """
 _FIT = """
 const boxes = [...window.app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 60, n.size[0], n.size[1] + 60])];
@@ -170,6 +190,11 @@ class Page:
         """Open a workflow in API format; the page lays its nodes out."""
         self._raise(self._driver.execute_async_script(_LOAD_API, prompt, name))
 
+    def forget_linked(self) -> None:
+        """Empty the text fields of the open workflow whose text comes by a link: the page leaves something else there,
+        such as what a node of the same number had before."""
+        self._driver.execute_script(_LINKED)
+
     def missing(self) -> list[str]:
         """The types of the open workflow's nodes that the page does not know."""
         return self._driver.execute_script(_MISSING)
@@ -212,15 +237,24 @@ class Page:
         self.settle()
         return [(int(source), int(node)) for source, node in self._driver.execute_script(_BEHIND)]
 
-    def box(self, name: str, kinds: Sequence[str], widgets: Sequence[tuple[str, str]]) -> None:
-        """Put the open workflow's nodes of these kinds into one box, a subgraph, that shows the widgets of theirs."""
+    def box(self, name: str, kinds: Sequence[str], widgets: Sequence[tuple[str, ...]]) -> None:
+        """Put the open workflow's nodes of these kinds into one box, a subgraph, that shows the widgets of theirs: the
+        kind or the title of nodes, the widget's name, and what it is called there where the name says too little."""
         self._driver.execute_script(_BOX, name, list(kinds), [list(widget) for widget in widgets])
+
+    def values(self, node: int) -> list[Any]:
+        """What the widgets of a node of the open workflow show."""
+        return self._driver.execute_script(_VALUES, node)
 
     def show_pictures(self, node: int, name: str, count: int) -> None:
         """Tell the page that an output node gave a picture of the server's input folder `count` times, as the server
         does at the end of a run."""
         images = [{"filename": name, "subfolder": "", "type": "input"}] * count
         self._driver.execute_script(_SHOW, str(node), images)
+
+    def tell(self, node: int, text: str) -> None:
+        """Tell the page what a node says while it runs, as the server does; it stays on the node."""
+        self._driver.execute_script(_TELL, str(node), text)
 
     def settle(self) -> None:
         """Wait until pictures are loaded and drawn."""
