@@ -129,11 +129,9 @@ def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
         (definition,) = blueprint["definitions"]["subgraphs"]
         assert box["type"] == definition["id"]
         assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
-        inner = {str(node["id"]): node["widgets_values"] for node in definition["nodes"]}
-        shown = [number for number, _ in box["properties"]["proxyWidgets"]]
-        assert shown
-        # The box shows what stands on its nodes, not what the page kept for itself.
-        assert all(value in inner[number] for number, value in zip(shown, page.values(box["id"]), strict=True))
+        assert box["properties"]["proxyWidgets"]
+        # A value here would take the place of what stands on the nodes inside.
+        assert not box.get("widgets_values")
         assert len(box["inputs"]) > 2
         assert definition["description"] == blueprint["extra"]["BlueprintDescription"]
 

@@ -121,9 +121,6 @@ for (const [from, widget, label] of widgets)
         }
 node.properties.proxyWidgets = shown;
 """
-_VALUES = """
-return window.app.graph.getNodeById(arguments[0]).widgets.map(widget => widget.value);
-"""
 _FIT = """
 const boxes = [...window.app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 60, n.size[0], n.size[1] + 60])];
 const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1])) - 60;
@@ -241,10 +238,6 @@ class Page:
         """Put the open workflow's nodes of these kinds into one box, a subgraph, that shows the widgets of theirs: the
         kind or the title of nodes, the widget's name, and what it is called there where the name says too little."""
         self._driver.execute_script(_BOX, name, list(kinds), [list(widget) for widget in widgets])
-
-    def values(self, node: int) -> list[Any]:
-        """What the widgets of a node of the open workflow show."""
-        return self._driver.execute_script(_VALUES, node)
 
     def show_pictures(self, node: int, name: str, count: int) -> None:
         """Tell the page that an output node gave a picture of the server's input folder `count` times, as the server
