@@ -78,9 +78,10 @@ def _behind_the_sampler(prompt: ApiPrompt) -> list[str]:
     ],
 )
 def test_what_a_failed_run_says_of_itself(kind: str, message: str, last: bool, what: str) -> None:
-    """A sentence is the pack's own; an error that only passes through the pack is a fault, one beside it is none."""
+    """A sentence is the pack's own; an error that only passes through the pack is a fault, one beside it is none, also
+    in a folder that is called as the pack's is."""
     ours, host = (
-        f'File "{os.sep.join(("base", *parts))}", line 1' for parts in (("custom_nodes", PACK_FOLDER), ("x",))
+        f'File "{os.sep.join((PACK_FOLDER, *parts))}", line 1' for parts in (("custom_nodes", PACK_FOLDER), ("x",))
     )
     told = {
         "exception_type": kind,
@@ -94,7 +95,7 @@ def test_what_a_failed_run_says_of_itself(kind: str, message: str, last: bool, w
 def test_what_a_refused_run_says_of_itself() -> None:
     frames = [f'File "base{os.sep}custom_nodes{os.sep}{PACK_FOLDER}{os.sep}x.py", line 1']
     for traceback, what in ((frames, FAULT), ([], REFUSED)):
-        error = {"type": "exception_during_inner_validation", "extra_info": {"traceback": traceback}}
+        error = {"extra_info": {"traceback": traceback}}
         assert failed(WorkflowError("", report={"node_errors": {"1": {"errors": [error]}}})).what == what
 
 

@@ -70,7 +70,7 @@ def _refused(error: WorkflowError) -> Verdict:
     for node in (error.report.get("node_errors") or {}).values():
         for each in node["errors"]:
             extra = each.get("extra_info") or {}
-            if "exception" in each["type"] and _of_the_pack(extra):
+            if _of_the_pack(extra):
                 frames = "".join(extra["traceback"][-6:])
                 return Verdict(FAULT, f"{extra.get('exception_type')}: {extra.get('exception_message')}\n{frames}")
     return Verdict(REFUSED, str(error))
