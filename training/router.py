@@ -149,8 +149,7 @@ def routing_pass(
         key, value, grid = references[site]
         key, value = (each.unflatten(0, (rows, count)).flatten(1, 2) for each in (key, value))
         inside = tokens_inside(shown.inside.flatten(0, 1), grid).unflatten(0, (rows, count))
-        absent = ~(inside & shown.present[..., None])
-        unseen = torch.zeros(absent.shape, device=key.device).masked_fill(absent, ABSENT)
+        unseen = torch.zeros(inside.shape, device=key.device).masked_fill(~inside, ABSENT)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
             if site not in misrouted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import comfy.sample
 import numpy as np
 import pytest
 import torch
+from subject_patches.encoders.by_site import module_at
 from subject_patches.encoders.segmented import segmented
 from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
@@ -99,12 +101,21 @@ def test_the_loss_reaches_the_router_alone(lesson: routing.Routing, router: Any,
     assert all(each.grad is None for each in (*lesson.unet.parameters(), *lesson.encoder.parameters()))
     router.zero_grad()
     timestep, noise = lesson.drawn_noise(batch)
-    guess, _ = lesson.predicted(router, batch, lesson.noised(batch.latents, noise, timestep), timestep)
-    guess.square().mean().backward()
+    guess, routed = lesson.predicted(router, batch, lesson.noised(batch.latents, noise, timestep), timestep)
+    guess.square().mean().backward(retain_graph=True)
     reached = {name for name, each in router.named_parameters() if each.grad is not None and each.grad.any()}
     assert any("refined" in name for name in reached)
     assert any(name.startswith("qformer") for name in reached)
     assert not any("coarse" in name for name in reached)
+    router.zero_grad()
+    # Maps come of what the layers before have drawn, which they do not teach.
+    site = list(routed.maps)[-1]
+    replace(routed, maps={site: routed.maps[site]}).loss(batch.emblems, batch.present).backward()
+    reached = {name for name, each in router.named_parameters() if each.grad is not None and each.grad.any()}
+    own = ".".join(map(str, site.key))
+    assert {name for name in reached if not name.startswith("qformer")} == {
+        f"{own}.{name}" for name, _ in module_at(router, site).named_parameters()
+    }
     router.zero_grad()
 
 
