@@ -129,9 +129,13 @@ def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
         (definition,) = blueprint["definitions"]["subgraphs"]
         assert box["type"] == definition["id"]
         assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
-        assert box["properties"]["proxyWidgets"]
-        # A value here would take the place of what stands on the nodes inside.
+        shown, (prompt, _) = box["properties"]["proxyWidgets"], page.export()
+        assert shown
+        # What the file keeps for the box itself would take the place of what stands on the nodes inside.
         assert not box.get("widgets_values")
+        inside = {str(node["id"]): node["widgets_values"] for node in definition["nodes"]}
+        for number, widget in shown:
+            assert prompt[f"{box['id']}:{number}"]["inputs"][widget] in inside[number], (path.stem, widget)
         assert len(box["inputs"]) > 2
         assert definition["description"] == blueprint["extra"]["BlueprintDescription"]
 
