@@ -149,6 +149,14 @@ FAULTS = {
         lambda tensors, about: about.update(router='{"width": 12, "heads": 5}'),
         r"what it says of its router is not whole \(5 heads of 12 channels\)",
     ),
+    "without heads": (
+        lambda tensors, about: about.update(router='{"width": 12, "heads": 0}'),
+        r"what it says of its router is not whole \(0 heads of 12 channels\)",
+    ),
+    "without an end": (
+        lambda tensors, about: about.update(router='{"width": Infinity, "heads": 1}'),
+        r"what it says of its router is not whole \(cannot convert float infinity",
+    ),
     "half told": (lambda tensors, about: about.update(router="{}"), r"what it says of its router is not whole"),
 }
 

@@ -108,6 +108,10 @@ def test_the_loss_reaches_the_router_alone(lesson: routing.Routing, router: Any,
     assert any(name.startswith("qformer") for name in reached)
     assert not any("coarse" in name for name in reached)
     router.zero_grad()
+    # Who is not there has no place.
+    assert not batch.present.all()
+    there = torch.cat([batch.present, torch.ones(3, 1, dtype=torch.bool)], 1)
+    assert all(bool(there.gather(1, each.argmax(1)).all()) for *both, _ in routed.maps.values() for each in both)
     # Maps come of what the layers before have drawn, which they do not teach.
     site = list(routed.maps)[-1]
     replace(routed, maps={site: routed.maps[site]}).loss(batch.emblems, batch.present).backward()
