@@ -13,3 +13,4 @@ def test_a_copy_is_made_once() -> None:
     assert all(a is b for a, b in zip(copies, brought.to(half, tensors, "one"), strict=True))
     assert brought.to(half, tensors[1:], "other")[0].shape == (3,)
     assert brought.to(torch.zeros(1), tensors, "one")[0].dtype == torch.float32
+    assert brought.to(torch.zeros(1, device="meta"), tensors, "one")[0].device.type == "meta"
