@@ -23,8 +23,6 @@ from .symbiotic import ABSENT, Slots, attention
 
 # The paper's lambda of Eq. 4.
 WEIGHT = 0.1
-# The paper does not say it.
-TEMPERATURE = 1.0
 
 
 def gumbel(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -35,8 +33,8 @@ def gumbel(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def chosen(logits: Tensor, noise: Tensor) -> Tensor:
     """sigma(M): of logits (rows, n, places) one of the n a place, as 0 and 1, drawn by Gumbel-softmax with `gumbel`
-    noise; the gradient is that of the softmax."""
-    soft = ((logits + noise) / TEMPERATURE).softmax(1)
+    noise; the gradient is that of the softmax, at a temperature of 1: the paper does not say it."""
+    soft = (logits + noise).softmax(1)
     hard = functional.one_hot(soft.argmax(1), soft.shape[1]).mT.to(soft)
     return hard + soft - soft.detach()
 

@@ -355,10 +355,12 @@ def test_a_choice_is_one_hot_and_has_the_softmax_s_gradient() -> None:
         # What all maps of a place gain together is always the same, so no gradient comes of it.
         assert torch.allclose(logits.grad.sum(1), torch.zeros(1, 2), atol=1e-6)
         even = torch.zeros(1, 2, 400, requires_grad=True)
-        drawn = chosen(even, gumbel(even, generator(2)))
+        noise = gumbel(even, generator(2))
+        drawn = chosen(even, noise)
         assert 150 < float(drawn[0, 0].detach().sum()) < 250
         drawn[0, 0].sum().backward()
-        assert bool((even.grad[0, 0] > 0).all())
+        share = noise.softmax(1)[0, 0]
+        assert torch.allclose(even.grad[0, 0], share * (1 - share), atol=1e-6)
 
 
 def test_equation_4() -> None:
