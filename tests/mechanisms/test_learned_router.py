@@ -376,6 +376,8 @@ def test_equation_4() -> None:
 def test_overlap_with_the_true_masks() -> None:
     one, other = torch.tensor([[True, True, False, False]]), torch.tensor([[False, True, True, False]])
     assert overlap(one, other).tolist() == [pytest.approx(1 / 3)]
+    # Who neither has nor gets a place.
+    assert overlap(~one & one, ~one & one).tolist() == [0.0]
     masks = torch.zeros(1, 2, 4, 4)
     masks[0, 0, :2], masks[0, 1, 3, :2] = 1, 1
     assert true_maps(masks, (2, 2)).tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
