@@ -32,7 +32,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "current, every 2 steps": {"noise_level": "current", "refresh_steps": 2},
     "current, every 4 steps": {"noise_level": "current", "refresh_steps": 4},
 }
-# How strongly and in which layers, at the level of `usual`, nearly clean.
+# How strongly and in which layers, at the level of `usual`.
 STRENGTHS: dict[str, dict[str, Any]] = {
     "usual": {},
     "strength 0.5": {"strength": 0.5},
@@ -113,7 +113,7 @@ def backgrounds(given: Given) -> None:
     )
 
 
-def routed(given: Given) -> None:
+def routed(given: Given, settings_of: Mapping[str, dict[str, Any]] = ROUTED) -> None:
     """Prints the table of Routed Reference Attention, over `given.count` scenes of two emblems, each in its box of a
     layout and routed by masks."""
     from subject_patches.nodes.layout import LayoutBiasNode
@@ -129,7 +129,7 @@ def routed(given: Given) -> None:
         def add(name: str, row: Row) -> None:
             model, router = laid_out, MaskRouter(scene.masks)
             if name != ALONE:
-                model = RoutedReferenceAttentionNode.execute(model, scene.subjects, router, **ROUTED[name]).args[0]
+                model = RoutedReferenceAttentionNode.execute(model, scene.subjects, router, **settings_of[name]).args[0]
             images = _sampled(given, row, model, scene.positive, number)
             readings = given.judge.findings(images)
             own, blended, seen = [], [], []
@@ -147,7 +147,8 @@ def routed(given: Given) -> None:
 
         return add
 
-    _measured(f"{given.count} scenes of two emblems in a layout, {SEEDS} seeds each", (ALONE, *ROUTED), given, case)
+    what = f"{given.count} scenes of two emblems in a layout, {SEEDS} seeds each"
+    _measured(what, (ALONE, *settings_of), given, case)
 
 
 def _carried(given: Given, row: Row, pair: Pair, model: Any, number: int) -> None:
