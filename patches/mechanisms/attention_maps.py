@@ -74,18 +74,11 @@ def smoothed(maps: Tensor, share: float) -> Tensor:
     # Below this a Gaussian's neighbours weigh less than one part in a million.
     if deviation < 0.19:
         return maps
-    reach = min(int(3 * deviation) + 1, *maps.shape[-2:])
-    down, across = (_blurring(size, deviation, reach, maps) for size in maps.shape[-2:])
-    return down @ maps @ across.mT
+    from kornia.filters import gaussian_blur2d
 
-
-def _blurring(size: int, deviation: float, reach: int, like: Tensor) -> Tensor:
-    """The blur of a line as a matrix (size, size), which takes less than a convolution of lines so short. The border is
-    repeated, and the `reach` of a place may go over all of it."""
-    offsets = torch.arange(-reach, reach + 1, device=like.device)
-    weights = (-0.5 * (offsets / deviation) ** 2).softmax(0)
-    places = (torch.arange(size, device=like.device)[:, None] + offsets).clamp(0, size - 1)
-    return like.new_zeros(size, size).scatter_add_(1, places, weights.to(like).expand(size, -1))
+    # The border is repeated, and a kernel may reach over all of it.
+    size = 2 * min(int(3 * deviation) + 1, *maps.shape[-2:]) + 1
+    return gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
 
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from comfy.conds import CONDCrossAttn
-from kornia.filters import gaussian_blur2d
 from subject_patches.patches.engine.call import AttentionCall, prompt_keys
 from subject_patches.patches.engine.chunk import Chunk
 from subject_patches.patches.families import attention_sites
@@ -136,14 +135,6 @@ def test_smoothing_is_a_gaussian_of_a_share_of_the_side() -> None:
     assert smoothed(maps, 0.0) is maps
     # A kernel wider than the picture repeats its border.
     assert smoothed(torch.ones(1, 2, 2, 3), 0.5).allclose(torch.ones(1, 2, 2, 3))
-
-
-@pytest.mark.parametrize(("grid", "share"), [((21, 31), 0.1), ((6, 4), 0.05), ((5, 9), 0.5)])
-def test_smoothing_repeats_the_border(grid: tuple[int, int], share: float) -> None:
-    maps, deviation = torch.rand(2, 3, *grid, generator=generator(1)), share * min(grid)
-    size = 2 * min(int(3 * deviation) + 1, min(grid)) + 1
-    right = gaussian_blur2d(maps, (size, size), (deviation, deviation), border_type="replicate")
-    torch.testing.assert_close(smoothed(maps, share), right, rtol=0, atol=1e-6)
 
 
 def test_resized_maps_keep_their_mean_when_coarser() -> None:
