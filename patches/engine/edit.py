@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,8 +52,9 @@ class Edit:
     node: ClassVar[str] = ""
 
     def begin(self) -> Edit:
-        """The edit for one sampling run: itself, or a copy with the run's own state."""
-        return self
+        """The edit for one sampling run: a copy. What an edit keeps of a run is in fields that nobody gives
+        (`init=False`), which a copy has new."""
+        return replace(self)
 
     def parts(self) -> Iterable[Edit]:
         """What stands for the edit in a run, after `begin`: itself, or several edits that share the run's state, each

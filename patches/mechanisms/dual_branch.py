@@ -160,10 +160,7 @@ class DualBranchIntegration(Edit):
     sharpness: float = 10.0
     own_guidance: bool = False
     noise: Callable[[Tensor], Tensor] = auxiliary_noise
-    _branch: list[AuxiliaryBranch] = field(default_factory=list, repr=False)
-
-    def begin(self) -> DualBranchIntegration:
-        return replace(self, _branch=[])
+    _branch: list[AuxiliaryBranch] = field(default_factory=list, init=False, repr=False)
 
     def start(self, start: Start) -> None:
         noise = self.noise(start.noise)

@@ -24,7 +24,7 @@ class KeptReference:
     encoder: str
     family: str
     ready: Mapping[Site, KeysAndValues]
-    _brought: Brought = field(default_factory=Brought, repr=False)
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -32,7 +32,7 @@ class KeptReference:
 
     def begin(self) -> KeptReference:
         """The same for one run, which holds what it has brought to the run's device."""
-        return replace(self, _brought=Brought())
+        return replace(self)
 
     def check(self, channels: Mapping[Site, int]) -> None:
         """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""

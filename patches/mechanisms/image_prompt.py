@@ -32,10 +32,10 @@ class TokenPrompt:
     """Tokens (1, n, channels of a prompt): the layer's own projections make its keys and values."""
 
     tokens: Tensor
-    _brought: Brought = field(default_factory=Brought, repr=False)
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
 
     def begin(self) -> TokenPrompt:
-        return replace(self, _brought=Brought())
+        return replace(self)
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
         return call.project(*self._brought.to(call.query, (self.tokens,)))
@@ -46,10 +46,10 @@ class ReadyPrompt:
     """Keys and values (1, n, channels) by site, of projections that were trained for it."""
 
     ready: Mapping[Site, KeysAndValues]
-    _brought: Brought = field(default_factory=Brought, repr=False)
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
 
     def begin(self) -> ReadyPrompt:
-        return replace(self, _brought=Brought())
+        return replace(self)
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues:
         return self._brought.to(call.query, self.ready[call.site], call.site)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -152,11 +152,8 @@ class LayoutBias(Edit):
     everywhere: bool = True
     constant: bool = False
     each_row: bool = True
-    _process: list[Process] = field(default_factory=lambda: [DIFFUSION], repr=False)
-    _weights: dict[Hashable, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
-
-    def begin(self) -> LayoutBias:
-        return replace(self, _process=[DIFFUSION], _weights={})
+    _process: list[Process] = field(default_factory=lambda: [DIFFUSION], init=False, repr=False)
+    _weights: dict[Hashable, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def start(self, start: Start) -> None:
         self._process[0] = start.process

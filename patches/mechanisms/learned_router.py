@@ -16,6 +16,7 @@ from torch import Tensor
 from ..engine.call import AttentionCall
 from ..engine.edit import Start
 from ..engine.streams import Features, Stream
+from ..parts.brought import Brought
 from ..parts.sites import Site
 from ..parts.window import Levels, Window
 from .attention_maps import resized
@@ -95,6 +96,7 @@ class LearnedRouting(Routing):
     read: frozenset[Site]
     early: MapRouting | None
     until: Window
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
     _logits: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _now: dict[str, Any] = field(
         default_factory=lambda: {"levels": Levels(), "sigma": float("nan")}, init=False, repr=False
@@ -118,7 +120,9 @@ class LearnedRouting(Routing):
         if call.grid is None:
             call.leave("Route Subjects by Encoder")
             return
-        maps = self.router.patcher.model.maps(call.site, call.query.float(), self.features.to(call.query.device))
+        query = call.query.float()
+        (features,) = self._brought.to(query, (self.features,))
+        maps = self.router.patcher.model.maps(call.site, query, features)
         logits = maps[1 if self.router.refined else 0].unflatten(-1, call.grid)
         self._logits[_place(call, call.site)] = (sigma, logits)
 

@@ -99,10 +99,10 @@ class RecycledSelfAttention(Edit):
     unconditioned_too: bool = False
     positions: Positions | None = None
     kept: tuple[KeptReference, ...] = ()
-    _regions: Regions = field(default_factory=Regions, repr=False)
+    _regions: Regions = field(default_factory=Regions, init=False, repr=False)
 
     def begin(self) -> RecycledSelfAttention:
-        return replace(self, _regions=Regions(), kept=tuple(each.begin() for each in self.kept))
+        return replace(self, kept=tuple(each.begin() for each in self.kept))
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:

@@ -233,10 +233,7 @@ class MultiSourceSwap(Edit):
     crossing: frozenset[Site] = frozenset()
     watched: frozenset[Site] = frozenset()
     extends: bool = False
-    _paths: dict[str, Path] = field(default_factory=dict, repr=False)
-
-    def begin(self) -> MultiSourceSwap:
-        return replace(self, _paths={})
+    _paths: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     def start(self, start: Start) -> None:
         """Finds which picture of a trajectory of several goes with which row of the batch. Raises ValueError when there

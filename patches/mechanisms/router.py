@@ -7,7 +7,7 @@ a router's: `mask_router.py`, `map_router.py`, `learned_router.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -53,16 +53,12 @@ class Route:
 class Routing(Edit):
     """The routes of one run, which the edits behind it ask for. Amends nothing; notes its maps at `sites`.
 
-    `names` are the subjects', for notes. What a router keeps of a run is in fields that nobody gives (`init=False`): a
-    copy for another run has them new."""
+    `names` are the subjects', for notes."""
 
     names: tuple[str, ...]
     _of_calls: MutableMapping[AttentionCall, Route | None] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
-
-    def begin(self) -> Routing:
-        return replace(self)
 
     def _find(self, call: AttentionCall) -> Route | None:
         raise NotImplementedError

@@ -9,7 +9,7 @@ prompt's, and the layer's own projections make keys and values of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -71,10 +71,7 @@ class SemanticInjection(Edit):
     groups: Mapping[Site, int]
     strength: float = 1.0
     replaces: bool = False
-    _brought: Brought = field(default_factory=Brought, repr=False)
-
-    def begin(self) -> SemanticInjection:
-        return replace(self, _brought=Brought())
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         group = self.groups[call.site]

@@ -29,11 +29,11 @@ class ShownTokens(Edit):
     empty: ImagePrompt
     eta: float = 1.0
     region_mask: Tensor | None = None
-    _regions: Regions = field(default_factory=Regions, repr=False)
+    _regions: Regions = field(default_factory=Regions, init=False, repr=False)
 
     def begin(self) -> ShownTokens:
         prompts = tuple(prompt.begin() for prompt in self.prompts)
-        return replace(self, prompts=prompts, empty=self.empty.begin(), _regions=Regions())
+        return replace(self, prompts=prompts, empty=self.empty.begin())
 
     def start(self, start: Start) -> None:
         if self.region_mask is not None:
