@@ -119,6 +119,7 @@ def ended(kind: str) -> WorkflowError:
         (ended("TypeError"), ended("TypeError"), HOST),
         (ended("TypeError"), ended("KeyError"), FAULT),
         (ended("TypeError"), DRAWN, FAULT),
+        (ended("TypeError"), BROKEN, FAULT),
         (ended("TypeError"), HANGS, FAULT),
         (HANGS, None, FAULT),
     ],

@@ -41,13 +41,18 @@ def judged(served: Soaked, case: Case, known: dict[str, Any]) -> Verdict:
     except ServerError as error:
         return Verdict(FAULT, f"a hang, or the server's end: {error}")
     else:
-        told = [entry for entry in outputs.values() if "digest" in entry]
-        if all(entry["finite"][0] for entry in told):
-            return Verdict(PICTURE, f"{len(told)} digests")
-        verdict = Verdict(FAULT, "a picture with values that are no numbers")
+        verdict = _drawn(outputs)
     if verdict.what == FAULT and _fails_alike(served, case, known, verdict):
         return Verdict(HOST, f"also without the pack's patches: {verdict.why}")
     return verdict
+
+
+def _drawn(outputs: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    """What came of a run that nothing stopped."""
+    told = [entry for entry in outputs.values() if "digest" in entry]
+    if all(entry["finite"][0] for entry in told):
+        return Verdict(PICTURE, f"{len(told)} digests")
+    return Verdict(FAULT, "a picture with values that are no numbers")
 
 
 def failed(error: WorkflowError) -> Verdict:
@@ -91,4 +96,4 @@ def _fails_alike(served: Soaked, case: Case, known: dict[str, Any], verdict: Ver
         return verdict.why.startswith(f"{error.report.get('exception_type')}:")
     except ServerError:
         return False
-    return not all(entry["finite"][0] for entry in outputs.values() if "finite" in entry)
+    return _drawn(outputs) == verdict
