@@ -1,4 +1,4 @@
-"""The host's own nodes in a case: models, pictures and prompts, and what makes a picture of them."""
+"""What a case has besides the node that it is for: models, pictures and prompts, and what makes a picture of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ HOST_PATCHES = ("RescaleCFG", "CFGZeroStar")
 # Those that U-Nets alone have openings for.
 HOST_UNET_PATCHES = ("FreeU_V2", "TomePatchModel", "HyperTile", "PerturbedAttentionGuidance", *HOST_PATCHES)
 PICTURES = tuple(f"subject_patches_{name}.png" for name in ("emblem", "second_emblem", "scene", "shield_1"))
+# Of pictures that a run at full length can have, too.
+SIZES = ((64, 64), (96, 64), (72, 104))
 SAMPLERS = ("euler", "euler", "dpmpp_2m", "heun", "dpmpp_2s_ancestral", "uni_pc", "euler_cfg_pp")
 
 
@@ -58,7 +60,7 @@ class Usual:
 
     def small(self) -> Link:
         """A picture of a size that a run at full length can have."""
-        width, height = self.rng.choice(((64, 64), (96, 64), (72, 104)))
+        width, height = self.rng.choice(SIZES)
         sides = {"width": width, "height": height, "upscale_method": "area", "crop": "disabled"}
         return [self.add("ImageScale", image=self.image(), **sides), 0]
 
@@ -75,7 +77,7 @@ class Usual:
         return [self.add("KSamplerSelect", sampler_name=self.rng.choice(SAMPLERS)), 0]
 
     def empty(self) -> Link:
-        width, height = self.rng.choice(((64, 64), (96, 64), (72, 104)))
+        width, height = self.rng.choice(SIZES)
         count = self.rng.choice((1, 1, 2))
         return [self.add("EmptyLatentImage", width=width, height=height, batch_size=count), 0]
 
