@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from author import save
+from blueprints import BLUEPRINTS
 from host import ROOT, Server
 from hosting.arrange import NOTE, SCREEN, TELLING, TOLD
 from hosting.arrange import TITLE as TITLE_BAR
@@ -120,6 +121,7 @@ def test_page_and_client_agree_on_titles_and_values(server: Server, page: Page, 
 def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
     """Each is a box of nodes that are there, of the pack's own making, with links to bring and widgets to set."""
     offered = {each["name"] for each in server.blueprints().values()}
+    described = {each.name: each for each in BLUEPRINTS}
     for path in sorted((ROOT / "subgraphs").glob("*.json")):
         blueprint = json.loads(path.read_text(encoding="utf-8"))
         assert path.stem in offered
@@ -130,7 +132,10 @@ def test_the_host_offers_the_blueprints(server: Server, page: Page) -> None:
         assert box["type"] == definition["id"]
         assert {node["type"] for node in definition["nodes"]} <= {*server.object_info()}
         shown, (prompt, _) = box["properties"]["proxyWidgets"], page.export()
-        assert shown
+        nodes = {str(node["id"]): {node["type"], node.get("title")} for node in definition["nodes"]}
+        # The page finds them by kinds and titles, which workflows may have no more.
+        for of, name, *_ in described[path.stem].widgets:
+            assert any(widget == name and of in nodes[number] for number, widget in shown), (path.stem, of, name)
         # What the file keeps for the box itself would take the place of what stands on the nodes inside.
         assert not box.get("widgets_values")
         inside = {str(node["id"]): node["widgets_values"] for node in definition["nodes"]}
