@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..shared.small_server import add_files
 
 # A patch, a swap with its inversions, a layout and a router.
 NAMES = ["emblem_in_a_scene", "retouch_a_picture", "two_emblems_by_masks"]
+HELD = Held(resident=1, tensors=10, bytes=100, hooks=1, runs=0, threads=3, models=1)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +158,34 @@ def test_workflows_in_turn_leave_nothing(served: Soaked) -> None:
 
 
 def test_what_grows_is_told() -> None:
-    held = Held(resident=1, tensors=10, bytes=100, hooks=1, runs=0, threads=3, models=1)
-    assert growth([held, replace(held, resident=2, threads=4)]) == []
-    assert growth([held, replace(held, hooks=2)]) == ["hooks: 1 after the first round, 2 after the last"]
+    assert growth([HELD, replace(HELD, resident=2, threads=4)]) == []
+    assert growth([HELD, replace(HELD, hooks=2)]) == ["hooks: 1 after the first round, 2 after the last"]
+
+
+def test_what_is_another_each_time_is_told() -> None:
+    """By every subject, of a server on which nothing stays as it was."""
+    number = count(1)
+    served: Any = SimpleNamespace(
+        settled=lambda: str(next(number)),
+        saved=lambda prompt: {"1": str(next(number))},
+        held=lambda: replace(HELD, hooks=next(number)),
+        resident=lambda: 1,
+        kept_files=lambda: {f"file {next(number)}": 1},
+        interrupt_at=lambda step: 1,
+    )
+    for faults, words in (
+        (
+            endured(served, {"a": {}}, 2, lambda _: None).faults,
+            ("picture after run 1", "another picture in run 2", "picture after run 2", "left or changed", "hooks: "),
+        ),
+        (together(served, {"a": {}}, lambda _: None), ("of client 1 is another", "of client 2 is another")),
+        (
+            interrupted(served, {"a": {}}, lambda _: None),
+            ("not interrupted at step 1", "plain picture after a", "hooks: ", "gives another picture"),
+        ),
+    ):
+        assert len(faults) == len(words), faults
+        assert all(each in fault for each, fault in zip(words, faults, strict=True)), faults
 
 
 def test_interrupts_leave_nothing(served: Soaked) -> None:
@@ -169,12 +196,17 @@ def test_interrupts_leave_nothing(served: Soaked) -> None:
 
 
 def test_two_clients_at_once(served: Soaked) -> None:
-    assert together(served, small_workflows(served.server, NAMES), lambda _: None) == []
+    told: list[str] = []
+    assert together(served, small_workflows(served.server, NAMES), told.append) == []
+    assert sorted(told) == [f"client {number} has its {len(NAMES)} pictures" for number in (1, 2)]
 
 
 def test_a_host_without_a_cache(host: Host, served: Soaked) -> None:
-    usual, _ = twice(served, small_workflows(served.server, NAMES[:1]))
-    assert flagged(host, [("--cache-none",)], usual, NAMES[:1], lambda _: None) == []
+    told: list[str] = []
+    usual, faults = twice(served, small_workflows(served.server, NAMES[:1]))
+    assert faults == []
+    assert flagged(host, [("--cache-none",)], usual, NAMES[:1], told.append) == []
+    assert told == [f"--cache-none: {len(usual)} pictures, at most 0.000 of 255 from the usual on average"]
 
 
 def test_the_hosts_start_imports_nothing_for_the_pack(host: Host) -> None:
