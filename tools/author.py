@@ -72,10 +72,11 @@ def save(page: Page, workflow: dict[str, Any], name: str, note: str | None = Non
     if note is not None:
         _note(workflow, note)
     page.load(workflow)
-    page.forget_linked()
     workflow = _arranged(page, page.export()[1])
     page.load(workflow)
     page.settle()
+    # Last, as every load may leave something there.
+    page.forget_linked()
     _, saved = page.export()
     # The page that saves is not the screen that a workflow will be opened on.
     saved["extra"]["ds"] = workflow["extra"]["ds"]

@@ -88,7 +88,8 @@ def test_workflows_run_without_advanced_inputs(server: Server) -> None:
 
 @pytest.mark.parametrize("path", [*workflow_files(), *real_workflow_files()], ids=lambda path: path.stem)
 def test_what_is_shown_before_a_run(path: Path) -> None:
-    """The editor of boxes has those that are there in numbers. A note has no code: Nodes 2.0 draws it blue on blue."""
+    """The editor of boxes has those that are there in numbers. A note has no code: Nodes 2.0 draws it blue on blue. No
+    other text stands where one comes by a link."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for node in load_workflow(path)["nodes"]:
         kinds.setdefault(node["type"], []).append(node)
@@ -98,6 +99,9 @@ def test_what_is_shown_before_a_run(path: Path) -> None:
         assert [width, height] == kinds["SubjectPatchesLayout"][0]["widgets_values"][:2]
         assert [*states] == [json.loads(numbers["widgets_values"][0])] * 2
     assert ["`" in note["widgets_values"][0] for note in kinds["MarkdownNote"]] == [False]
+    for prompt in (*kinds.get("CLIPTextEncode", ()), *kinds.get("SubjectPatchesEncodePrompt", ())):
+        linked = any(entry["name"] == "text" and entry.get("link") is not None for entry in prompt["inputs"])
+        assert not linked or prompt["widgets_values"][0] == "", prompt["id"]
 
 
 def test_each_noun_is_written_once(server: Server) -> None:
