@@ -12,7 +12,7 @@ from host import Host
 from measuring.concepts import _key, kept_or_trained
 from measuring.given import Given
 from safetensors.torch import load_file, save_file
-from subject_patches.tests.shared.concepts import latents, matching_clip
+from subject_patches.tests.shared.concepts import latents, matching_clip, others
 from subject_patches.tests.shared.models import small_model
 from subject_patches.toy import sampling
 from subject_patches.toy.sampling import Toy
@@ -22,8 +22,8 @@ from subject_patches.training.concept_words import SCHEMES
 
 
 def test_a_kept_concept_is_taken_by_the_same_training_alone(host: Host, tmp_path: Path) -> None:
-    """The file is what the next run takes, to the number; another seed or other pictures are trained anew, and without
-    a folder nothing is kept."""
+    """The file is what the next run takes, to the number; another seed, other pictures or pictures for regularisation
+    are trained with anew, and without a folder nothing is kept."""
     toy, pictures = Toy(small_model(), matching_clip(), None), latents(2, 1)
     given = Given(host, toy, None, 1, 1, WHOLE, tmp_path)
     settings = Settings("dog", SCHEMES["plain"], 1, learning_rate=1e-3)
@@ -36,10 +36,12 @@ def test_a_kept_concept_is_taken_by_the_same_training_alone(host: Host, tmp_path
         first, second = getattr(trained, part), getattr(taken, part)
         assert first.keys() == second.keys()
         assert all(torch.equal(each + 1, second[name]) for name, each in first.items())
+    beside = kept_or_trained(given, pictures, settings, others=others())
+    assert any(not torch.equal(each, beside.difference[name]) for name, each in trained.difference.items())
     kept_or_trained(given, pictures, replace(settings, seed=1))
     kept_or_trained(given, pictures + 1, settings)
     kept_or_trained(replace(given, kept=None), pictures - 1, settings)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_a_kept_concept_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
