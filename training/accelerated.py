@@ -26,11 +26,11 @@ STATE = "state.pt"
 
 class Kind(Protocol):
     """What is trained: its `modules` beside what is `frozen`, on which data, and the files that come of it. `decode`
-    makes a sample of its files, `beside` says by name what else a call that goes on has to share with the first."""
+    makes a sample of its files, `shape` says by name what sizes of the modules a command chose."""
 
     name: str
     decode: Callable[[Raw, int, str], Any]
-    beside: Mapping[str, str]
+    shape: Mapping[str, int]
     frozen: Frozen
     modules: nn.Module
 
@@ -77,7 +77,8 @@ class Accelerated:
     def _about(self) -> dict[str, Any]:
         plan = self.plan
         about = {"kind": self.kind.name, "batch": plan.batch, "accumulation": plan.accumulation, "seed": plan.seed}
-        return {**about, "size": plan.size, "processes": self.accelerator.num_processes, **self.kind.beside}
+        about |= {"size": plan.size, "processes": self.accelerator.num_processes}
+        return {**about, **self.kind.shape, **self.kind.frozen.fingerprints}
 
     def _resume(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ class AnyLogoTuning:
 
     name = "anylogo"
     decode = staticmethod(decoded)
-    beside: Mapping[str, str] = {}
 
     def __init__(
         self, frozen: Frozen, rank: int = 16, delivering: str = "decoder", keep: float = KEEP, through: bool = True
     ) -> None:
         if getattr(frozen.vision, "model_type", "") != "dinov2":
             raise ValueError("AnyLogo's tuning reads a DINOv2; give the file of one as the vision model.")
-        self.frozen, self.keep = frozen, keep
+        self.frozen, self.keep, self.shape = frozen, keep, {"rank": rank}
         every = frozen.family.sites(frozen.network)
         self.passes = Passes(frozen.network, every, select_sites(every, "self", delivering), through)
         features = frozen.vision.model.embed_dim

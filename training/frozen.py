@@ -13,12 +13,14 @@ from ..encoders.subject_encoder import SubjectEncoder
 from ..patches.families import family_of
 from ..patches.families.unet import UNet
 from ..patches.parts.masks import resize_mask
+from .copies import fingerprint
 from .denoising import Denoiser
 
 
 class Frozen:
     """A private copy of a U-Net MODEL, its CLIP and VAE, a vision model (a CLIP_VISION), and for a router's training
-    the subject encoder that it is for. `patchers` are to be loaded before use.
+    the subject encoder that it is for. `patchers` are to be loaded before use; `fingerprints` tell them apart by name,
+    in whatever precision they are used.
 
     Raises ValueError where the MODEL is no U-Net."""
 
@@ -38,6 +40,12 @@ class Frozen:
         self.family, self.clip, self.vae, self.vision = family, clip, vae, vision
         self.encoder = encoder
         self.context = family.context_width(model)
+        self.fingerprints = {
+            "encoder": None if encoder is None else fingerprint(encoder.patcher),
+            "checkpoint": fingerprint(model, clip.patcher),
+            "VAE": fingerprint(vae.patcher),
+            "vision model": fingerprint(vision.patcher),
+        }
         self.denoiser = Denoiser(model, dtype, checkpointing)
 
     @property

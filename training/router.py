@@ -110,15 +110,14 @@ def routing_pass(
         prompts = encoder.prompts(everyone.flatten(0, 1))
     features = router.features(everyone.flatten(0, 1)).unflatten(0, (rows, count + 1))
     there = torch.cat([shown.present, shown.present.new_ones(rows, 1)], 1)
-    last: list[Site] = []
     noise: dict[Site, Tensor] = {}
     misrouted: dict[Site, Tensor | None] = {}
 
     def elsewhere(grid: tuple[int, int]) -> Tensor | None:
         """Of each place (rows, places, subjects) what is said of the subjects that the last map does not give it."""
-        if not last:
+        if not made.maps:
             return None
-        _, refined, own = made.maps[last[0]]
+        _, refined, own = made.maps[next(reversed(made.maps))]
         with torch.no_grad():
             logits = resized(refined.unflatten(-1, own), grid).flatten(2)
             sigma = chosen(logits, gumbel(logits, generator))[:, :-1]
@@ -130,7 +129,6 @@ def routing_pass(
             with torch.autocast(q.device.type, enabled=False):
                 coarse, refined = router.maps(site, q.detach().float(), features.float(), there)
             made.maps.setdefault(site, (coarse, refined, grid))
-            last[:] = [site]
             if site not in noise:
                 noise[site] = gumbel(refined, generator)
             sigma = chosen(refined, noise[site]).to(q)

@@ -39,10 +39,9 @@ class SubjectEncoderTraining:
 
     name = "anystory"
     decode = staticmethod(decoded)
-    beside: Mapping[str, str] = {}
 
     def __init__(self, frozen: Frozen, size: int, tokens: int = TOKENS) -> None:
-        self.frozen = frozen
+        self.frozen, self.shape = frozen, {"tokens": tokens}
         inner = frozen.denoiser.patcher.model
         channels = inner.latent_format.latent_channels
         width = frozen.context

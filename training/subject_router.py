@@ -18,7 +18,6 @@ from ..encoders.router import ROUTER, ROUTER_ENTRY, RouterForm, RouterModules
 from ..encoders.subject_encoder import SubjectEncoder, router_modules
 from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at, sites_of
-from .copies import fingerprint
 from .files import save_whole
 from .frozen import Frozen
 from .groups import Group, decoded_group
@@ -35,6 +34,7 @@ class SubjectRouterTraining:
 
     name = "anystory-router"
     decode = staticmethod(decoded_group)
+    shape: Mapping[str, int] = {}
 
     def __init__(self, frozen: Frozen, form: RouterForm = FORM) -> None:
         if frozen.encoder is None:
@@ -42,7 +42,6 @@ class SubjectRouterTraining:
         self.frozen, self.form, self.encoder = frozen, form, frozen.encoder
         self.order = sites_of(frozen.network)
         check_fits(self.encoder, frozen)
-        self.beside: Mapping[str, str] = {"encoder": fingerprint(self.encoder.patcher)}
         self.modules = router_modules(form, self.encoder.form, self.encoder.modules.cross, nn)
 
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from subject_patches.toy.train_subjects import ENCODER
 from subject_patches.training.copies import loaded, with_gradients
 from subject_patches.training.frozen import Frozen
 from subject_patches.training.groups import decoded_group
-from subject_patches.training.router import intersection_over_union
+from subject_patches.training.router import WEIGHT, intersection_over_union
 from subject_patches.training.samples import Batches, Folder, decoded, parted
 
 COUNTS = (2, 1, 3)
@@ -176,6 +177,33 @@ def test_checkpointing_changes_nothing(folder: Path, small: Path) -> None:
     assert all(
         torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*(g for _, g in found), strict=True)
     )
+
+
+def test_what_the_loss_depends_on(folder: Path, small: Path) -> None:
+    """Eq. 1 and WEIGHT times Eq. 4; captions and what of subjects is inside their masks, not what is outside."""
+    batch = next(iter(Batches(Folder(folder), 64, 2, 0, 0, 1, 0, decoded_group)))
+    kind = kind_of(read_subject_encoder(small))
+
+    def loss(samples: Any) -> float:
+        return float(kind.loss(samples, torch.Generator().manual_seed(1)))
+
+    def repainted(inside: bool) -> list[Any]:
+        made = []
+        for each in batch:
+            mask = ((each.subject_masks > 0) == inside).float()[..., None]
+            made.append(replace(each, subjects=each.subjects * (1 - mask) + (1 - each.subjects) * mask))
+        return made
+
+    with torch.no_grad(), loaded(*kind.frozen.patchers):
+        first, source = loss(batch), torch.Generator().manual_seed(1)
+        error, routed, masks, present = kind.routed(
+            kind.modules, batch, kind.frozen.denoiser.levels(len(batch), source), source
+        )
+        assert float(error) > 0
+        assert first == pytest.approx(float(error + WEIGHT * routed.loss(masks, present)))
+        assert loss([replace(each, caption="another") for each in batch]) != first
+        assert loss(repainted(True)) != first
+        assert loss(repainted(False)) == pytest.approx(first, rel=1e-6)
 
 
 def test_it_learns_whose_place_is_whose(folder: Path) -> None:

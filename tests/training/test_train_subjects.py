@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -127,27 +128,27 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
 # What is trained
 
 
-def frozen_of(checkpointing: bool = False) -> Any:
+def frozen_of(checkpointing: bool = False, seed: int = 0) -> Any:
     from subject_patches.training.copies import with_gradients
     from subject_patches.training.frozen import Frozen
 
     clip = small_clip("SD 1.x", 0, hidden_size=CONTEXT)
     with with_gradients():
-        return Frozen(small_model(), clip, small_vae(), vision(), torch.float32, checkpointing)
+        return Frozen(small_model(seed), clip, small_vae(), vision(), torch.float32, checkpointing)
 
 
-def kind_of(checkpointing: bool = False) -> Any:
+def kind_of(checkpointing: bool = False, seed: int = 0, rank: int = 2) -> Any:
     from subject_patches.training.anylogo import AnyLogoTuning
 
     torch.manual_seed(0)
-    return AnyLogoTuning(frozen_of(checkpointing), rank=2)
+    return AnyLogoTuning(frozen_of(checkpointing, seed), rank)
 
 
-def encoder_of() -> Any:
+def encoder_of(tokens: int = 3) -> Any:
     from subject_patches.training.subject_encoder import SubjectEncoderTraining
 
     torch.manual_seed(0)
-    return SubjectEncoderTraining(frozen_of(), 64, tokens=3)
+    return SubjectEncoderTraining(frozen_of(), 64, tokens)
 
 
 def trained(folder: Path, out: Path, steps: int, make: Any = kind_of, **values: Any) -> tuple[Any, list[float]]:
@@ -173,6 +174,10 @@ def test_one_that_goes_on_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -
         assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="was begun with seed 0, now it is 1; take the same, or another folder"):
         trained(folder, tmp_path / "parts", 3, accumulation=2, seed=1)
+    with pytest.raises(ValueError, match="was begun with rank 2, now it is 3"):
+        trained(folder, tmp_path / "parts", 3, partial(kind_of, rank=3), accumulation=2)
+    with pytest.raises(ValueError, match=r"was begun with checkpoint \w+, now it is"):
+        trained(folder, tmp_path / "parts", 3, partial(kind_of, seed=1), accumulation=2)
     # What came of it the nodes and the host's LoRA loader take.
     import comfy.sd
 
@@ -216,6 +221,8 @@ def test_a_subject_encoder_is_trained_and_loads(folder: Path, tmp_path: Path) ->
     kind, losses = trained(folder, tmp_path, 2, encoder_of)
     again, _ = trained(folder, tmp_path / "parts", 1, encoder_of)
     again, later = trained(folder, tmp_path / "parts", 2, encoder_of)
+    with pytest.raises(ValueError, match="was begun with tokens 3, now it is 4"):
+        trained(folder, tmp_path / "parts", 3, partial(encoder_of, 4))
     assert later == losses
     first = encoder_of().modules.state_dict()
     mine, theirs = kind.modules.state_dict(), again.modules.state_dict()
