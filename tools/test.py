@@ -3,7 +3,8 @@
     python tools/test.py [pytest arguments]
 
 Without arguments all tests run, in several processes of pytest-xdist that share the machine's cores; with arguments one
-process runs what they name (`-n 2` divides that, too).
+process runs what they name. With `OMP_NUM_THREADS=1` set, `-n 2` divides that, too; without it the threads of two
+processes hinder each other: the training tests took 208 s instead of 26.
 
 The environment variable SUBJECT_PATCHES_OFFLINE=1 forbids fetching anything. The browser tests need Chromium and its
 driver, the rest needs nothing that the set-up does not bring.
