@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
 def write(router: Any, encoder: Any, path: Path) -> None:
     """Writes the file of an encoder that is loaded with a router in it."""
     from subject_patches.toy.routing import ROUTER
-    from subject_patches.training.subject_router import write_with_router
+    from subject_patches.training.encoder_file import write_with_router
 
     write_with_router(path, encoder, router, ROUTER, TRAINED_BY)
 

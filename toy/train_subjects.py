@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from subject_patches.training.files import save_whole
 
 from .command import together
 from .pair_training import frozen, pair_parsed, pair_parser, run_of, with_vision
@@ -55,16 +54,13 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
 
 
 def write(modules: Any, vision: Any, path: Path) -> None:
-    """Writes the encoder's file, in half precision."""
-    from subject_patches.encoders.loading import file_tensors
-    from subject_patches.encoders.weights import metadata
+    """Writes the encoder's file."""
     from subject_patches.toy.subjects import FORM
+    from subject_patches.training.encoder_file import write_encoder
 
     from .family import VISION
 
-    save_whole(
-        path, file_tensors(modules.state_dict(), vision.state_dict()), metadata(FORM, "the toy", TRAINED_BY, VISION)
-    )
+    write_encoder(path, modules, FORM, "the toy", TRAINED_BY, (vision, VISION))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ low_rank          a change of weights as two thin matrices
 symbiotic         AnyLogo's tuning: low-rank differences, semantic maps, and the two passes
 frozen            what stays as it is in such trainings of real families: a checkpoint's parts and a vision model
 anylogo           AnyLogo's tuning of them
+encoder_file      the file that both stages of AnyStory's training write
 subject_encoder   the first stage of AnyStory's training beside them
 subject_router    the second stage, of its router
 router            that stage's pass and loss, which the toy's goes by, too

@@ -14,14 +14,12 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ..encoders.loading import file_tensors
 from ..encoders.reference_net import first_weights, shape_of
 from ..encoders.subject_encoder import Form, SubjectModules
-from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at
 from ..patches.parts.masks import tokens_inside
 from ..patches.parts.sites import Site
-from .files import save_whole
+from .encoder_file import write_encoder
 from .frozen import Frozen
 from .samples import Sample, decoded
 from .symbiotic import KeysAndValues, Slots, attention, recycling, sparse_bias
@@ -82,7 +80,7 @@ class SubjectEncoderTraining:
         """Writes the encoder, for Load Subject Encoder; gives its path."""
         path = folder / f"anystory-{self.frozen.file}.safetensors"
         by = "python tools/train_subjects.py --kind anystory"
-        save_whole(path, file_tensors(modules.state_dict()), metadata(self.form, self.frozen.family.name, by))
+        write_encoder(path, modules, self.form, self.frozen.family.name, by)
         return (path,)
 
 

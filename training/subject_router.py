@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders.loading import file_tensors
-from ..encoders.router import ROUTER, ROUTER_ENTRY, RouterForm, RouterModules
+from ..encoders.router import RouterForm, RouterModules
 from ..encoders.subject_encoder import SubjectEncoder, router_modules
-from ..encoders.weights import metadata
 from ..patches.families.unet import layer_at, sites_of
-from .files import save_whole
+from .encoder_file import write_with_router
 from .frozen import Frozen
 from .groups import Group, decoded_group
 from .router import WEIGHT, RoutedPass, Shown, routing_pass, spread
@@ -89,16 +87,6 @@ class SubjectRouterTraining:
         by = "python tools/train_subjects.py --kind anystory, --stage 1 and --stage 2"
         write_with_router(path, self.encoder, modules, self.form, by)
         return (path,)
-
-
-def write_with_router(path: Path, encoder: SubjectEncoder, router: RouterModules, form: RouterForm, by: str) -> None:
-    """Writes the file of an encoder that is loaded with a router of a `form` in it, in half precision; `by` says what
-    trained them. The encoder's weights, and the vision model that it brings, are those that were loaded."""
-    own = encoder.modules.state_dict() | {ROUTER + name: each for name, each in router.state_dict().items()}
-    vision = encoder.vision
-    brought = (None, None) if vision is None else (vision.model.state_dict(), vision.config)
-    about = metadata(encoder.form, encoder.family, by, brought[1], **{ROUTER_ENTRY: form.said()})
-    save_whole(path, file_tensors(own, brought[0]), about)
 
 
 def check_fits(encoder: SubjectEncoder, frozen: Frozen) -> None:
