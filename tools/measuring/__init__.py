@@ -63,6 +63,6 @@ DIT_STUDIES = {
 }
 COSTS = (
     *(recycled_attention.costs, layout.costs, routed_reference.costs, anystory.costs),
-    *(learned.costs, semantics.costs),
+    *(learned.costs, learned_router.costs, semantics.costs),
     *(retouch.costs, dual_branch.costs),
 )

@@ -7,7 +7,7 @@ among ten of the same plate and colours, which glyphs alone tell apart.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +138,6 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
     from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
     from subject_patches.patches.mechanisms.mask_router import MaskRouter
-    from subject_patches.patches.mechanisms.subject import Subject
 
     if shape.flux:
         return {}
@@ -146,23 +145,31 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     columns = torch.arange(shape.size) * 2 // shape.size
     halves = MaskRouter((columns == torch.arange(2)[:, None])[:, None].expand(-1, shape.size, -1))
 
-    def made(model: Any, phrase: str) -> Any:
-        return Subject((), phrase, encoded=_random_encoded(model, shape.size, source))
-
     def recycled(model: Any) -> Any:
-        return RecycledSelfAttentionNode.execute(model, (made(model, ""),)).args[0]
+        return RecycledSelfAttentionNode.execute(model, random_subjects(model, shape.size, source, [""])).args[0]
 
     def routed(model: Any) -> Any:
-        two = tuple(made(model, phrase) for phrase in list(PHRASES)[:2])
+        two = random_subjects(model, shape.size, source, list(PHRASES)[:2])
         return RoutedReferenceAttentionNode.execute(model, two, halves).args[0]
 
     rows = {"a trained encoder's subject": recycled, "two of a trained encoder's subjects, routed": routed}
     return rows | ({"a trained encoder's subject, with Encode Subjects": _encoding} if shape.name == "toy" else {})
 
 
+def random_subjects(
+    model: Any, side: int, source: Any, phrases: Sequence[str], routing: Any = lambda: None
+) -> tuple[Any, ...]:
+    """A subject for each phrase: what an encoder might have made of a picture of `side` x `side` latents for a MODEL's
+    layers, all of it the subject's, at random from the generator `source`; `routing` gives each its RoutingFeature."""
+    from subject_patches.patches.mechanisms.subject import Subject
+
+    return tuple(
+        Subject((), phrase, encoded=replace(_random_encoded(model, side, source), routing=routing()))
+        for phrase in phrases
+    )
+
+
 def _random_encoded(model: Any, side: int, source: Any) -> Any:
-    """What an encoder might have made of a picture of `side` x `side` latents for a MODEL's layers, all of it the
-    subject's."""
     import torch
     from subject_patches.encoders.reference_net import delivering
     from subject_patches.nodes.image_prompt import layer_channels

@@ -1,15 +1,16 @@
-"""The trained router: how well its maps fit, against attention maps, and what routing by it does to emblems' looks."""
+"""The trained router: how well its maps fit, against attention maps, what it does to emblems' looks, and its cost."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hosting.errors import ToolError
 
-from .given import Given
-from .learned import the_encoder
+from .given import PHRASES, Given, Shape
+from .learned import random_subjects, the_encoder
 from .routed_reference import ALONE, UNPATCHED, Case, table
 
 if TYPE_CHECKING:
@@ -153,3 +154,53 @@ def _routed_encoder() -> Any:
     if encoder.router is None:
         raise ToolError(f"{encoder.name} has no router to measure; train it: {TRAINED_BY.split('; ')[-1]}")
     return encoder
+
+
+def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
+    """The benchmark's rows, of U-Nets: two random subjects where a router says that was never trained, as the node has
+    it by default, and from the run's first step on."""
+    import torch
+    from subject_patches.nodes.routed_reference import RoutedReferenceAttentionNode
+    from subject_patches.nodes.router import LEARNED_FROM
+    from subject_patches.patches.mechanisms.encoded_subject import RoutingFeature
+    from subject_patches.patches.mechanisms.learned_router import LearnedRouter
+    from subject_patches.patches.mechanisms.map_router import MapRouter
+    from subject_patches.toy.routing import ROUTER
+    from subject_patches.training.subject_router import FORM
+
+    if shape.flux:
+        return {}
+    form = ROUTER if shape.name == "toy" else FORM
+    source = torch.Generator().manual_seed(5)
+
+    def feature() -> Any:
+        own, background = (torch.randn(1, form.width, generator=source) for _ in range(2))
+        return RoutingFeature("random", own, background)
+
+    def routed(early: Any, learned_from: float) -> Callable[[Any], Any]:
+        def patch(model: Any) -> Any:
+            two = random_subjects(model, shape.size, source, list(PHRASES)[:2], feature)
+            router = LearnedRouter("random", _random_router(model, form), early=early, learned_from=learned_from)
+            return RoutedReferenceAttentionNode.execute(model, two, router).args[0]
+
+        return patch
+
+    name = "two of a trained encoder's subjects, routed by its router"
+    return {name: routed(MapRouter(), LEARNED_FROM), f"{name} from the first step on": routed(None, 0.0)}
+
+
+def _random_router(model: Any, form: Any) -> Any:
+    """A router of this form with random weights for a MODEL's cross-attentions, for the host to move."""
+    import comfy.ops
+    import torch
+    from subject_patches.encoders.loading import kept_by_host
+    from subject_patches.encoders.router import RouterModules
+    from subject_patches.nodes.image_prompt import layer_channels
+
+    # Its QFormer has done its work before a picture begins, so its size does not count here.
+    sizes = {"features": form.width, "width": form.width, "heads": form.heads, "depth": 1}
+    modules = RouterModules(form, layer_channels(model, "cross"), comfy.ops.manual_cast, **sizes)
+    generator = torch.Generator().manual_seed(6)
+    for parameter in modules.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return kept_by_host(modules)
