@@ -34,7 +34,9 @@ class Kind(Protocol):
     frozen: Frozen
     modules: nn.Module
 
-    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]: ...
+    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
+        """For an optimiser: all learn alike."""
+        return [{"params": list(self.modules.parameters()), "lr": rate}]
 
     def loss(self, samples: Sequence[Any], generator: torch.Generator) -> Tensor: ...
 

@@ -13,6 +13,7 @@ from ..encoders.semantic_injection import PROMPTS, MapsForm, layers_seen, tensor
 from ..encoders.weights import metadata
 from ..patches.parts.masks import resize_mask
 from ..patches.parts.sites import select_sites
+from .accelerated import Kind
 from .files import save_whole
 from .frozen import Frozen
 from .samples import Sample, decoded
@@ -21,7 +22,7 @@ from .symbiotic import KEEP, MAPS_TIMES, Passes, Slots, Tuning, drawn_rows
 KEPT = PROMPTS[0]
 
 
-class AnyLogoTuning:
+class AnyLogoTuning(Kind):
     """Trains low-rank differences of a `frozen` checkpoint's transformers, and the semantic tokens' maps. `delivering`
     is a choice of `select_sites`; with `through` gradients go through the reference's pass, too.
 
@@ -44,7 +45,7 @@ class AnyLogoTuning:
         self.form = MapsForm(frozen.context, features, self.modules.semantic.groups, KEPT)
 
     def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
-        """For an optimiser."""
+        """For an optimiser: the maps learn faster."""
         return [
             {"params": list(self.modules.low_ranks.parameters()), "lr": rate},
             {"params": list(self.modules.semantic.parameters()), "lr": MAPS_TIMES * rate},

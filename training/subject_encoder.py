@@ -19,6 +19,7 @@ from ..encoders.subject_encoder import Form, SubjectModules
 from ..patches.families.unet import layer_at
 from ..patches.parts.masks import tokens_inside
 from ..patches.parts.sites import Site
+from .accelerated import Kind
 from .encoder_file import write_encoder
 from .frozen import Frozen
 from .samples import Sample, decoded
@@ -31,7 +32,7 @@ UNCONDITIONAL, NO_TOKENS, NO_REFERENCE = 0.1, 0.1, 0.15
 TOKENS, HEAD = 64, 64
 
 
-class SubjectEncoderTraining:
+class SubjectEncoderTraining(Kind):
     """Trains a subject encoder for a `frozen` checkpoint; `size` is the side in pixels of the picture that the
     ReferenceNet reads, `tokens` how many a subject gets."""
 
@@ -49,10 +50,6 @@ class SubjectEncoderTraining:
         )  # fmt: skip
         self.modules = SubjectModules(self.form, nn, comfy.ops.disable_weight_init)
         begin(self.modules, frozen.network, channels)
-
-    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
-        """For an optimiser: all learn alike."""
-        return [{"params": list(self.modules.parameters()), "lr": rate}]
 
     def _seen(self, subjects: Tensor, masks: Tensor, apart: Tensor) -> Tensor:
         """What the vision model sees of subjects that are cut out; of rows that are `apart`, of an empty picture."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..encoders.router import RouterForm, RouterModules
 from ..encoders.subject_encoder import SubjectEncoder, router_modules
 from ..patches.families.unet import layer_at, sites_of
+from .accelerated import Kind
 from .encoder_file import write_with_router
 from .frozen import Frozen
 from .groups import Group, decoded_group
@@ -25,7 +25,7 @@ from .router import WEIGHT, RoutedPass, Shown, routing_pass, spread
 FORM = RouterForm(width=256, heads=4)
 
 
-class SubjectRouterTraining:
+class SubjectRouterTraining(Kind):
     """Trains a router for a `frozen` checkpoint with a subject encoder.
 
     Raises ValueError where the encoder was trained for another U-Net or another vision model."""
@@ -41,10 +41,6 @@ class SubjectRouterTraining:
         self.order = sites_of(frozen.network)
         check_fits(self.encoder, frozen)
         self.modules = router_modules(form, self.encoder.form, self.encoder.modules.cross, nn)
-
-    def groups_of_parameters(self, rate: float) -> list[dict[str, Any]]:
-        """For an optimiser: all learn alike."""
-        return [{"params": list(self.modules.parameters()), "lr": rate}]
 
     def loss(self, samples: Sequence[Group], generator: torch.Generator) -> Tensor:
         """Eq. 1, and WEIGHT times Eq. 4, over some samples; all chance comes from the generator, on the CPU."""
