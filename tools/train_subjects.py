@@ -92,8 +92,6 @@ def _train(options: Any) -> list[float]:
     from comfy.cli_args import args
 
     args.cpu = args.cpu or options.cpu
-    import comfy.clip_vision
-    import comfy.model_management
     import comfy.sd
     import comfy.utils
     import torch
