@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..patches.families import context_width
+
 # How far beyond 0 to 1 a picture or mask may be: resizing and sharpening overshoot, another scale goes further.
 OVERSHOOT = 0.5
 # A mask that leaves hardly anything out, or that is white around its edge and not inside, is often upside down.
@@ -129,16 +131,23 @@ def latents_in(name: str, latent: Any, channels: int, frames: bool = False) -> t
     return samples
 
 
-def prompt_in(name: str, conditioning: Any) -> Any:
-    """A CONDITIONING as it is, or None. Raises ValueError, calling it `name`, when it is empty or not finite."""
+def prompt_in(name: str, conditioning: Any, model: Any = None) -> Any:
+    """A CONDITIONING as it is, or None. Raises ValueError, calling it `name`, when it is empty or not finite, and when
+    it is not as wide as those that `model` takes, where one is given."""
     if conditioning is None:
         return None
     if len(conditioning) == 0:
         raise ValueError(f"The {name} is an empty conditioning; connect one with tokens, or none.")
+    takes = None if model is None else context_width(model)
     for context, _ in conditioning:
         if torch.is_tensor(context) and not bool(context.isfinite().all()):
             raise ValueError(
                 f"The {name} has values that are no numbers (NaN or infinite); look at the node that made it."
+            )
+        if takes is not None and torch.is_tensor(context) and context.shape[-1] != takes:
+            raise ValueError(
+                f"The {name} is {context.shape[-1]} wide, but this model takes prompts {takes} wide; encode it with "
+                "the CLIP that belongs to this model."
             )
     return conditioning
 

@@ -149,8 +149,8 @@ class DualBranchIntegrationNode(io.ComfyNode):
         check_choice("gain_mode", gain_mode, (FIXED, BY_RESOLUTION, USUAL))
         check_choice("noise", noise, (OWN_NOISE, SAME_NOISE))
         check_choice("guidance", guidance, (SHARED, OWN))
-        prompt_in("concept", concept)
-        prompt_in("auxiliary", auxiliary or None)
+        prompt_in("concept", concept, model)
+        prompt_in("auxiliary", auxiliary or None, model)
         window = BranchWindow(0.0, end_percent)
         chosen = chosen_sites(model, "cross", sites, named_sites, "encoder and decoder")
         if gain_mode == USUAL:

@@ -135,7 +135,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         chosen = chosen_sites(model, "self", sites, named_sites)
         if region_mask is not None:
             region_mask = masks_in("region_mask", region_mask).cpu()
-        prompt_in("reference_conditioning", reference_conditioning)
+        prompt_in("reference_conditioning", reference_conditioning, model)
         placed = positions_for(model, positions)
         how = looked_at(noise_level, fixed_level, refresh_steps)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]

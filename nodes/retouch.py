@@ -147,8 +147,8 @@ class MultiSourceSwapNode(io.ComfyNode):
         window = Window(start_percent, end_percent)
         chosen = chosen_sites(model, "self", sites, named_sites, LATE)
         _check_trajectories(model, layout, reference)
-        prompt_in("layout_conditioning", layout_conditioning)
-        prompt_in("reference_conditioning", reference_conditioning)
+        prompt_in("layout_conditioning", layout_conditioning, model)
+        prompt_in("reference_conditioning", reference_conditioning, model)
         if blend_mask is not None and layout is None:
             raise ValueError("The blend mask needs a picture to blend with; connect a layout trajectory, or no mask.")
         mask = blend_mask

@@ -200,7 +200,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
             raise ValueError(f"There are {len(subjects)} subjects; one node takes 1 to {MOST_SUBJECTS}.")
         if not subjects:
             return io.NodeOutput(model.clone())
-        prompt_in("reference_conditioning", reference_conditioning)
+        prompt_in("reference_conditioning", reference_conditioning, model)
         _check_family(model, [s.prompt for s in subjects], background_prompt, cross_attention)
         named = [(subject.prompt, f"The image prompt of subject {n}") for n, subject in enumerate(subjects, 1)]
         prompts = [at_model(prompt, model, name) for prompt, name in named]

@@ -77,12 +77,11 @@ class StepBlendedGuiderNode(io.ComfyNode):
         check_number("personalised_cfg", personalised_cfg, 0.0, CFG_MAX)
         check_number("first_steps", first_steps, 0, STEPS_MAX)
         _check_pair(model, personalised_model)
-        for name, prompt in (
-            ("positive", positive),
-            ("personalised_positive", personalised_positive),
-            ("negative", negative),
-        ):
-            prompt_in(name, prompt)
+        prompt_in("positive", positive, model)
+        prompt_in("personalised_positive", personalised_positive, personalised_model)
+        for each, scale in ((model, cfg), (personalised_model, personalised_cfg)):
+            # At CFG 1 the host leaves it out.
+            prompt_in("negative", negative, None if scale == 1 else each)
         guider = StepBlendedGuider(model, personalised_model, first_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)

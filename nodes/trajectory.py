@@ -109,12 +109,13 @@ class InvertToTrajectoryNode(io.ComfyNode):
         levels = falling(sigmas, float(model_sampling.sigma_min))
         clean = latents_in("latent", latent, latent_format.latent_channels, latent_format.latent_dimensions > 2)
         mask = None if mask is None else _subjects_masks(mask, len(clean))
-        if prompt_in("conditioning", conditioning) is None:
+        if prompt_in("conditioning", conditioning, model) is None:
             if clip is None:
                 raise ValueError(
                     "There is no prompt to invert with; connect a CLIP, whose empty prompt is used, or one."
                 )
-            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+            empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+            conditioning = prompt_in("CLIP's empty prompt", empty, model)
         guider = CFGGuider(model)
         guider.inner_set_conds({"positive": conditioning})
         sampler = _Inverting(fixed_point_rounds, measure_replay, Process.of(model_sampling))

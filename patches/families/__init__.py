@@ -17,7 +17,17 @@ from .transformer import Counts, Tokens, Transformer
 from .unet import UNETS
 from .wan import WANS
 
-__all__ = ["FAMILIES", "Counts", "Family", "Tokens", "Transformer", "attention_sites", "chosen_sites", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Counts",
+    "Family",
+    "Tokens",
+    "Transformer",
+    "attention_sites",
+    "chosen_sites",
+    "context_width",
+    "family_of",
+]
 
 # A description of the host's may be a subclass of another's: the more particular family comes first.
 FAMILIES: tuple[Family, ...] = (*UNETS, *FLUXES, *LUMINAS, *KREAS, *QWENS, *COSMOSES, *WANS, *HIDREAMS, *MMDITS)
@@ -34,6 +44,14 @@ def family_of(model: Any) -> Family:
     raise ValueError(
         f"This node cannot patch a model of the family {type(model.model.model_config).__name__}; it knows {known}."
     )
+
+
+def context_width(model: Any) -> int | None:
+    """How many channels the tokens of a MODEL's prompts have; None where that is not known: of other families, and of
+    networks that another pack made of a family's, which may read prompts of other widths."""
+    known = type(model.model.diffusion_model).__module__.startswith("comfy.")
+    family = next((family for family in FAMILIES if known and family.has(model)), None)
+    return None if family is None else family.context_width(model)
 
 
 def attention_sites(model: Any) -> tuple[Site, ...]:

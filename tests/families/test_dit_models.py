@@ -8,8 +8,9 @@ import comfy.model_detection
 import comfy.supported_models
 import pytest
 import torch
+from subject_patches.patches.families import context_width
 from subject_patches.tests.shared.dit_models import DITS, dit_model
-from subject_patches.tests.shared.models import difference, known_prompt, sample, second_context
+from subject_patches.tests.shared.models import CONTEXT, difference, known_prompt, sample, second_context
 
 CLASSES = {
     "FLUX.1": comfy.supported_models.Flux,
@@ -48,6 +49,7 @@ def test_the_host_detects_it(name: str) -> None:
 def test_a_prompt_acts_on_it(name: str) -> None:
     model = dit_model(name)
     assert type(model.model.model_config) is CLASSES[name]
+    assert context_width(model) == CONTEXT
     once = sample(model)
     assert once.isfinite().all()
     assert torch.equal(sample(dit_model(name)), once)

@@ -21,7 +21,16 @@ from subject_patches.patches.mechanisms.inversion import (
 )
 from subject_patches.patches.parts.process import Process
 from subject_patches.tests.shared.inversions import invert, inverted_with_noise
-from subject_patches.tests.shared.models import difference, levels, prompt, randn, recycled, sample, small_model
+from subject_patches.tests.shared.models import (
+    CONTEXT,
+    difference,
+    levels,
+    prompt,
+    randn,
+    recycled,
+    sample,
+    small_model,
+)
 from subject_patches.toy.sampling import Toy
 from torch import Tensor
 
@@ -270,6 +279,20 @@ def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
 def test_a_prompt_is_needed(model: Any) -> None:
     with pytest.raises(ValueError, match="no prompt to invert with; connect a CLIP"):
         invert(model, randn(1, 4, 8, 8), conditioning=None)
+
+
+def test_a_clip_of_another_family(toy: Toy, model: Any) -> None:
+    """Its prompts have another width than the model's, which ended in torch's error over a shape. A network that
+    another pack made may read them all the same."""
+    clean, width = randn(1, 4, 8, 8), toy.encode([""])[0][0].shape[-1]
+    with pytest.raises(
+        ValueError, match=f"CLIP's empty prompt is {width} wide, but this model takes .* {CONTEXT} wide"
+    ):
+        invert(model, clean, conditioning=None, clip=toy.clip)
+    other = small_model()
+    network = other.model.diffusion_model
+    network.__class__ = type("Theirs", (type(network),), {"forward": lambda self, x, *_, **__: x})
+    assert invert(other, clean, conditioning=None, clip=toy.clip)[0].states.isfinite().all()
 
 
 def test_latents_of_another_vae(model: Any) -> None:

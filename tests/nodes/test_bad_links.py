@@ -192,12 +192,16 @@ BAD: dict[str, dict[str, Any]] = {
     "CONDITIONING": {
         "empty": [],
         "NaN": [[filled(prompt(1)[0][0], NAN), {}]],
+        "another width": prompt(1, width=2 * CONTEXT),
     },
 }
-# Without an auxiliary prompt there is nothing to integrate, and without a background there is none to tell of.
+# Without an auxiliary prompt there is nothing to integrate, and without a background there is none to tell of. Subject
+# Share knows no model, and of residual tokens the sentence is about the token.
 IDLE = {
     (DualBranchIntegrationNode, "auxiliary", "empty"),
     (SemanticInjectionNode, "background", "nothing"),
+    (SubjectShareNode, "image_prompt", "another width"),
+    (ApplyResidualTokens, "conditioning", "another width"),
 }
 SENTENCE = r"^[^;]*[;.] [^;]+\.$"
 

@@ -15,6 +15,7 @@ from subject_patches.patches.families import attention_sites
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.models import (
+    CONTEXT,
     difference,
     generator,
     latent_noise,
@@ -137,3 +138,12 @@ def test_models_that_do_not_go_together(model: Any) -> None:
         ValueError, match=r"different latents \(SD15 and ToyLatents\); take a personalised model of the"
     ):
         guider_of(model, Toy.load().model, 2)
+
+
+def test_prompts_of_another_width(model: Any) -> None:
+    """Each model has its own; at CFG 1 nothing reads the negative one."""
+    wide = prompt(1, width=2 * CONTEXT)
+    for name in ("positive", "personalised_positive", "negative"):
+        with pytest.raises(ValueError, match=f"The {name} is {2 * CONTEXT} wide, but this model takes prompts"):
+            guider_of(model, model, 2, **{name: wide})
+    assert guider_of(model, model, 2, negative=wide, cfg=1.0, personalised_cfg=1.0)
