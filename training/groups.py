@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .samples import Raw, around, caption_of, fitted, opened, subject_of
+from .samples import Raw, caption_of, in_sight, scene_of, subject_of
 
 MOST = 4
-# The darkest that a subject's mask may be where it is brightest: less is next to nothing.
-SEEN = 0.1
 _NUMBERED = re.compile(r"(mask|subject|subject_mask)(\d*)")
 
 
@@ -35,33 +33,18 @@ class Group:
 
 
 def decoded_group(raw: Raw, size: int, key: str = "a sample") -> Group:
-    """The sample in its files. Of the picture it has the square in which the most of its subjects is; those that are
-    outside it are left out.
-
-    Raises ValueError, calling it `key`, where a file is missing or no picture, or where a subject is nowhere."""
+    """The sample in its files. Those that are outside the square of the picture are left out; see `scene_of` and
+    `subject_of`, which raise ValueError where it is none."""
     numbers = _numbers(raw, key)
-    picture = opened(raw["picture"], "RGB", key)
-    masks = torch.cat([fitted(opened(raw[f"mask{each}"], "L", key), picture.shape[-2:]) for each in numbers])
-    for number, mask in zip(numbers, masks, strict=True):
-        if float(mask.max()) <= 0.5:
-            raise ValueError(f"{key} has a mask{number} that is nowhere white; paint its subject white, or drop it.")
-    scene = around(picture, masks, size)
-    inside = scene[3:].amax((1, 2)) > SEEN
-    if not inside.any():
-        raise ValueError(f"{key} has no subject that is to be seen at {size} pixels; take larger ones, or drop it.")
-    shown = torch.stack([subject_of(raw, number, size, key) for number in numbers])
-    for number, mask in zip(numbers, shown[:, 3], strict=True):
-        if float(mask.max()) <= 0.5:
-            raise ValueError(f"{key} has a subject{number} that is cut out to nothing; mend its mask or its opacity.")
-    shown = shown[inside].movedim(1, -1)
-    return Group(scene[:3].movedim(0, -1), scene[3:][inside], shown[..., :3], shown[..., 3], caption_of(raw))
+    picture, masks = scene_of(raw, numbers, size, key)
+    inside = in_sight(masks)
+    shown = torch.stack([subject_of(raw, number, size, key) for number in numbers])[inside].movedim(1, -1)
+    return Group(picture.movedim(0, -1), masks[inside], shown[..., :3], shown[..., 3], caption_of(raw))
 
 
 def _numbers(raw: Raw, key: str) -> list[str]:
-    """What stands behind the names of each subject's files: nothing, 2, 3, 4."""
-    for name in ("picture", "txt"):
-        if name not in raw:
-            raise ValueError(f"{key} has no {name}; each needs picture, txt, mask, subject (see docs/TRAINING.md).")
+    """What stands behind the names of each subject's files: nothing, 2, 3, 4. Raises ValueError, calling the sample
+    `key`, where there is another."""
     named = (_NUMBERED.fullmatch(name) for name in raw)
     found = {"", *(match[2] for match in named if match)}
     known = ["", *(str(number) for number in range(2, MOST + 1))]
@@ -69,8 +52,4 @@ def _numbers(raw: Raw, key: str) -> list[str]:
         raise ValueError(
             f"{key} has files of a subject '{unknown[0]}'; a sample has up to {MOST}: subject, subject2 and so on."
         )
-    numbers = [number for number in known if number in found]
-    for name in (f"{part}{number}" for number in numbers for part in ("mask", "subject")):
-        if name not in raw:
-            raise ValueError(f"{key} has no {name}; a subject needs its mask and its picture (see docs/TRAINING.md).")
-    return numbers
+    return [number for number in known if number in found]

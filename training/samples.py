@@ -21,8 +21,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
-NEEDED = ("picture", "mask", "subject", "txt")
 Raw = Mapping[str, Path | bytes]
+# The darkest that a subject's mask may be where it is brightest: less is next to nothing.
+SEEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,50 @@ def parted(names: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
 
 
 def decoded(raw: Raw, size: int, key: str = "a sample") -> Sample:
-    """The sample in its files. Raises ValueError, calling it `key`, where one is missing or no picture."""
-    missing = [name for name in NEEDED if name not in raw]
-    if missing:
-        raise ValueError(f"{key} has no {missing[0]}; each needs {', '.join(NEEDED)} (see docs/TRAINING.md).")
-    picture = opened(raw["picture"], "RGB", key)
-    scene = around(picture, fitted(opened(raw["mask"], "L", key), picture.shape[-2:]), size)
+    """The sample in its files; see `scene_of` and `subject_of`, which raise ValueError where it is none."""
+    picture, masks = scene_of(raw, [""], size, key)
     whole = subject_of(raw, "", size, key)
-    return Sample(scene[:3].movedim(0, -1), scene[3], whole[:3].movedim(0, -1), whole[3], caption_of(raw))
+    return Sample(picture.movedim(0, -1), masks[0], whole[:3].movedim(0, -1), whole[3], caption_of(raw))
+
+
+def scene_of(raw: Raw, numbers: Sequence[str], size: int, key: str) -> tuple[Tensor, Tensor]:
+    """Of the picture (3, size, size) the square in which the most of some subjects is, whose files have these `numbers`
+    behind their names, and their masks (n, size, size) in it.
+
+    Raises ValueError, calling the sample `key`, where a file is missing or no picture, or where a subject is nowhere,
+    or all are too small to be seen."""
+    for name in ("picture", "txt", *(f"{part}{number}" for number in numbers for part in ("mask", "subject"))):
+        if name not in raw:
+            raise ValueError(
+                f"{key} has no {name}; each needs picture and txt, and for every subject mask and subject (see "
+                "docs/TRAINING.md)."
+            )
+    picture = opened(raw["picture"], "RGB", key)
+    masks = torch.cat([fitted(opened(raw[f"mask{each}"], "L", key), picture.shape[-2:]) for each in numbers])
+    for number, mask in zip(numbers, masks, strict=True):
+        if float(mask.max()) <= 0.5:
+            raise ValueError(f"{key} has a mask{number} that is nowhere white; paint its subject white, or drop it.")
+    scene = around(picture, masks, size)
+    if not in_sight(scene[3:]).any():
+        raise ValueError(f"{key} has no subject that is to be seen at {size} pixels; take larger ones, or drop it.")
+    return scene[:3], scene[3:]
+
+
+def in_sight(masks: Tensor) -> Tensor:
+    """Which of the subjects with these masks (n, height, width) are anywhere: (n,) bool."""
+    return masks.amax((1, 2)) > SEEN
 
 
 def subject_of(raw: Raw, number: str, size: int, key: str) -> Tensor:
-    """The picture of a subject, called so with its `number` behind, and its mask: (4, size, size)."""
+    """The picture of a subject, called so with its `number` behind, and its mask: (4, size, size).
+
+    Raises ValueError, calling the sample `key`, where it is no picture, or nothing of it is left by the mask."""
     subject, mask = opened(raw[f"subject{number}"], "RGBA", key), f"subject_mask{number}"
     own = opened(raw[mask], "L", key) if mask in raw else subject[3:]
-    return squared(torch.cat([subject[:3], fitted(own, subject.shape[-2:])]), size)
+    made = squared(torch.cat([subject[:3], fitted(own, subject.shape[-2:])]), size)
+    if float(made[3].max()) <= 0.5:
+        raise ValueError(f"{key} has a subject{number} that is cut out to nothing; mend its mask or its opacity.")
+    return made
 
 
 def caption_of(raw: Raw) -> str:

@@ -22,11 +22,15 @@ from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.tests.shared.subject_encoders import file_for, written
 from subject_patches.toy.sampling import CHECKPOINT, Toy
 from subject_patches.toy.train_subjects import ENCODER
+from subject_patches.training.accelerated import Kind
+from subject_patches.training.anylogo import AnyLogoTuning
 from subject_patches.training.copies import loaded, with_gradients
 from subject_patches.training.frozen import Frozen
 from subject_patches.training.groups import decoded_group
 from subject_patches.training.router import WEIGHT, intersection_over_union
 from subject_patches.training.samples import Batches, Folder, decoded, parted
+from subject_patches.training.subject_encoder import SubjectEncoderTraining
+from subject_patches.training.subject_router import SubjectRouterTraining
 
 COUNTS = (2, 1, 3)
 
@@ -82,25 +86,29 @@ def test_who_is_outside_the_square_is_left_out() -> None:
         assert middle in (pytest.approx([0.25, 0.5], abs=0.01), pytest.approx([0.5, 0.75], abs=0.01))
 
 
-def test_bad_samples_are_refused() -> None:
-    nowhere = {**wide(20, 40), "mask2.png": png(torch.zeros(40, 200))}
-    hidden = {**wide(20, 40), "subject_mask2.png": png(torch.zeros(20, 10))}
-    five = {**wide(20, 30, 40, 50, 60)}
+@pytest.mark.parametrize("kind", [AnyLogoTuning, SubjectEncoderTraining, SubjectRouterTraining], ids=lambda k: k.name)
+def test_bad_samples_are_refused(kind: type[Kind]) -> None:
+    """By every training in the same sentence, of a subject that it reads."""
+    several, files = kind is SubjectRouterTraining, wide(20, 40)
     small = torch.zeros(400, 400)
     small[0, 0] = 1
-    tiny = {**wide(20), "picture.png": png(torch.rand(400, 400, 3)), "mask.png": png(small)}
-    for files, said in (
-        (nowhere, "x has a mask2 that is nowhere white"),
-        (hidden, "x has a subject2 that is cut out to nothing"),
-        (five, "x has files of a subject '5'; a sample has up to 4"),
-        (tiny, "x has no subject that is to be seen at 40 pixels"),
-        ({k: v for k, v in wide(20, 40).items() if k != "subject2.png"}, "x has no subject2; a subject needs"),
-        ({k: v for k, v in wide(20, 40).items() if k != "mask.png"}, "x has no mask; a subject needs"),
-        ({k: v for k, v in wide(20).items() if k != "txt"}, "x has no txt; each needs"),
-        ({**wide(20), "mask.png": b"none"}, "x has a picture that cannot be read"),
-    ):
+    cases = [
+        ({**files, "picture.png": png(torch.rand(400, 400, 3)), **dict.fromkeys(("mask.png", "mask2.png"), png(small))},
+         "x has no subject that is to be seen at 40 pixels"),
+        ({**files, "mask.png": b"none"}, "x has a picture that cannot be read"),
+    ]  # fmt: skip
+    for end in ("", "2") if several else ("",):
+        nowhere, hidden = png(torch.full((40, 200), 0.4)), png(torch.full((20, 10), 0.4))
+        cases.append(({**files, f"mask{end}.png": nowhere}, f"x has a mask{end} that is nowhere white"))
+        cases.append(({**files, f"subject_mask{end}.png": hidden}, f"x has a subject{end} that is cut out to nothing"))
+    for name in ("picture", "txt", "mask", "subject", *("mask2", "subject2") * several):
+        cases.append(({k: v for k, v in files.items() if k.split(".")[0] != name}, f"x has no {name}; each needs"))
+    if several:
+        cases.append((wide(20, 30, 40, 50, 60), "x has files of a subject '5'; a sample has up to 4"))
+    for bad, said in cases:
         with pytest.raises(ValueError, match=said):
-            decoded_group(parted(files), 40, "x")
+            kind.decode(parted(bad), 40, "x")
+    kind.decode(parted(files), 40, "x")
 
 
 # What is trained
@@ -108,7 +116,6 @@ def test_bad_samples_are_refused() -> None:
 
 def kind_of(encoder: SubjectEncoder, checkpointing: bool = False, small_one: bool = True) -> Any:
     from subject_patches.toy.routing import ROUTER
-    from subject_patches.training.subject_router import SubjectRouterTraining
 
     with with_gradients():
         if small_one:
