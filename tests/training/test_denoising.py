@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from hosting.random_models import generator
+from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, small_model
 from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
 from subject_patches.training.copies import loaded, with_gradients
@@ -63,10 +64,14 @@ def gradient_of_context(model: Any, dtype: torch.dtype, checkpointing: bool) -> 
 
 
 def test_checkpointing_changes_nothing() -> None:
+    """But how often the transformers run."""
     with torch.inference_mode():
         model = small_model()
-    plain, gradient = gradient_of_context(model, torch.float32, False)
-    kept, same = gradient_of_context(model, torch.float32, True)
+    with counted_forwards() as once:
+        plain, gradient = gradient_of_context(model, torch.float32, False)
+    with counted_forwards() as twice:
+        kept, same = gradient_of_context(model, torch.float32, True)
+    assert twice.count == 2 * once.count > 0
     assert kept == plain
     torch.testing.assert_close(same, gradient)
     assert bool(gradient.any())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.tests.shared.clips import small_clip
 from subject_patches.tests.shared.concepts import latents, made, matching_clip, trained
+from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model
 from subject_patches.tests.shared.other_families import OTHERS
 from subject_patches.training.concept import as_lora
@@ -63,6 +64,16 @@ def test_choices_reach_the_training() -> None:
 
     assert losses({}) == losses({})
     assert len({losses(each) for each in ({}, {"mirrored": "half the time"}, {"start_token": "held"})}) == 3
+
+
+@pytest.mark.usefixtures("host_folders")
+def test_checkpointing_is_what_is_chosen() -> None:
+    forwards = []
+    for chosen in (False, True):
+        with counted_forwards() as counted:
+            made(small_model(), matching_clip(), name=f"dog_{chosen}", steps=1, gradient_checkpointing=chosen)
+        forwards.append(counted.count)
+    assert forwards[1] == 2 * forwards[0] > 0
 
 
 def test_what_learns_at_which_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from subject_patches.patches.mechanisms.residual import (
 )
 from subject_patches.patches.parts.prompt import SPANS_KEY
 from subject_patches.tests.shared.clips import FAMILIES, SMALL, small_clip
+from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, sample, small_model
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.toy.family import UNET, ToyDiffusion
@@ -123,6 +124,15 @@ def test_a_resumed_training_ends_where_a_whole_one_does() -> None:
     train(steps=2, resume_name="sentences", more_templates="a {} in a hat")
     with pytest.raises(ValueError, match="'sentences' was begun with another sentences"):
         train(steps=4, resume_name="sentences", more_templates="a {} in a coat")
+
+
+def test_checkpointing_is_what_is_chosen() -> None:
+    forwards = []
+    for chosen in (False, True):
+        with counted_forwards() as counted:
+            train(steps=1, tunes="residual alone", gradient_checkpointing=chosen)
+        forwards.append(counted.count)
+    assert forwards[1] == 2 * forwards[0] > 0
 
 
 def test_preservation_keeps_the_other_words(monkeypatch: pytest.MonkeyPatch) -> None:

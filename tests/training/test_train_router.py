@@ -16,6 +16,7 @@ from host import ROOT
 from safetensors.torch import load_file
 from subject_patches.encoders.subject_encoder import SubjectEncoder, read_subject_encoder
 from subject_patches.tests.shared.clips import small_clip
+from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, small_model
 from subject_patches.tests.shared.samples import group_files, png, written_samples
 from subject_patches.tests.shared.small_vaes import small_vae
@@ -173,13 +174,17 @@ def test_an_encoder_for_something_else_is_refused(small: Path) -> None:
 def test_checkpointing_changes_nothing(folder: Path, small: Path) -> None:
     """The layers that are computed again choose what they chose, and go by the maps that they went by."""
     batch = next(iter(Batches(Folder(folder), 64, 3, 0, 0, 1, 0, decoded_group)))
-    found = []
+    found, forwards = [], []
     for checkpointing in (False, True):
         kind = kind_of(read_subject_encoder(small), checkpointing)
-        with with_gradients(), loaded(*kind.frozen.patchers):
+        with with_gradients(), loaded(*kind.frozen.patchers), counted_forwards() as counted:
             loss = kind.loss(batch, torch.Generator().manual_seed(1))
             loss.backward()
         found.append((float(loss.detach()), [each.grad for each in kind.modules.parameters()]))
+        forwards.append(counted.count)
+    # The ReferenceNet, which has as many, learns nothing.
+    transformers = len(kind.encoder.modules.cross)
+    assert forwards == [2 * transformers, 3 * transformers]
     assert found[0][0] == found[1][0]
     assert all(
         torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*(g for _, g in found), strict=True)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from subject_patches.encoders.semantic_injection import read_semantic_maps
 from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.tests.shared.clips import small_clip
+from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model, subject
 from subject_patches.tests.shared.samples import png
 from subject_patches.tests.shared.semantics import VISION, contents, told, vision
@@ -116,9 +117,7 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no sample .* see docs/TRAINING.md"):
         Folder(tmp_path)
     (tmp_path / "a.picture.png").write_bytes(files_of(0)["picture.png"])
-    with pytest.raises(
-        ValueError, match="a has no txt; each needs picture and txt, and for every subject mask"
-    ):
+    with pytest.raises(ValueError, match="a has no txt; each needs picture and txt, and for every subject mask"):
         next(iter(Batches(Folder(tmp_path), 32, 1, 0, 0, 1, 0)))
     with pytest.raises(ValueError, match="A process has no samples of its own"):
         next(iter(Batches(Folder(folder), 32, 1, 0, 9, 10, 0)))
@@ -196,23 +195,26 @@ def test_the_loss_falls_and_checkpointing_changes_nothing(folder: Path) -> None:
     from subject_patches.training.copies import loaded, with_gradients
 
     batch = next(iter(Batches(Folder(folder), 64, 3, 0, 0, 1, 0)))
-    gradients = []
+    gradients, forwards = [], []
     for checkpointing in (False, True):
         kind = kind_of(checkpointing=checkpointing)
         with with_gradients(), loaded(*kind.frozen.patchers):
             optimiser = torch.optim.Adam(kind.groups_of_parameters(3e-3))
             losses = []
             for _ in range(6 if not checkpointing else 1):
-                loss = kind.loss(batch, torch.Generator().manual_seed(1))
-                loss.backward()
+                with counted_forwards() as counted:
+                    loss = kind.loss(batch, torch.Generator().manual_seed(1))
+                    loss.backward()
                 if not losses:
                     gradients.append([each.grad.clone() for each in kind.modules.parameters()])
+                    forwards.append(counted.count)
                 optimiser.step()
                 optimiser.zero_grad()
                 losses.append(float(loss.detach()))
             if not checkpointing:
                 assert losses[-1] < 0.97 * losses[0]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+    assert forwards[1] == 2 * forwards[0] > 0
 
 
 def test_a_subject_encoder_is_trained_and_loads(folder: Path, tmp_path: Path) -> None:
