@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -169,6 +170,15 @@ def test_an_encoder_for_something_else_is_refused(small: Path) -> None:
     strange = SubjectEncoder("e", "", encoder.form, encoder.patcher, read_subject_encoder(ENCODER).vision)
     with pytest.raises(ValueError, match="'e' reads 32 channels of a vision model, but the one connected gives 96"):
         kind_of(strange)
+
+
+def test_all_that_stays_as_it_is_is_loaded(small: Path) -> None:
+    """Also the encoder, whose modules a pass calls: left where it lay, a GPU would refuse it."""
+    frozen = kind_of(read_subject_encoder(small)).frozen
+    parts = (frozen.denoiser.patcher, frozen.clip.patcher, frozen.vae.patcher, frozen.vision.patcher)
+    with with_gradients(), loaded(*frozen.patchers):
+        there = {id(each.model) for each in comfy.model_management.loaded_models()}
+    assert {id(each.model) for each in (*parts, frozen.encoder.patcher)} <= there
 
 
 def test_checkpointing_changes_nothing(folder: Path, small: Path) -> None:
