@@ -1,15 +1,18 @@
-"""Measure what the pack's patches cost: `python tools/bench.py [--shape NAME] [--steps N] [--repeats N]`.
+"""Measure what the pack's patches cost: `python tools/bench.py [--shape NAME] [--steps N] [--repeats N]`, or all that
+docs/BENCHMARKS.md has, in one go: `python tools/bench.py --all`.
 
 Vanilla and patched sampling take turns in one process, and what is printed are ratios to vanilla: the first picture of
 a subject (cold: its features are computed), later ones (warm: they come from the cache), the passes of the model that
 each took, and the most memory each held. Weights are random in the shapes of real models, the toy's are its own;
 inputs are random, never zero. With `--against NAME` the ratios are to later pictures of that row instead, sampled in
-turn in the same way. The numbers in docs/BENCHMARKS.md are this command's.
+turn in the same way.
 """
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -33,6 +36,28 @@ SHAPES = {
         Shape("flux-quarter", 64, 16, 4096, 128),
     )
 }
+# What docs/BENCHMARKS.md has, each in a process of its own. A window of 15 % of the steps needs several of them, and so
+# does a mask that acts late: these are of the toy alone.
+_MOST = '--only "recycled; layout bias; routed references; trained encoder\'s; semantic injection"'
+_MASKS = '--against "one subject by masks" --only "eight subjects by masks'
+_MAPS = '--against "one subject by maps" --only "eight subjects by maps"'
+_FLUX = "--shape flux --bf16 --sdpa --cfg 1 --steps 1"
+_QUARTER = "--shape flux-quarter --size 64 --cfg 1 --steps 1 --repeats 5"
+RUNS = (
+    "--shape toy --steps 20 --repeats 3",
+    f'--shape toy --steps 8 --repeats 7 {_MASKS}; dense bias"',
+    f"--shape toy --steps 8 --repeats 7 {_MAPS}",
+    f"--shape sd15 --size 32 --steps 1 --repeats 3 {_MOST}",
+    f'--shape sd15 --size 32 --steps 1 --repeats 3 {_MASKS}"',
+    '--shape flux-quarter --size 32 --steps 2 --repeats 3 --only "recycled; layout bias; routed references; AnyStory"',
+    *(f"{_QUARTER} {more}{rows}" for more in ("", "--sdpa ") for rows in ('--only "layout bias"', f'{_MASKS}"')),
+    *(
+        f"{_FLUX} --size {size} --repeats {repeats} {rows}"
+        for size, repeats in ((32, 5), (64, 3), (128, 2))
+        for rows in ('--only "layout bias"', f'{_MASKS}"')
+    ),
+    f"{_FLUX} --size 64 --repeats 3 {_MAPS}",
+)
 
 
 @dataclass
@@ -44,26 +69,34 @@ class Run:
     peak: int
 
 
-def main() -> int:
-    """The command line; see the module's text."""
-    parser = Parser(prog="bench.py", description="Measure what the pack's patches cost, as ratios to vanilla.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="toy", help="the model's shape (default: toy)")
-    parser.add_argument("--size", type=int, metavar="N", help="latents of N x N instead of the shape's usual ones")
-    parser.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
-    parser.add_argument(
+def parser() -> Parser:
+    """What the command takes."""
+    known = Parser(prog="bench.py", description="Measure what the pack's patches cost, as ratios to vanilla.")
+    known.add_argument("--all", action="store_true", help="all that docs/BENCHMARKS.md has; other options are ignored")
+    known.add_argument("--shape", choices=sorted(SHAPES), default="toy", help="the model's shape (default: toy)")
+    known.add_argument("--size", type=int, metavar="N", help="latents of N x N instead of the shape's usual ones")
+    known.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
+    known.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians are printed")
+    known.add_argument(
         "--processor",
         action="store_true",
         help="count one thread's seconds of the processor, which other work on the machine hardly changes",
     )
-    parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--bf16", action="store_true", help="weights of bfloat16, also without a GPU")
-    parser.add_argument(
+    known.add_argument("--cfg", type=float, default=4.0)
+    known.add_argument("--bf16", action="store_true", help="weights of bfloat16, also without a GPU")
+    known.add_argument(
         "--sdpa", action="store_true", help="the host's attention by PyTorch, which it takes on GPUs, also without one"
     )
-    parser.add_argument("--against", default="", metavar="WORDS", help="ratios to this row instead of vanilla")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
-    options = parser.parse_args()
+    known.add_argument("--against", default="", metavar="WORDS", help="ratios to this row instead of vanilla")
+    known.add_argument("--only", default="", metavar="WORDS", help="only rows with these whole words in their names")
+    return known
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    options = parser().parse_args()
+    if options.all:
+        return _all()
     shape = SHAPES[options.shape]
     if options.size is not None:
         if options.size < 8 or options.size % 8:
@@ -72,6 +105,16 @@ def main() -> int:
     host = find_host()
     enter(host, Path(__file__), sys.argv[1:])
     _bench(host, shape, options)
+    return 0
+
+
+def _all() -> int:
+    """All RUNS, one after the other, by one thread's seconds of the processor."""
+    for number, arguments in enumerate(RUNS, 1):
+        print(f"\n`python tools/bench.py --processor {arguments}` ({number} of {len(RUNS)}):\n", flush=True)
+        done = subprocess.run([sys.executable, __file__, "--processor", *shlex.split(arguments)], check=False)
+        if done.returncode:
+            return done.returncode
     return 0
 
 

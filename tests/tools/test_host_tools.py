@@ -251,12 +251,18 @@ def test_client_left_the_host_alone(host: location.Host) -> None:
 
 @pytest.mark.parametrize(
     ("words", "names"),
-    [("dual", ["dual branch"]), ("layout", ["layout of 2", "layout of 3"]), ("layout of 3", ["layout of 3"])],
+    [
+        ("dual", ["dual branch"]),
+        ("layout", ["layout of 2", "layout of 3"]),
+        ("layout of 3", ["layout of 3"]),
+        ("layout of 3; residual", ["residual", "layout of 3"]),
+    ],
 )
 def test_only_is_whole_words(words: str, names: list[str]) -> None:
     """What `--only` of the measuring tools takes: 'dual' is not in 'residual'."""
     every = ["residual", "dual branch", "layout of 2", "layout of 3"]
     assert chosen(words, every) == names
     assert chosen("", every) == every
-    with pytest.raises(ToolError, match=r"no 'dua' to measure; give whole words of one of these: residual; dual"):
-        chosen("dua", every)
+    for wrong in ("dua", "residual; dua"):
+        with pytest.raises(ToolError, match=r"no 'dua' to measure; give whole words of one of these: residual; dual"):
+            chosen(wrong, every)

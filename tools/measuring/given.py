@@ -127,14 +127,19 @@ class Shape:
 
 
 def chosen(words: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that have these words in them, whole and in this order; without words all.
+    """Those of the names that have these words in them, whole and in this order, or one of several such words between
+    semicolons; without words all.
 
     Raises ToolError where none has."""
-    names = list(names)
-    found = [name for name in names if not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", name)]
-    if not found:
-        raise ToolError(f"There is no '{words}' to measure; give whole words of one of these: {'; '.join(names)}.")
-    return found
+    names, found = list(names), set()
+    for each in words.split(";") if words else ():
+        having = {name for name in names if re.search(rf"(?<!\w){re.escape(each.strip())}(?!\w)", name)}
+        if not each.strip() or not having:
+            raise ToolError(
+                f"There is no '{each.strip()}' to measure; give whole words of one of these: {'; '.join(names)}."
+            )
+        found |= having
+    return [name for name in names if not words or name in found]
 
 
 def heading(*columns: str, rows: str = "") -> str:

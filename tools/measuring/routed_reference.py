@@ -169,8 +169,8 @@ def costs(shape: Shape) -> dict[str, Callable[[Any], Any]]:
     # Without a threshold one subject takes as many places as eight do.
     by_maps = MapRouter(threshold=0.0)
     return {
-        "routed references, one subject": routed(1, stripes(1)),
-        "routed references, eight subjects": routed(8, stripes(8)),
+        "routed references, one subject by masks": routed(1, stripes(1)),
+        "routed references, eight subjects by masks": routed(8, stripes(8)),
         "routed references, one subject by maps": routed(1, by_maps),
         "routed references, eight subjects by maps": routed(8, by_maps),
         "routed references, eight subjects by a dense bias, not in the pack": dense,
