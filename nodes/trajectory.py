@@ -184,8 +184,15 @@ class StartNoise:
         self.noise = state / model_sampling.noise_scaling(level, torch.ones(1), torch.zeros(1), whole)
 
     def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
-        """The noise for as many pictures as the latent has."""
-        rows = len(input_latent["samples"])
+        """The noise for as many pictures as the latent has. Raises ValueError where these are of another size, or
+        several that are another number than several inverted ones."""
+        asked, kept = input_latent["samples"].shape, self.noise.shape
+        rows = asked[0]
+        if asked[-2:] != kept[-2:] or len({1, rows, kept[0]}) > 2:
+            raise ValueError(
+                f"The trajectory's noise has the shape {tuple(kept)} but the sampler's latent {tuple(asked)}; give the "
+                "sampler an empty latent for as many pictures as were inverted, of their size."
+            )
         return self.noise.expand(rows, *self.noise.shape[1:]) if len(self.noise) == 1 else self.noise
 
 

@@ -276,6 +276,22 @@ def test_a_trajectory_keeps_levels_of_its_own(model: Any) -> None:
 # Bad input
 
 
+@pytest.mark.parametrize(
+    ("shape", "fits"), [((2, 4, 6, 8), True), ((1, 4, 6, 8), True), ((3, 4, 6, 8), False), ((2, 4, 8, 6), False)]
+)
+def test_noise_for_another_latent(shape: tuple[int, ...], fits: bool, model: Any) -> None:
+    """It ended in torch's error over a shape, in the host's sampler."""
+    *_, noise = inverted_with_noise(model, randn(2, 4, 6, 8), levels(model, 2))
+    latent = {"samples": torch.zeros(shape)}
+    if fits:
+        assert noise.generate_noise(latent).shape == (2, 4, 6, 8)
+        return
+    with pytest.raises(
+        ValueError, match=r"noise has the shape \(2, 4, 6, 8\) but the sampler's latent \(.*\); give the"
+    ):
+        noise.generate_noise(latent)
+
+
 def test_a_prompt_is_needed(model: Any) -> None:
     with pytest.raises(ValueError, match="no prompt to invert with; connect a CLIP"):
         invert(model, randn(1, 4, 8, 8), conditioning=None)
