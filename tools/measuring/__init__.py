@@ -44,7 +44,7 @@ STUDIES = {
     "diversity": cut_references.diversity,
     "oracle": oracle.study,
     "schemes": schemes.study,
-    "learned": learned.study,
+    "trained encoder": learned.study,
     **{f"learned routes of {count} emblems": partial(learned_router.routes, emblems=count) for count in (2, 3)},
     **{f"routed by encoder, {count} emblems": partial(learned_router.study, emblems=count) for count in (2, 3)},
 }

@@ -45,11 +45,10 @@ def table(found: Mapping[str, Sequence[Back]]) -> None:
 
 
 def given_back(
-    given: Given, model: Any, latents: Tensor, inverted_with: Any, rounds: int, own: Any, prompt: Any, cfg: float,
-    **settings: Any,
-) -> list[Back]:  # fmt: skip
+    given: Given, model: Any, latents: Tensor, inverted_with: Any, rounds: int, own: Any, prompt: Any, cfg: float
+) -> list[Back]:
     """What comes back of each picture's latents, inverted with one prompt and sampled again with another; `own` is what
-    the swap is told, `settings` are others of its inputs than the usual."""
+    the swap is told."""
     import torch
     from subject_patches.nodes.retouch import MultiSourceSwapNode
     from subject_patches.nodes.trajectory import InvertToTrajectoryNode
@@ -59,7 +58,7 @@ def given_back(
         model, {"samples": latents}, given.sigmas(), None, inverted_with, rounds
     ).args
     noise, nowhere = start.generate_noise({"samples": latents}), torch.zeros(1, 128, 128)
-    swapped = MultiSourceSwapNode.execute(model, path, path, own, blend_mask=nowhere, **settings).args[0]
+    swapped = MultiSourceSwapNode.execute(model, path, path, own, blend_mask=nowhere).args[0]
     found = []
     for each in (swapped, model):
         wrong = given.sampled(given.guided(each, prompt, negative, cfg), noise, torch.zeros_like(noise)) - right

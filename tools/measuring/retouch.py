@@ -94,7 +94,7 @@ class Cases:
         model = self.concept.model
         reference, _ = self.inverted(self.given.toy.vae.encode(self.concept.views[:1]), self.negative)
         path, last = self.inverted(self.given.toy.vae.encode(self.layouts), self.negative)
-        details = {"reference": reference, "reference_conditioning": self.neutral, "sites": "decoder"}
+        details = {"reference": reference, "reference_conditioning": self.neutral}
         both = {**details, "layout": path, "layout_conditioning": self.personal}
         mask = AdaptiveBlendMaskNode.execute(
             mask=place_masks(self.given.judge, self.layouts), phrase=self.concept.words
@@ -132,9 +132,7 @@ class Cases:
         """What comes back of the layouts; see `WAYS`."""
         inverted_with, prompt = self.personal if known else self.negative, self.personal if own else self.neutral
         latents = self.given.toy.vae.encode(self.layouts)
-        return given_back(
-            self.given, self.concept.model, latents, inverted_with, rounds, self.personal, prompt, cfg, sites="decoder"
-        )
+        return given_back(self.given, self.concept.model, latents, inverted_with, rounds, self.personal, prompt, cfg)
 
     def inverted(self, latents: Tensor, prompt: Any, rounds: int = 0) -> tuple[Any, Tensor]:
         """The trajectory of latents with the personalised model, as Algorithm 1 has it, and the noisiest of it."""
