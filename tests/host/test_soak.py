@@ -74,31 +74,40 @@ def _behind_the_sampler(prompt: ApiPrompt) -> list[str]:
     ("kind", "message", "last", "what"),
     [
         ("ValueError", "The size is 0; give a number from 64 to 2048.", True, SENTENCE),
+        ("ValueError", "'dog' is no phrase; write one.", True, SENTENCE),
         ("ValueError", "too many values to unpack (expected 2)", True, FAULT),
+        ("ValueError", "(2, 3) is no shape.", True, FAULT),
         ("ValueError", "The axes of attn_mask do not match.", False, FAULT),
         ("TypeError", "The size is a str.", True, FAULT),
     ],
 )
 def test_what_a_failed_run_says_of_itself(kind: str, message: str, last: bool, what: str) -> None:
-    """A sentence is the pack's own; an error that only passes through the pack is a fault, one beside it is none, also
-    in a folder that is called as the pack's is."""
+    """A sentence is the pack's own; an error that only passes through the pack is a fault, of which the last frames are
+    told, one beside it is none, also in a folder that is called as the pack's is."""
     ours, host = (
         f'File "{os.sep.join((PACK_FOLDER, *parts))}", line 1' for parts in (("custom_nodes", PACK_FOLDER), ("x",))
     )
     told = {
         "exception_type": kind,
         "exception_message": f"{message}\n",
-        "traceback": [host, ours, *[host] * (not last)],
+        "traceback": [*["first"] * 6, host, ours, *[host] * (not last)],
     }
-    assert failed(WorkflowError("", report=told)).what == what
+    verdict = failed(WorkflowError("", report=told))
+    assert verdict.what == what
+    if what == SENTENCE:
+        assert verdict.why == message
+    if what == FAULT and not verdict.why.startswith("no sentence: "):
+        assert verdict.why.endswith("".join(told["traceback"][-6:]))
     assert failed(WorkflowError("", report={**told, "traceback": [host]})).what == HOST
 
 
 def test_what_a_refused_run_says_of_itself() -> None:
     frames = [f'File "base{os.sep}custom_nodes{os.sep}{PACK_FOLDER}{os.sep}x.py", line 1']
-    for traceback, what in ((frames, FAULT), ([], REFUSED)):
-        error = {"extra_info": {"traceback": traceback}}
+    for told, what in (({"traceback": frames}, FAULT), ({"traceback": []}, REFUSED), ({}, REFUSED), (None, REFUSED)):
+        error = {"extra_info": told}
         assert failed(WorkflowError("", report={"node_errors": {"1": {"errors": [error]}}})).what == what
+    for nothing in ({}, {"node_errors": None}):
+        assert failed(WorkflowError("", report={"error": "no outputs", **nothing})).what == REFUSED
 
 
 DRAWN, BROKEN = ({"3": {"digest": ["a"], "finite": [finite]}} for finite in (True, False))
@@ -120,6 +129,7 @@ def ended(kind: str) -> WorkflowError:
         (BROKEN, BROKEN, HOST),
         (ended("TypeError"), ended("TypeError"), HOST),
         (ended("TypeError"), ended("KeyError"), FAULT),
+        (ended("TypeErrors"), ended("TypeError"), FAULT),
         (ended("TypeError"), DRAWN, FAULT),
         (ended("TypeError"), BROKEN, FAULT),
         (ended("TypeError"), HANGS, FAULT),
@@ -128,9 +138,10 @@ def ended(kind: str) -> WorkflowError:
 )
 def test_what_became_of_a_case(patched: Any, bare: Any, what: str) -> None:
     """A fault is the host's own where the same workflow without the patches ends so, too; None is asked for nothing."""
-    answers = [each for each in (patched, bare) if each is not None]
+    answers, asked = [each for each in (patched, bare) if each is not None], []
 
     def queue(prompt: ApiPrompt, seconds: float) -> Any:
+        asked.append(prompt)
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -145,6 +156,7 @@ def test_what_became_of_a_case(patched: Any, bare: Any, what: str) -> None:
     served = Soaked(SimpleNamespace(queue=queue))
     assert judged(served, case("2"), known).what == what
     assert answers == []
+    assert asked == [case("2").prompt, without_patches(case("2").prompt, known)][: len(asked)]
     if what == HOST:
         # A workflow that has no patch in its way is asked once.
         answers.append(patched)
