@@ -3,6 +3,7 @@ small models with random weights, in the host's own classes, that fit one anothe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.sd
@@ -11,12 +12,14 @@ from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy.t2i_adapter.adapter import StyleAdapter
 from dit_models import dit_model
 from hosting.random_models import fill
-from small_vision import VISION, dinov2, siglip
+from small_vision import VISION, clip_vision, dinov2, siglip
 
 # How wide the small text encoders' tokens are.
 CONTEXT = 16
 # By what a small model reads them.
 _READS: dict[str, dict[str, Any]] = {"Z-Image": {"cap_feat_dim": CONTEXT}}
+
+_VISIONS = {"siglip": siglip, "dinov2": dinov2, "clip": partial(clip_vision, projection_dim=VISION)}
 
 
 class _Loader:
@@ -51,16 +54,16 @@ class SmallClip(_Loader):
 
 
 class SmallVision(_Loader):
-    """A SigLIP, or a DINOv2."""
+    """A SigLIP, a DINOv2, or a CLIP, which alone pools what it sees, as wide as the others."""
 
     RETURN_TYPES = ("CLIP_VISION",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, the host's name
-        return {"required": {}, "optional": {"kind": (["siglip", "dinov2"],)}}
+        return {"required": {}, "optional": {"kind": (list(_VISIONS),)}}
 
     def load(self, kind: str = "siglip") -> tuple[Any]:
-        return (siglip() if kind == "siglip" else dinov2(),)
+        return (_VISIONS[kind](),)
 
 
 class SmallStyle(_Loader):

@@ -50,7 +50,7 @@ def add_files(base: Path) -> None:
     toy = comfy.sd.load_checkpoint_guess_config(str(TOY), output_vae=False, output_clip=False)[0]
     family = family_of(toy).name
     encoders = models / SUBJECT_ENCODERS.name
-    written(encoders / f"{GOOD}encoder.safetensors", *file_for(toy))
+    written(encoders / f"{GOOD}encoder.safetensors", *file_for(toy, routed=True))
     written(encoders / f"{GOOD}semantics.safetensors", *contents(family, WIDTH))
     residual = ResidualToken(torch.randn(1, WIDTH, generator=generator(1)), "emblem", 1)
     written(_folder(models / RESIDUAL_TOKENS.name) / f"{GOOD}residual.safetensors", *file_contents(residual))

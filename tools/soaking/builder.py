@@ -26,6 +26,8 @@ ONE_OF = {
 }
 # Types whose files are for the toy.
 OF_THE_TOY = ("RESIDUAL_TOKEN", "IMAGE_PROMPT_ADAPTER", "SEMANTICS", "SUBJECT_ENCODER")
+# The vision models that nodes read with these words in their ids; others read a SigLIP.
+_VISIONS = {"Semantic": "dinov2", "ImagePrompt": "clip"}
 _DEEP = 3
 
 
@@ -91,7 +93,7 @@ class Builder(Usual):
                 maker = self.prompt[number]["class_type"]
                 if maker.startswith(PACK) and gives(self.known, maker, "MODEL"):
                     return self.sampled(model=[number, self.known[maker]["output"].index("MODEL")])
-        vision = "dinov2" if "Semantic" in kind else "siglip"
+        vision = next((kinds for words, kinds in _VISIONS.items() if words in kind), "siglip")
         own = {
             "MODEL": lambda: self.patched(self.links["MODEL"]) if self.rng.random() < 0.1 else self.links["MODEL"],
             "CLIP": lambda: self.links["CLIP"],
@@ -151,7 +153,7 @@ class Builder(Usual):
             value = self.link(type_, name, 1, {})
             return [self.add(spoilt, value=value, way=self.rng.choice(ways)), 0]
         if type_ == "CLIP_VISION":
-            return [self.add("SmallVision", kind=self.rng.choice(("siglip", "dinov2"))), 0]
+            return [self.add("SmallVision", kind=self.rng.choice(("siglip", *_VISIONS.values()))), 0]
         if type_ == "STYLE_MODEL":
             return [self.add("SmallStyle", kind="adapter"), 0]
         if type_ in ("SIGMAS", "SAMPLER", "ARRAY"):
