@@ -20,7 +20,8 @@ ORDER = (
     "emblem_by_a_trained_encoder",
     *("layout_by_boxes", "retouch_a_picture", "train_a_residual_token"),
     *("concept_and_the_prompt", "emblem_in_a_painted_region", "repaint_around_an_emblem", "layout_and_retouch"),
-    *("two_emblems_by_attention_maps", "layout_by_masks", "three_nodes_in_the_same_layers"),
+    *("two_emblems_by_attention_maps", "two_emblems_by_a_trained_encoder", "layout_by_masks"),
+    "three_nodes_in_the_same_layers",
     *("text_to_image_dit", "text_to_image", "attention_inspector"),
 )
 _SIDE, _GAP, _MOST = 150, 14, 5
