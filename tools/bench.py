@@ -38,30 +38,30 @@ SHAPES = {
 }
 # What docs/BENCHMARKS.md has, each in a process of its own. A window of 15 % of the steps needs several of them, and so
 # does a mask that acts late: these are of the toy alone.
-_MOST = '--only "recycled; layout bias; routed references'
 _LAYOUT = '--only "layout bias"'
 _MASKS = '--against "one subject by masks" --only "eight subjects by masks'
 _MAPS = '--against "one subject by maps" --only "eight subjects by maps"'
-_QUARTER = "--shape flux-quarter --size 64 --cfg 1 --steps 1 --repeats 5"
+_ONCE = "recycled; layout bias; one subject by masks; eight subjects by masks"
+_QUARTER = "--shape flux-quarter --size 64 --cfg 1 --steps 1"
 _FLUX = "--shape flux --bf16 --sdpa --cfg 1 --steps 1"
 RUNS = (
-    "--shape toy --steps 12 --repeats 3",
+    "--shape toy --steps 8",
     f"{_QUARTER} --sdpa {_LAYOUT}",
     f'{_QUARTER} --sdpa {_MASKS}"',
-    f"{_FLUX} --size 64 --repeats 3 {_LAYOUT}",
-    f'{_FLUX} --size 64 --repeats 3 {_MASKS}"',
-    f"--shape sd15 --size 32 --steps 1 --repeats 2 {_MOST}; trained encoder's; semantic injection\"",
-    f'--shape flux-quarter --size 32 --steps 2 --repeats 2 {_MOST}; AnyStory"',
-    f'--shape toy --steps 8 --repeats 5 {_MASKS}; dense bias"',
-    f"--shape toy --steps 8 --repeats 5 {_MAPS}",
+    f"{_FLUX} --size 64 {_LAYOUT}",
+    f'{_FLUX} --size 64 {_MASKS}"',
+    f'--shape sd15 --size 32 --steps 1 --only "{_ONCE}; a trained encoder\'s subject; semantic injection"',
+    f'--shape flux-quarter --size 32 --steps 2 --only "{_ONCE}; AnyStory"',
+    f'--shape toy --steps 8 {_MASKS}; dense bias"',
+    f"--shape toy --steps 8 {_MAPS}",
     f"{_QUARTER} {_LAYOUT}",
     f'{_QUARTER} {_MASKS}"',
-    f"{_FLUX} --size 32 --repeats 3 {_LAYOUT}",
-    f'{_FLUX} --size 32 --repeats 3 {_MASKS}"',
-    f"{_FLUX} --size 64 --repeats 3 {_MAPS}",
-    f'--shape sd15 --size 32 --steps 1 --repeats 3 {_MASKS}"',
-    f"{_FLUX} --size 128 --repeats 2 {_LAYOUT}",
-    f'{_FLUX} --size 128 --repeats 1 {_MASKS}"',
+    f"{_FLUX} --size 32 {_LAYOUT}",
+    f'{_FLUX} --size 32 {_MASKS}"',
+    f"{_FLUX} --size 64 {_MAPS}",
+    f'--shape sd15 --size 32 --steps 1 {_MASKS}"',
+    f"{_FLUX} --size 128 {_LAYOUT}",
+    f'{_FLUX} --size 128 {_MASKS}"',
 )
 
 
@@ -77,7 +77,7 @@ class Run:
 def parser() -> Parser:
     """What the command takes."""
     known = Parser(prog="bench.py", description="Measure what the pack's patches cost, as ratios to vanilla.")
-    known.add_argument("--all", action="store_true", help="all that docs/BENCHMARKS.md has; other options are ignored")
+    known.add_argument("--all", action="store_true", help="all that docs/BENCHMARKS.md has; takes --repeats alone")
     known.add_argument("--shape", choices=sorted(SHAPES), default="toy", help="the model's shape (default: toy)")
     known.add_argument("--size", type=int, metavar="N", help="latents of N x N instead of the shape's usual ones")
     known.add_argument("--steps", type=int, default=8, help="sampling steps of each run")
@@ -101,7 +101,7 @@ def main() -> int:
     """The command line; see the module's text."""
     options = parser().parse_args()
     if options.all:
-        return _all()
+        return _all(options.repeats)
     shape = SHAPES[options.shape]
     if options.size is not None:
         if options.size < 8 or options.size % 8:
@@ -113,11 +113,12 @@ def main() -> int:
     return 0
 
 
-def _all() -> int:
+def _all(repeats: int) -> int:
     """All RUNS, one after the other, by one thread's seconds of the processor."""
     for number, arguments in enumerate(RUNS, 1):
-        print(f"\n`python tools/bench.py --processor {arguments}` ({number} of {len(RUNS)}):\n", flush=True)
-        done = subprocess.run([sys.executable, __file__, "--processor", *shlex.split(arguments)], check=False)
+        given = f"{arguments} --processor --repeats {repeats}"
+        print(f"\n{number} of {len(RUNS)}: `python tools/bench.py {given}`\n", flush=True)
+        done = subprocess.run([sys.executable, __file__, *shlex.split(given)], check=False)
         if done.returncode:
             return done.returncode
     return 0
