@@ -22,15 +22,6 @@ from subject_patches.patches.mechanisms.attention_maps import resized
 from subject_patches.patches.mechanisms.learned_router import LearnedRouter, route_of_logits
 from subject_patches.patches.mechanisms.map_router import MapRouter
 from subject_patches.patches.mechanisms.subject import Reference, Subject
-from subject_patches.training.router import (
-    RoutedPass,
-    chosen,
-    gumbel,
-    intersection_over_union,
-    overlap,
-    routing_loss,
-    true_maps,
-)
 from torch import Tensor
 
 from ..shared.models import (
@@ -341,52 +332,3 @@ def test_a_route_at_another_grid_is_of_interpolated_logits() -> None:
     logits = randn(2, 3, 4, 6, seed=1)
     assert torch.equal(route_of_logits(logits, (4, 6)), logits.flatten(2).argmax(1))
     assert torch.equal(route_of_logits(logits, (2, 3)), resized(logits, (2, 3)).flatten(2).argmax(1))
-
-
-# Training: Eq. 4, the choice, and what a pass is measured by
-
-
-def test_a_choice_is_one_hot_and_has_the_softmax_s_gradient() -> None:
-    with torch.inference_mode(False), torch.enable_grad():
-        logits = torch.tensor([[[9.0, -9.0], [0.0, 0.0]]], requires_grad=True)
-        sigma = chosen(logits, gumbel(logits, generator(1)))
-        assert sigma.detach().tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
-        (sigma * torch.tensor([1.0, 2.0])).sum().backward()
-        # What all maps of a place gain together is always the same, so no gradient comes of it.
-        assert torch.allclose(logits.grad.sum(1), torch.zeros(1, 2), atol=1e-6)
-        even = torch.zeros(1, 2, 400, requires_grad=True)
-        noise = gumbel(even, generator(2))
-        drawn = chosen(even, noise)
-        assert 150 < float(drawn[0, 0].detach().sum()) < 250
-        drawn[0, 0].sum().backward()
-        share = noise.softmax(1)[0, 0]
-        assert torch.allclose(even.grad[0, 0], share * (1 - share), atol=1e-6)
-
-
-def test_equation_4() -> None:
-    """The square distance of each subject's map to the truth, the mean over the subjects that are there;
-    the background's map is none of theirs."""
-    logits = torch.log(torch.tensor([[[0.6, 0.2], [0.3, 0.3], [0.1, 0.5]]]))
-    truth = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    both = 0.4**2 + 0.2**2, 0.3**2 + 0.7**2
-    assert float(routing_loss(logits, truth, torch.tensor([[True, True]]))) == pytest.approx(sum(both) / 2)
-    assert float(routing_loss(logits, truth, torch.tensor([[True, False]]))) == pytest.approx(both[0])
-
-
-def test_overlap_with_the_true_masks() -> None:
-    one, other = torch.tensor([[True, True, False, False]]), torch.tensor([[False, True, True, False]])
-    assert overlap(one, other).tolist() == [pytest.approx(1 / 3)]
-    # Who neither has nor gets a place.
-    assert overlap(~one & one, ~one & one).tolist() == [0.0]
-    masks = torch.zeros(1, 2, 4, 4)
-    masks[0, 0, :2], masks[0, 1, 3, :2] = 1, 1
-    assert true_maps(masks, (2, 2)).tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
-    right = torch.tensor([[[9.0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9]]])
-    wrong, site = right.roll(1, 1), "a layer"
-    maps = {site: (wrong, right, (2, 2))}
-    there = torch.tensor([[True, False]])
-    coarse, refined = intersection_over_union(maps, masks, there, [site])[site]
-    assert (coarse.tolist(), refined.tolist()) == ([0.0], [1.0])
-    loss = float(RoutedPass(maps=maps).loss(masks, there))
-    expected = [float(routing_loss(each, true_maps(masks, (2, 2)), there)) for each in (wrong, right)]
-    assert loss == pytest.approx(sum(expected) / 2)
