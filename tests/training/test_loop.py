@@ -13,8 +13,11 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_train import LossGraphNode
+from safetensors.torch import save_file
+from subject_patches.patches.parts.writing import NAME_MAX
 from subject_patches.tests.shared.clips import small_clip
 from subject_patches.tests.shared.models import sample, small_model
+from subject_patches.training import loop
 from subject_patches.training.copies import loaded, private_copy, with_gradients
 from subject_patches.training.denoising import Denoiser
 from subject_patches.training.loop import Group, Training
@@ -170,16 +173,55 @@ def test_what_a_training_cannot_go_on_from(output: Path) -> None:
     trained(1, "dog")
     with pytest.raises(ValueError, match=r"'dog' was begun with another noun \(dog, now cat\); give .* another name"):
         StateFile("dog", {"noun": "cat"}).load()
-    (output / "training" / "broken.safetensors").write_bytes(b"no state")
-    with pytest.raises(ValueError, match=r"broken\.safetensors cannot be read .*; delete it to begin anew"):
-        StateFile("broken", {}).load()
-    for name in ("", "../dog", "a/b", " "):
+    # What only the one or the other says of itself counts, too.
+    for about, said in (({}, r"noun \(dog, now None\)"), ({"noun": "dog", "size": "64"}, r"size \(None, now 64\)")):
+        with pytest.raises(ValueError, match=f"'dog' was begun with another {said}"):
+            StateFile("dog", about).load()
+    broken = output / "training" / "broken.safetensors"
+    for metadata in ("no file", None, {"about": "{}"}, {"about": "{", "values": "{}"}):
+        if metadata == "no file":
+            broken.write_bytes(b"no state")
+        else:
+            save_file({"w": torch.ones(1)}, broken, metadata)
+        with pytest.raises(ValueError, match=r"broken\.safetensors cannot be read .*; delete it to begin anew"):
+            StateFile("broken", {}).load()
+    for name in ("", "../dog", "a/b", " ", "é" * (NAME_MAX // 2 + 1)):
         with pytest.raises(ValueError, match="is no name for a training"):
             StateFile(name, {})
 
 
-def test_a_loss_that_is_no_number_ends_the_training() -> None:
+def of_one_weight(dtype: torch.dtype = torch.float32, state: StateFile | None = None) -> tuple[Training, Tensor]:
     weight = torch.nn.Parameter(torch.ones(1).clone())
-    training = Training([Group({"w": weight}, 0.1)], device=torch.device("cpu"), dtype=torch.float32, seed=0)
-    with pytest.raises(ValueError, match=r"The loss is nan at step 1; lower the learning rate"):
-        training.run(2, lambda _: (weight * float("nan")).sum())
+    return Training([Group({"w": weight}, 0.1)], device=torch.device("cpu"), dtype=dtype, seed=0, state=state), weight
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_loss_that_is_no_number_ends_the_training(number: str) -> None:
+    training, weight = of_one_weight()
+    with pytest.raises(ValueError, match=f"The loss is {number} at step 1; lower the learning rate"):
+        training.run(2, lambda _: (weight * float(number)).sum())
+
+
+def test_a_crash_costs_the_steps_since_the_last_save(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    with with_gradients():
+        training, weight = of_one_weight(state=StateFile("dog", {}))
+
+        def crashes(_: torch.Generator) -> Tensor:
+            if training.step == 3:
+                raise RuntimeError("out of memory")
+            return weight.square().sum()
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            training.run(9, crashes)
+        assert of_one_weight(state=StateFile("dog", {}))[0].step == 2
+
+
+def test_the_scale_of_half_precision_goes_on(output: Path) -> None:
+    """A gradient that is too large halves it and leaves the step out, once."""
+    with with_gradients():
+        training, weight = of_one_weight(torch.float16, StateFile("dog", {}))
+        before = training.scaler.get_scale()
+        training.run(1, lambda _: (weight.float() * 1e34).sum())
+        assert float(weight.detach()) == 1
+        assert of_one_weight(torch.float16, StateFile("dog", {}))[0].scaler.get_scale() == before / 2
