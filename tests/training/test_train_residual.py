@@ -28,6 +28,8 @@ from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, sample, small_model
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.toy.family import UNET, ToyDiffusion
+from subject_patches.training import images as pictures
+from subject_patches.training import residual
 from subject_patches.training.residual import Tuned, filled, shipped_templates
 from subject_patches.training.usual import Usual, UsualWords, usual_concept, usual_residual, usual_side, usual_words
 from torch import Tensor
@@ -65,7 +67,7 @@ def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualT
     given: dict[str, Any] = {
         "model": model or small_model(),
         "clip": clip or small_clip("SD 1.x", hidden_size=CONTEXT),
-        "vae": small_vae(),
+        "vae": values.pop("vae", None) or small_vae(),
         "noun": "dog",
         "steps": 3,
         "learning_rate": 1e-3,
@@ -124,6 +126,43 @@ def test_a_resumed_training_ends_where_a_whole_one_does() -> None:
     train(steps=2, resume_name="sentences", more_templates="a {} in a hat")
     with pytest.raises(ValueError, match="'sentences' was begun with another sentences"):
         train(steps=4, resume_name="sentences", more_templates="a {} in a coat")
+
+
+# What a person may set otherwise, and what a state calls it.
+CHANGES: dict[str, tuple[Any, str]] = {
+    "noun": ("cat", "noun"),
+    "tunes": ("residual alone", "tunes"),
+    "loss": ("v", "loss"),
+    "images": ([torch.zeros(2, 64, 64, 3)], "pictures"),
+    "captions": ("a {} on grass", "captions"),
+    "learning_rate": (1e-4, "learning rate"),
+    "batch_size": (2, "batch size"),
+    "preservation": (0.2, "preservation"),
+    "precision": ("bf16", "precision"),
+    "seed": (3, "seed"),
+}
+
+
+def test_a_state_knows_what_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that changes the result, and nothing else: not how long it trains, nor what is computed again."""
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        residual, "train_residual_token", lambda *given: seen.append(given[-1].about) or (None, {"loss": []})
+    )
+    # Nothing is trained, so no picture needs its latents.
+    monkeypatch.setattr(pictures, "latents_of", lambda *_: None)
+    model, clip, vae = small_model(), small_clip("SD 1.x", hidden_size=CONTEXT), small_vae()
+
+    def about(**values: Any) -> dict[str, str]:
+        train(model, clip, vae=vae, resume_name="dog", **values)
+        return seen[-1]
+
+    first = about()
+    assert about(steps=9, gradient_checkpointing=False) == first
+    for setting, (value, called) in CHANGES.items():
+        other = about(**{setting: value})
+        different = {name for name in first if other[name] != first[name]}
+        assert called in different <= {called, "captions", "sentences", "pictures"}, setting
 
 
 def test_checkpointing_is_what_is_chosen() -> None:
