@@ -19,6 +19,7 @@ from soaking.described import PACK
 from soaking.endurance import endured, growth, together
 from soaking.flags import flagged, twice
 from soaking.fuzz import fuzz, report
+from soaking.homes import HOMES
 from soaking.interrupts import interrupted
 from soaking.served import Held, Soaked
 from soaking.starts import brought
@@ -161,6 +162,22 @@ def test_what_became_of_a_case(patched: Any, bare: Any, what: str) -> None:
         # A workflow that has no patch in its way is asked once.
         answers.append(patched)
         assert judged(served, case("1"), known).what == FAULT
+
+
+@pytest.mark.parametrize(("next_one", "told"), [("other", "is another"), (ServerError("gone"), "did not come (gone)")])
+def test_what_became_of_the_next_plain_picture_is_told(served: Soaked, next_one: Any, told: str) -> None:
+    plain = [*["usual"] * len(HOMES), next_one]
+
+    def picture(*_home: Any) -> str:
+        if isinstance(plain[0], ServerError):
+            raise plain[0]
+        return plain.pop(0)
+
+    known = served.server.object_info()
+    server = SimpleNamespace(get=lambda path: known, queue=lambda prompt, seconds: DRAWN)
+    stand_in: Any = SimpleNamespace(server=server, plain=picture, kept_files=dict, held=lambda: HELD)
+    ((case, verdict),) = fuzz(stand_in, [1]).faults
+    assert verdict.why.startswith(f"the next plain picture of {case.home} {told}; ")
 
 
 def test_workflows_in_turn_leave_nothing(served: Soaked) -> None:

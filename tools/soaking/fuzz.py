@@ -45,9 +45,9 @@ def fuzz(served: Soaked, numbers: Iterable[int], seed: int = 0, told: Told = lam
         case = case_of(seed, number, known)
         verdict = judged(served, case, known)
         # A node may have been given another model, which is looked at with the others now and then.
-        changed = [home for home in (HOMES if done % _LOOK == 0 else (case.home,)) if _differs(picture, home, plain)]
-        if changed:
-            verdict = Verdict(FAULT, f"the next plain picture of {', '.join(changed)} is another; {verdict.why}")
+        for home in HOMES if done % _LOOK == 0 else (case.home,):
+            if changed := _changed(picture, home, plain[home]):
+                verdict = Verdict(FAULT, f"the next plain picture of {home} {changed}; {verdict.why}")
         tally.verdicts[verdict.what] += 1
         tally.nodes.update(set(case.nodes))
         if verdict.what == FAULT:
@@ -61,11 +61,12 @@ def fuzz(served: Soaked, numbers: Iterable[int], seed: int = 0, told: Told = lam
     return tally
 
 
-def _differs(picture: Callable[[str], str], home: str, plain: dict[str, str]) -> bool:
+def _changed(picture: Callable[[str], str], home: str, plain: str) -> str:
+    """What became of the next plain picture of a model; nothing where it is the same."""
     try:
-        return picture(home) != plain[home]
-    except (WorkflowError, ServerError):
-        return True
+        return "" if picture(home) == plain else "is another"
+    except (WorkflowError, ServerError) as error:
+        return f"did not come ({error})"
 
 
 def _saved(name: str) -> bool:
