@@ -36,7 +36,6 @@ STUDIES = {
     "together": together.study,
     "noise level, recycled": references.recycled,
     "noise level, routed": references.routed,
-    "strength and layers, recycled": partial(references.recycled, settings_of=references.STRENGTHS),
     "strength and layers, routed": partial(references.routed, settings_of=references.STRENGTHS),
     "background, recycled": references.backgrounds,
     "routed, unmasked": partial(routed_reference.study, emblems=2, masked=False),

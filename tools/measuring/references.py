@@ -65,7 +65,7 @@ class Row:
     passes: list[float] = field(default_factory=list)
 
 
-def recycled(given: Given, settings_of: Mapping[str, dict[str, Any]] = LEVELS) -> None:
+def recycled(given: Given) -> None:
     """Prints the table of Recycled Self-Attention, over `given.count` emblems carried into a prompt's scene."""
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
 
@@ -75,15 +75,13 @@ def recycled(given: Given, settings_of: Mapping[str, dict[str, Any]] = LEVELS) -
         def add(name: str, row: Row) -> None:
             model = given.toy.model
             if name != UNPATCHED:
-                model = RecycledSelfAttentionNode.execute(model, pair.subject, **settings_of[name]).args[0]
+                model = RecycledSelfAttentionNode.execute(model, pair.subject, **LEVELS[name]).args[0]
             _carried(given, row, pair, model, number)
             pair.subject[0].cache.clear()
 
         return add
 
-    _measured(
-        f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *settings_of), given, case
-    )
+    _measured(f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *LEVELS), given, case)
 
 
 def backgrounds(given: Given) -> None:
