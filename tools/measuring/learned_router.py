@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from hosting.errors import ToolError
 
-from .given import PHRASES, Given, Shape
+from .given import PHRASES, Given, Shape, heading, mean, paired, row, share
 from .learned import random_subjects, the_encoder
-from .routed_reference import ALONE, UNPATCHED, Case, table
+from .routed_reference import ALONE, UNPATCHED, Case
 
 if TYPE_CHECKING:
     from .emblems import Likeness
+
+    # What `Case.placed` gives of a scene: a likeness for each emblem, and whether the background is right.
+    Placed = tuple[list[Likeness], bool]
 
 EVERYWHERE, MASKS, ATTENTION = "all references everywhere", "routed by masks", "routed by attention maps"
 DEFAULT, COARSE = "routed by encoder, refined maps", "routed by encoder, coarse maps"
@@ -133,18 +136,38 @@ def _with_error(values: list[float]) -> str:
 def study(given: Given, emblems: int) -> None:
     """Prints a table over `given.count` scenes of so many emblems, in the boxes of a layout."""
     encoder = _routed_encoder()
-    names = (ALONE, *WAYS)
-    likeness: dict[str, list[Likeness]] = {name: [] for name in names}
-    grounds: dict[str, list[bool]] = {name: [] for name in names}
+    scenes: dict[str, list[Placed]] = {name: [] for name in (ALONE, *WAYS)}
     for number in range(given.count):
         case = EncodedCase(given, encoder, emblems, number)
-        for name in names:
-            found, ground = case.placed(name)
-            likeness[name] += found
-            grounds[name].append(ground)
+        for name, seen in scenes.items():
+            seen.append(case.placed(name))
         print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
     print(f"{emblems} emblems, encoded, {given.count} scenes, in the boxes of a layout:\n")
-    table(likeness, grounds)
+    table(scenes)
+
+
+def table(scenes: dict[str, list[Placed]]) -> None:
+    """Prints a row for each name, of its scenes; errors are over the scenes, which are what is independent."""
+    import numpy as np
+
+    def points(name: str) -> list[float]:
+        return [100 * mean(each.blended for each in found) for found, _ in scenes[name]]
+
+    def identities(name: str) -> list[float]:
+        return [mean(each.identity for each in found) for found, _ in scenes[name]]
+
+    against = {"attention maps": ATTENTION, "masks": MASKS}
+    titles = ("identity", "rise, paired", "looks more like another", *(f"against {other}" for other in against))
+    print(heading(*titles, "emblem found", "background right"))
+    for name, seen in scenes.items():
+        blended = points(name)
+        error = np.std(blended, ddof=1) / len(blended) ** 0.5 if len(blended) > 1 else float("nan")
+        cells = [f"{mean(identities(name)):.3f}", paired(identities(ALONE), identities(name)) if name != ALONE else ""]
+        cells.append(f"{mean(blended):.0f} ± {error:.0f}%")
+        cells += [paired(points(other), blended, 1) if name != other else "" for other in against.values()]
+        emblems = [each.emblem for found, _ in seen for each in found]
+        print(row(name, *cells, share(emblems), share([ground for _, ground in seen])))
+    print()
 
 
 def _routed_encoder() -> Any:
