@@ -37,7 +37,8 @@ class LoadAnyStoryNode(io.ComfyNode):
             inputs=[
                 SUBJECT_ENCODERS.file_input(
                     f"A file in the models folder {SUBJECT_ENCODERS.name} that python tools/convert.py made of the "
-                    "authors' anystory_flux.bin."
+                    "authors' anystory_flux.bin.",
+                    "anystory_",
                 )
             ],
             outputs=[AnyStoryType.Output(display_name="anystory", tooltip="For AnyStory Subject and AnyStory.")],

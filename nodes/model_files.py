@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from comfy_api.latest import io
@@ -28,12 +28,14 @@ class ModelFolder:
             folder_paths.add_model_folder_path(self.name, str(place))
         folder_paths.folder_names_and_paths[self.name][1].add(ENDING)
 
-    def file_input(self, tooltip: str) -> io.Combo.Input:
-        """The file of a node that loads one."""
+    def file_input(self, tooltip: str, kind: str = "") -> io.Combo.Input:
+        """The file of a node that loads one; those whose names begin with `kind` come first, where the folder has
+        several kinds, since a new node has the first."""
         import folder_paths
 
         # Another pack may keep files of other endings in a folder of this name.
         files = [name for name in folder_paths.get_filename_list(self.name) if name.endswith(ENDING)]
+        files.sort(key=lambda name: not PurePath(name).name.startswith(kind))
         return io.Combo.Input("file", options=files, tooltip=tooltip)
 
     def state(self, file: str) -> Any:

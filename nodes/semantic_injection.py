@@ -36,7 +36,8 @@ class LoadSemanticInjectionNode(io.ComfyNode):
             inputs=[
                 SUBJECT_ENCODERS.file_input(
                     f"An anylogo-FAMILY.safetensors of the models folder {SUBJECT_ENCODERS.name}, for the family at "
-                    "hand. The U-Net that was tuned with it is a LoRA: load that with Load LoRA."
+                    "hand. The U-Net that was tuned with it is a LoRA: load that with Load LoRA.",
+                    "anylogo-",
                 )
             ],
             outputs=[SemanticsType.Output(display_name="semantics", tooltip="For Semantic Injection.")],

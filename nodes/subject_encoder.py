@@ -36,7 +36,8 @@ class LoadSubjectEncoderNode(io.ComfyNode):
             inputs=[
                 SUBJECT_ENCODERS.file_input(
                     f"A file in the models folder {SUBJECT_ENCODERS.name} that the pack's training wrote, for the "
-                    "checkpoint's family. anystory-toy is for the small checkpoint that comes with the pack."
+                    "checkpoint's family. anystory-toy is for the small checkpoint that comes with the pack.",
+                    "anystory-",
                 )
             ],
             outputs=[

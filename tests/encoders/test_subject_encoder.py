@@ -15,7 +15,9 @@ from subject_patches.encoders.reference_net import ENTRANCE, build, delivering, 
 from subject_patches.encoders.segmented import segmented
 from subject_patches.encoders.subject_encoder import SubjectEncoder, read_subject_encoder
 from subject_patches.encoders.vision import seen
+from subject_patches.nodes.anystory_subject import LoadAnyStoryNode
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS
+from subject_patches.nodes.semantic_injection import LoadSemanticInjectionNode
 from subject_patches.nodes.subject_encoder import (
     REFERENCES,
     TOKENS,
@@ -168,6 +170,23 @@ def test_a_shape_that_no_unet_has_is_refused() -> None:
 
 
 # The nodes
+
+
+def test_a_new_loader_has_a_file_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that has several kinds: the first one would be refused by two of the three nodes."""
+    names = ("a.safetensors", "anylogo-toy.safetensors", "anystory-toy.safetensors", "anystory_flux.safetensors")
+    for name in names:
+        (tmp_path / name).touch()
+    places = ([str(tmp_path)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, SUBJECT_ENCODERS.name, places)
+    for node, first in (
+        (LoadSemanticInjectionNode, names[1]),
+        (LoadSubjectEncoderNode, names[2]),
+        (LoadAnyStoryNode, names[3]),
+    ):
+        (file,) = node.define_schema().inputs
+        assert file.options[0] == first
+        assert sorted(file.options) == [*names]
 
 
 def test_the_nodes_load_and_encode(model: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
