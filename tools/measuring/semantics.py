@@ -1,7 +1,8 @@
 """AnyLogo's tuning on the toy: Table 3's rows, Table 4's, and Figure 7's, each trained.
 
-`toy.train_anylogo` makes what is measured: each row reads the two files that its run left in a folder below `toy/runs`.
-The cases are those of the trained subject encoder.
+`toy.train_anylogo` makes what is measured: the rows of Table 4 and Figure 7 read the two files that each run left in a
+folder below `toy/runs`, those of Table 3 the shipped ones, trained longer. The cases are those of the trained subject
+encoder.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ class Row:
     level: str | None = None
 
 
-TOY, ENCODER = "", "encoder"
+TOY, ENCODER, SHIPPED = "", "encoder", "shipped"
 UNTRAINED = Row(TOY, level=CURRENT)
 TABLES: dict[str, dict[str, Row]] = {
     "Table 3: blocked, semantic tokens alone, a ReferenceNet, recycling": {
         "untrained": UNTRAINED,
         "untrained, nearly clean": Row(TOY, level=CLEAN),
-        "trained, blocked": Row("anylogo"),
+        "trained, blocked": Row(SHIPPED),
         "trained without a reference: semantic tokens": Row("anylogo-none", True),
-        "ReferenceNet and its tokens, longer trained": Row(ENCODER),
-        "recycling, reference alone": Row("anylogo", level=CURRENT),
-        "recycling, semantic tokens and reference": Row("anylogo", True, CURRENT),
-        "recycling, semantic tokens and reference, nearly clean": Row("anylogo", True, CLEAN),
+        "ReferenceNet and its tokens, trained ten times as long": Row(ENCODER),
+        "recycling, reference alone": Row(SHIPPED, level=CURRENT),
+        "recycling, semantic tokens and reference": Row(SHIPPED, True, CURRENT),
+        "recycling, semantic tokens and reference, nearly clean": Row(SHIPPED, True, CLEAN),
     },
     "Table 4: where the reference is delivered": {
         "encoder": Row("anylogo-encoder", True, CURRENT),
@@ -75,7 +76,7 @@ def tuned(given: Given, run: str) -> Tuned | None:
 
     if run in (TOY, ENCODER):
         return Tuned(given.toy.model, None)
-    files = (RUNS / run / MAPS.name, RUNS / run / LORA.name)
+    files = (MAPS, LORA) if run == SHIPPED else (RUNS / run / MAPS.name, RUNS / run / LORA.name)
     if not all(path.is_file() for path in files):
         return None
     model, _ = comfy.sd.load_lora_for_models(given.toy.model, None, load_file(files[1]), 1.0, 0.0)
