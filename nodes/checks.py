@@ -152,6 +152,12 @@ def prompt_in(name: str, conditioning: Any, model: Any = None) -> Any:
     return conditioning
 
 
+def sampled_prompt_in(name: str, conditioning: Any, model: Any) -> Any:
+    """The same of a prompt that a sampler runs the model on: a function that wraps the model's calls is free to put
+    another in its place, so its width says nothing there."""
+    return prompt_in(name, conditioning, None if "model_function_wrapper" in model.model_options else model)
+
+
 def single(name: str, values: Sequence[Any]) -> Any:
     """The value of an input whose node takes lists, where a list makes no sense for it; None of an optional one that is
     not connected. Raises ValueError for a list of several."""

@@ -12,7 +12,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from comfy_api.latest import io
 
 from ..patches.mechanisms.step_plan import Call, StepPlan, Told, steps_of_calls
-from .checks import check_number, prompt_in
+from .checks import check_number, prompt_in, sampled_prompt_in
 from .types import CONCEPT
 
 CFG_MAX = 100.0
@@ -77,11 +77,14 @@ class StepBlendedGuiderNode(io.ComfyNode):
         check_number("personalised_cfg", personalised_cfg, 0.0, CFG_MAX)
         check_number("first_steps", first_steps, 0, STEPS_MAX)
         _check_pair(model, personalised_model)
-        prompt_in("positive", positive, model)
-        prompt_in("personalised_positive", personalised_positive, personalised_model)
+        sampled_prompt_in("positive", positive, model)
+        sampled_prompt_in("personalised_positive", personalised_positive, personalised_model)
         for each, scale in ((model, cfg), (personalised_model, personalised_cfg)):
             # At CFG 1 the host leaves it out.
-            prompt_in("negative", negative, None if scale == 1 else each)
+            if scale == 1:
+                prompt_in("negative", negative)
+            else:
+                sampled_prompt_in("negative", negative, each)
         guider = StepBlendedGuider(model, personalised_model, first_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)

@@ -17,7 +17,15 @@ from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, drift_rep
 from ..patches.mechanisms.subject import mask_bounds
 from ..patches.parts.cache import MEGABYTE, FeatureCache
 from ..patches.parts.process import Process
-from .checks import MEGABYTES_MAX, check_each, check_number, latents_in, masks_in, prompt_in, tell_upside_down
+from .checks import (
+    MEGABYTES_MAX,
+    check_each,
+    check_number,
+    latents_in,
+    masks_in,
+    sampled_prompt_in,
+    tell_upside_down,
+)
 from .inputs import ADVANCED, cache_input, model_input
 from .types import RETOUCH, TrajectoryType
 
@@ -109,13 +117,13 @@ class InvertToTrajectoryNode(io.ComfyNode):
         levels = falling(sigmas, float(model_sampling.sigma_min))
         clean = latents_in("latent", latent, latent_format.latent_channels, latent_format.latent_dimensions > 2)
         mask = None if mask is None else _subjects_masks(mask, len(clean))
-        if prompt_in("conditioning", conditioning, model) is None:
+        if sampled_prompt_in("conditioning", conditioning, model) is None:
             if clip is None:
                 raise ValueError(
                     "There is no prompt to invert with; connect a CLIP, whose empty prompt is used, or one."
                 )
             empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-            conditioning = prompt_in("CLIP's empty prompt", empty, model)
+            conditioning = sampled_prompt_in("CLIP's empty prompt", empty, model)
         guider = CFGGuider(model)
         guider.inner_set_conds({"positive": conditioning})
         sampler = _Inverting(fixed_point_rounds, measure_replay, Process.of(model_sampling))

@@ -299,7 +299,7 @@ def test_a_prompt_is_needed(model: Any) -> None:
 
 def test_a_clip_of_another_family(toy: Toy, model: Any) -> None:
     """Its prompts have another width than the model's, which ended in torch's error over a shape. A network that
-    another pack made may read them all the same."""
+    another pack made may read them all the same, and so may one that has a function before it."""
     clean, width = randn(1, 4, 8, 8), toy.encode([""])[0][0].shape[-1]
     with pytest.raises(
         ValueError, match=f"CLIP's empty prompt is {width} wide, but this model takes .* {CONTEXT} wide"
@@ -308,7 +308,12 @@ def test_a_clip_of_another_family(toy: Toy, model: Any) -> None:
     other = small_model()
     network = other.model.diffusion_model
     network.__class__ = type("Theirs", (type(network),), {"forward": lambda self, x, *_, **__: x})
-    assert invert(other, clean, conditioning=None, clip=toy.clip)[0].states.isfinite().all()
+    wrapped = model.clone()
+    wrapped.set_model_unet_function_wrapper(
+        lambda apply, given: apply(given["input"], given["timestep"], **{**given["c"], "c_crossattn": prompt(1)[0][0]})
+    )
+    for each in (other, wrapped):
+        assert invert(each, clean, conditioning=None, clip=toy.clip)[0].states.isfinite().all()
 
 
 def test_latents_of_another_vae(model: Any) -> None:

@@ -147,3 +147,6 @@ def test_prompts_of_another_width(model: Any) -> None:
         with pytest.raises(ValueError, match=f"The {name} is {2 * CONTEXT} wide, but this model takes prompts"):
             guider_of(model, model, 2, **{name: wide})
     assert guider_of(model, model, 2, negative=wide, cfg=1.0, personalised_cfg=1.0)
+    wrapped = model.clone()
+    wrapped.set_model_unet_function_wrapper(lambda apply, given: given["input"])
+    assert guider_of(wrapped, wrapped, 2, positive=wide, personalised_positive=wide, negative=wide)
