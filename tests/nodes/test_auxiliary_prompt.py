@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.supported_models
 import pytest
 import torch
 from comfy.supported_models_base import ClipTarget
+from hosting.random_models import SMALL, model_of
 from safetensors.torch import save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.nodes.dual_branch import DualBranchIntegrationNode
 from subject_patches.patches.mechanisms.auxiliary_prompt import PRESETS, auxiliary_text, preset_noun
 from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY, BranchWindow, DualBranchIntegration
 from subject_patches.patches.parts.prompt import SPANS_KEY, positions_of
-from subject_patches.tests.shared.models import small_model
 from subject_patches.toy.family import WIDTH, ToyClip, ToyTokenizer
 
 
@@ -73,12 +74,13 @@ def test_the_conditionings_know_which_is_which(clip: comfy.sd.CLIP) -> None:
     # By their tokens they are alike.
     assert (concept.prompt, concept.noun) == (auxiliary.prompt, auxiliary.noun)
     assert concept != auxiliary
+    model = model_of(comfy.supported_models.SD15, {**SMALL, "context_dim": WIDTH})
     for given, message in (
         (prompts[::-1], "The concept input has the auxiliary conditioning; connect the concept output"),
         ((prompts[0], prompts[0]), "The auxiliary input has the concept conditioning; connect the auxiliary output"),
     ):
         with pytest.raises(ValueError, match=message):
-            DualBranchIntegrationNode.execute(small_model(), *given, 1.0, 1.0, 0.5)
+            DualBranchIntegrationNode.execute(model, *given, 1.0, 1.0, 0.5)
     edit = DualBranchIntegration(frozenset(), BranchWindow(), concept, auxiliary, None)
     with pytest.raises(ValueError, match="The sampler's positive prompt is the auxiliary conditioning of Dual-Branch"):
         edit.check([prompts[1][0][1]])

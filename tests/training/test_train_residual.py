@@ -67,7 +67,7 @@ def train(model: Any = None, clip: Any = None, **values: Any) -> tuple[ResidualT
     given: dict[str, Any] = {
         "model": model or small_model(),
         "clip": clip or small_clip("SD 1.x", hidden_size=CONTEXT),
-        "vae": values.pop("vae", None) or small_vae(),
+        "vae": small_vae(),
         "noun": "dog",
         "steps": 3,
         "learning_rate": 1e-3,
