@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 EVERYWHERE, MASKS, ATTENTION = "all references everywhere", "routed by masks", "routed by attention maps"
 DEFAULT, COARSE = "routed by encoder, refined maps", "routed by encoder, coarse maps"
-WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE)
+# The same where the router takes over at other shares of the schedule than by default.
+FROM = {f"{DEFAULT}, from {share} of the schedule": share for share in (0.0, 0.15, 0.5)}
+WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE, *FROM)
 TIMESTEPS = (100, 400, 700, 800, 900)
 MAPS = ("coarse", "refined", "attention maps, running mean", "attention maps, preceding layer")
 
@@ -55,6 +57,8 @@ class EncodedCase(Case):
             return MaskRouter(self.masks)
         if "attention maps" in name:
             return RouteByAttentionNode.execute(maps=PRECEDING if "preceding" in name else MEAN).args[0]
+        if name in FROM:
+            return RouteByEncoderNode.execute(self.encoder, learned_from=FROM[name]).args[0]
         if name in (DEFAULT, COARSE):
             return RouteByEncoderNode.execute(self.encoder, "coarse" if name == COARSE else "refined").args[0]
         return RouteByEncoderNode.execute(self.encoder, "coarse" if name == "coarse" else "refined", LEARNED).args[0]
