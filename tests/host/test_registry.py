@@ -99,8 +99,8 @@ def _check_workflows(texts: dict[str, str], names: set[str]) -> None:
         assert {mine[value] for value in values if isinstance(value, str) and value in mine} <= names, name
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", texts["README.md"], re.MULTILINE)
     told = {f"workflows/{stem}.json" for row in rows for stem in re.findall(r"\w+", row)}
-    said = r"that end with\s+`(\w+)` or `(\w+)` come with the repository alone"
-    (endings,) = re.findall(said, texts["README.md"])
+    (said,) = re.findall(r"that end with\s+([^.]+) come with the repository alone", texts["README.md"])
+    endings = tuple(re.findall(r"`(\w+)`", said))
     left_out = {name for name in told if name.removesuffix(".json").endswith(endings)}
     assert left_out == told - {*workflows}
     assert {*workflows} <= told
