@@ -8,26 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .drawing import Picture, draw
-from .scenes import COLOURS, EMBLEM, SIZE, SMALL, TEXTURES, Scene, sample_scene
-from .shapes import SHAPES
-
-CELL = 8
-LABELS: dict[str, tuple[str, ...]] = {"shape": (*SHAPES, EMBLEM), "colour": tuple(COLOURS), "texture": TEXTURES}
-UNLABELLED = 255
-
-
-def labels_of(picture: Picture) -> np.ndarray:
-    """What fills each latent cell (8 x 8 pixels) of a picture: uint8 (3, 16, 16), the row of its shape, colour and
-    texture in LABELS, or UNLABELLED where no thing fills half of the cell, or no caption says it (emblems)."""
-    cells = SIZE // CELL
-    labels = np.full((len(LABELS), cells, cells), UNLABELLED, dtype=np.uint8)
-    for thing, mask in zip(picture.scene.things, picture.masks, strict=True):
-        filled = mask.reshape(cells, CELL, cells, CELL).mean((1, 3)) > 0.5
-        for row, (name, values) in enumerate(LABELS.items()):
-            if name == "shape" or thing.emblem is None:
-                labels[row, filled] = values.index(getattr(thing, name))
-    return labels
+from .drawing import draw
+from .labels import CELLS, ROWS, labels_of
+from .scenes import LARGE, SIZE, SMALL, Scene, sample_scene
 
 
 class Scenes(IterableDataset):
@@ -48,7 +31,7 @@ class Scenes(IterableDataset):
         words = Words() if self.tokenize else None
         while True:
             images = np.empty((self.batch, SIZE, SIZE, 3), dtype=np.uint8)
-            labels = np.empty((self.batch, len(LABELS), SIZE // CELL, SIZE // CELL), dtype=np.uint8)
+            labels = np.empty((self.batch, ROWS, CELLS, CELLS), dtype=np.uint8)
             captions = []
             for row in range(self.batch):
                 scene = self.sample(rng)
@@ -85,8 +68,12 @@ class Words:
 
 
 def mixed_scene(rng: np.random.Generator) -> Scene:
-    """What the first toy learns from: one scene in five shows several of one and the same thing."""
-    return sample_scene(rng, set_share=0.2)
+    """What the first toy learns from: half of the scenes show emblems so large that latents can hold plate and glyph,
+    one, or two, or two of one; of the others one in five shows several of one and the same thing."""
+    if rng.random() < 0.5:
+        return sample_scene(rng, set_share=0.2)
+    alone, twins = rng.random() < 0.6, rng.random() < 0.6
+    return sample_scene(rng, 1 if alone else 2, emblem_share=1.0, smallest=LARGE, twins=twins)
 
 
 def small_scene(rng: np.random.Generator) -> Scene:
@@ -108,7 +95,7 @@ def batches(
     sample: Callable[[np.random.Generator], Scene] = mixed_scene,
 ) -> Iterator:
     """An endless iterator of (images uint8 (batch, 128, 128, 3), token ids (batch, 77) or empty, labels uint8
-    (batch, 3, 16, 16))."""
+    (batch, ROWS, 16, 16))."""
     data = Scenes(batch, seed, tokenize, sample)
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     return iter(loader)

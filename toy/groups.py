@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..encoders.segmented import segmented
 from ..patches.parts.masks import resize_mask
 from ..training.router import spread
-from .data import CELL
 from .drawing import Picture, draw
 from .pairs import REFERENCE, Store, reference_of, signal
-from .scenes import EMBLEM, SIZE, Emblem, describe, sample_emblem, sample_scene
+from .scenes import CELL, EMBLEM, SIZE, Emblem, describe, sample_emblem, sample_scene
 
 MOST = 3
 # How many of a scene's things are known emblems, and how often there is one thing more that is none.

@@ -17,14 +17,25 @@ from torch.nn import functional
 from ..encoders.segmented import segmented
 from ..patches.mechanisms.subject import fit, mask_bounds
 from ..patches.parts.masks import resize_mask
-from .data import CELL, Words
+from .data import Words
 from .drawing import Picture, draw
 from .family import VISION
-from .scenes import COLOURS, EMBLEM, SIZE, Background, Emblem, describe, sample_emblem, sample_scene, view
+from .scenes import (
+    CELL,
+    COLOURS,
+    EMBLEM,
+    LARGE,
+    SIZE,
+    Background,
+    Emblem,
+    describe,
+    sample_emblem,
+    sample_scene,
+    view,
+)
 
 REFERENCE = VISION["image_size"]
 VIEWS = 2
-LARGE = 3.5 * CELL
 # Kept with less precision than they are drawn with, because there are many.
 KEPT = {"tokens": torch.int32, "pixels": torch.uint8, "grounds": torch.uint8}
 

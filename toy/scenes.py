@@ -14,6 +14,9 @@ import numpy as np
 from .shapes import PLATES, SHAPES
 
 SIZE = 128
+# Pixels along a latent's side, and the radius from which on latents can hold an emblem's plate and glyph.
+CELL = 8
+LARGE = 3.5 * CELL
 GLYPH_CELLS = 4
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -125,9 +128,10 @@ def sample_background(rng: np.random.Generator) -> Background:
     return Background("gradient", (names[first], names[second]))
 
 
-def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """`count` discs (x, y, radius in pixels) inside the picture that hardly touch one another."""
+def place(rng: np.random.Generator, count: int, smallest: float = 0.0) -> list[tuple[float, float, float]]:
+    """`count` discs (x, y, radius in pixels, at least `smallest`) inside the picture that hardly touch one another."""
     low, high = RADII[count]
+    low = max(low, smallest)
     while True:
         discs: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -159,18 +163,21 @@ def sample_scene(
     background: Background | None = None,
     set_share: float = 0.0,
     world: World = WHOLE,
+    smallest: float = 0.0,
+    twins: bool = False,
 ) -> Scene:
-    """A random captioned scene of `count` things (one to four when not given), each an emblem with
-    probability `emblem_share`. With probability `set_share` it shows two to four of one and the same thing, emblems
-    more often than not: what repeats in a picture is what a model learns to look for elsewhere in it."""
+    """A random captioned scene of `count` things (one to four when not given) of a radius of at least `smallest`, each
+    an emblem with probability `emblem_share`, or with `twins` all one and the same. With probability `set_share` it
+    shows two to four of one and the same thing, emblems more often than not: what repeats in a picture is what a model
+    learns to look for elsewhere in it."""
     is_set = rng.random() < set_share
     if is_set:
         count, emblem_share = int(rng.choice([2, 3, 4], p=[0.6, 0.25, 0.15])), 0.7
     count = count or int(rng.choice([1, 2, 3, 4], p=world.counts))
     background = background or sample_background(rng)
     things: list[Thing] = []
-    for x, y, radius in place(rng, count):
-        thing = things[0] if is_set and things else sample_thing(rng, emblem_share, background, world)
+    for x, y, radius in place(rng, count, smallest):
+        thing = things[0] if (is_set or twins) and things else sample_thing(rng, emblem_share, background, world)
         things.append(replace(thing, x=x, y=y, radius=radius, angle=float(rng.uniform(-0.45, 0.45))))
     scene = Scene(tuple(things), background, int(rng.integers(2**31)))
     return replace(scene, caption=describe(scene, rng))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from subject_patches.training.files import save_whole
 from torch.nn import functional
 
-from .data import LABELS, UNLABELLED, batches, vocabulary
+from .data import batches, vocabulary
 from .family import LATENT_CHANNELS, TEXT, UNET, WIDTH
+from .labels import ROWS, SCORES, UNLABELLED, label_loss
+from .optimisers import MuonAndAdamW
 from .runs import Peers, Run, held_rate
 from .train_autoencoder import to_signal
 
@@ -52,12 +55,12 @@ class Model(torch.nn.Module):
         super().__init__()
         self.unet = UNetModel(**UNET, operations=disable_weight_init)
         self.text = CLIPTextModel(TEXT, None, None, disable_weight_init)
-        self.labels = torch.nn.Conv2d(WIDTH, sum(map(len, LABELS.values())), 1)
+        self.labels = torch.nn.Conv2d(WIDTH, SCORES, 1)
         self.features: list[torch.Tensor] = []
         self.unet.output_blocks[-2][-1].register_forward_hook(lambda layer, args, out: self.features.append(out))
 
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The predicted noise, and the scores of all labels (n, labels, 16, 16)."""
+        """The predicted noise, and the scores of what fills each latent cell (n, SCORES, 16, 16)."""
         self.features.clear()
         predicted = self.unet(noisy, timestep, context=encode_text(self.text.text_model, tokens))
         return predicted.float(), self.labels(self.features.pop()).float()
@@ -80,6 +83,11 @@ def initialise(model: Model) -> None:
     for name, layer in model.unet.named_modules():
         if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
             torch.nn.init.zeros_(layer.weight)
+
+
+def inside(name: str) -> bool:
+    """Whether a parameter is of the U-Net's blocks, and neither of its first layer nor of how it takes timesteps."""
+    return name.startswith("unet.") and "_block" in name and not re.search("emb_layers|input_blocks[.]0[.]", name)
 
 
 def initialise_words(model: Model, used: torch.Tensor) -> None:
@@ -109,7 +117,7 @@ class Latents:
         self.autoencoder, self.data, self.device, self.capacity = autoencoder, data, device, capacity
         self.latents = torch.empty(capacity, LATENT_CHANNELS, 16, 16, dtype=torch.float16, device=device)
         self.tokens = torch.empty(capacity, TEXT["max_position_embeddings"], dtype=torch.int32, device=device)
-        self.labels = torch.empty(capacity, len(LABELS), 16, 16, dtype=torch.uint8, device=device)
+        self.labels = torch.empty(capacity, ROWS, 16, 16, dtype=torch.uint8, device=device)
         self.written = 0
 
     @torch.no_grad()
@@ -127,17 +135,6 @@ class Latents:
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.randint(min(self.written, self.capacity), (count,), device=self.device)
         return self.latents[rows].float(), self.tokens[rows].long(), self.labels[rows].long()
-
-
-def label_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the label scores (n, labels, 16, 16) where a thing is, summed over LABELS."""
-    parts = scores.split([len(values) for values in LABELS.values()], 1)
-    # A batch of emblems alone has no colours: the mean over no cells would be no number.
-    return sum(
-        functional.cross_entropy(part, labels[:, row], ignore_index=UNLABELLED, reduction="sum")
-        / (labels[:, row] != UNLABELLED).sum().clamp(min=1)
-        for row, part in enumerate(parts)
-    )
 
 
 def thing_weights(labels: torch.Tensor) -> torch.Tensor:
@@ -187,7 +184,8 @@ def train(
         # What a checkpoint brought, or an earlier run: weights to train on from, with a schedule of their own.
         model.load_state_dict(load_file(path), strict=False)
     initialise_words(model, vocabulary().to(device))
-    run = Run("diffusion", model, folder / "diffusion.state", minutes, 1e-3, peers, 500, 0.9995, schedule=held_rate)
+    file, rate = folder / "diffusion.state", 1e-3
+    run = Run("diffusion", model, file, minutes, rate, peers, 300, 0.9995, MuonAndAdamW(model, rate, inside), held_rate)
     if resume:
         run.resume(device)
     # From here on every peer draws for itself.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from comfy.clip_model import CLIPTextModel
@@ -14,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import joint
-from .data import LABELS, batches, small_scene, vocabulary
+from .data import batches, small_scene, vocabulary
 from .dit_family import DIT_TEXT, FLUX, HIDDEN, TOKENS
 from .family import LATENT_CHANNELS, TEXT, WIDTH
+from .labels import SCORES, label_loss
+from .optimisers import MuonAndAdamW
 from .runs import Peers, Run, held_rate
-from .train_diffusion import Latents, encode_text, label_loss, thing_weights
+from .train_diffusion import Latents, encode_text, thing_weights
 
 CAPTION_DROPOUT = 0.1
 LABEL_WEIGHT = 0.1
@@ -42,11 +43,11 @@ class Model(torch.nn.Module):
         self.text.text_model.embeddings.token_embedding = disable_weight_init.Embedding(words, WIDTH)
         # Nothing uses the projection; an identity keeps it defined.
         self.text.text_projection.requires_grad_(False)
-        self.labels = torch.nn.Linear(HIDDEN, FLUX["patch_size"] ** 2 * sum(map(len, LABELS.values())))
+        self.labels = torch.nn.Linear(HIDDEN, FLUX["patch_size"] ** 2 * SCORES)
         self.turns = joint.positions(self.dit, TOKENS, SIDE, SIDE)
 
     def forward(self, noisy: Tensor, sigma: Tensor, words: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity, and the scores of all labels (n, labels, 16, 16). `words` (n, TOKENS) are rows of the table,
+        """The velocity, and the scores of all labels (n, SCORES, 16, 16). `words` (n, TOKENS) are rows of the table,
         `ends` (n,) the place of each caption's end, whose vector is the pooled one."""
         context = encode_text(self.text.text_model, words)
         pooled = context[torch.arange(len(context), device=context.device), ends]
@@ -76,40 +77,9 @@ def initialise(model: Model, text: dict[str, Tensor], ids: Tensor) -> None:
             model.text.get_parameter(name).copy_(tensor)
 
 
-class Both:
-    """Two optimisers as one: Muon (Jordan 2024) for the matrices inside blocks, AdamW for everything else."""
-
-    def __init__(self, model: Model, rate: float) -> None:
-        inner, other = [], []
-        for name, parameter in model.named_parameters():
-            inside = "_blocks." in name and "_mod." not in name and ".modulation." not in name
-            if parameter.requires_grad:
-                (inner if inside and parameter.ndim == 2 else other).append(parameter)
-        self.parts = (
-            torch.optim.Muon(inner, rate, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(other, rate, (0.9, 0.99), weight_decay=1e-3),
-        )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        for group in self.parts[0].param_groups:
-            group["lr"] *= MUON_FACTOR
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {str(row): part.state_dict() for row, part in enumerate(self.parts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for row, part in enumerate(self.parts):
-            part.load_state_dict(state[str(row)])
+def inside(name: str) -> bool:
+    """Whether a parameter is of the transformer's blocks, and not of their modulation."""
+    return "_blocks." in name and "_mod." not in name and ".modulation." not in name
 
 
 def training_loss(model: Model, latents: Tensor, words: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
@@ -169,7 +139,8 @@ def train(
     if start is not None:
         model.load_state_dict(start, strict=False)
     model.to(device)
-    run = Run("dit", model, file, minutes, rate, peers, 100, 0.998, Both(model, rate), held_rate)
+    optimiser = MuonAndAdamW(model, rate, inside, MUON_FACTOR)
+    run = Run("dit", model, file, minutes, rate, peers, 100, 0.998, optimiser, held_rate)
     if resume:
         run.resume(device)
     if run.clock.share < 1:

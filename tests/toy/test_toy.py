@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.supported_models
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from subject_patches.toy import dit_family, family
-from subject_patches.toy.data import LABELS, UNLABELLED, Words, labels_of
+from subject_patches.toy.data import Words, mixed_scene
 from subject_patches.toy.dit_family import ToyDit
 from subject_patches.toy.drawing import draw
 from subject_patches.toy.family import ToyDiffusion
 from subject_patches.toy.judge import caption_score, load_judge
+from subject_patches.toy.labels import LABELS, ROWS, SCORES, UNLABELLED, label_loss, labels_of, outlines, unpacked
 from subject_patches.toy.sampling import Toy
-from subject_patches.toy.scenes import Background, describe, sample_emblem, sample_scene, view
+from subject_patches.toy.scenes import LARGE, Background, describe, sample_emblem, sample_scene, view
 from subject_patches.toy.shapes import PLATES, SHAPES
 from subject_patches.toy.train_diffusion import (
     THING_WEIGHT,
@@ -24,7 +26,6 @@ from subject_patches.toy.train_diffusion import (
     encode_text,
     initialise,
     initialise_words,
-    label_loss,
     thing_weights,
 )
 
@@ -147,37 +148,85 @@ def test_prompts_are_obeyed(toy: Toy) -> None:
 
 
 def test_labels_are_what_the_cells_show() -> None:
-    """Each latent cell's label is the thing that fills it; emblems have a shape and no words for colour or texture."""
+    """Each latent cell's label is the thing that fills it; emblems have a plate, and no words for colour or texture."""
     picture = draw(sample_scene(np.random.default_rng(11), 2, 0.0))
-    labels = labels_of(picture)
+    labels = labels_of(picture)[: len(LABELS)]
     for thing, mask in zip(picture.scene.things, picture.masks, strict=True):
         inside = mask.reshape(16, 8, 16, 8).all((1, 3))
         assert inside.any()
-        values = [names.index(getattr(thing, kind)) for kind, names in LABELS.items()]
-        assert (labels[:, inside] == np.array(values, dtype=np.uint8)[:, None]).all()
+        values = [LABELS[kind].index(getattr(thing, kind)) for kind in ("shape", "colour", "texture")]
+        assert (labels[:, inside] == np.array([*values, UNLABELLED], dtype=np.uint8)[:, None]).all()
     assert (labels[:, ~picture.masks.any(0).reshape(16, 8, 16, 8).any((1, 3))] == UNLABELLED).all()
-    emblem = labels_of(draw(view(sample_emblem(np.random.default_rng(3)), np.random.default_rng(4))))
-    assert (emblem[0] == LABELS["shape"].index("emblem")).any()
-    assert (emblem[1:] == UNLABELLED).all()
+    emblem = sample_emblem(np.random.default_rng(3))
+    labels = labels_of(draw(view(emblem, np.random.default_rng(4))))
+    shown = labels[0] != UNLABELLED
+    assert shown.any()
+    expected = [LABELS["shape"].index("emblem"), UNLABELLED, UNLABELLED, LABELS["plate"].index(emblem.plate)]
+    assert (labels[: len(LABELS), shown] == np.array(expected, dtype=np.uint8)[:, None]).all()
+
+
+def test_outlines_are_kept_as_bits() -> None:
+    """What the labels keep of where things, emblems and glyphs are is what was drawn, place for place."""
+    scenes = [sample_scene(np.random.default_rng(seed), 2, 0.5) for seed in range(12)]
+    assert any(len({thing.emblem is None for thing in scene.things}) == 2 for scene in scenes)
+    for picture in map(draw, scenes):
+        found = unpacked(torch.from_numpy(labels_of(picture))[None])[0]
+        whole = found.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2).reshape(3, 64, 64).bool().numpy()
+        assert (whole == outlines(picture)).all()
+        are = [thing.emblem is not None for thing in picture.scene.things]
+        assert (whole[0] == picture.masks.any(0)[::2, ::2]).all()
+        assert (whole[1] == picture.masks[are].any(0)[::2, ::2]).all()
+        assert not (whole[2] & ~whole[1]).any()
+
+
+def test_a_glyph_is_where_its_colour_is() -> None:
+    """A glyph's outline tells two emblems of one plate and colours apart, as far as they differ."""
+    emblem = replace(sample_emblem(np.random.default_rng(3)), cells=(True,) * 8 + (False,) * 8)
+    turned = replace(emblem, cells=emblem.cells[::-1])
+    scene = view(emblem, np.random.default_rng(4))
+    thing = replace(scene.things[0], angle=0.0, x=64.0, y=64.0, radius=40.0)
+    upper, lower = (
+        outlines(draw(replace(scene, things=(replace(thing, emblem=each),))))[2] for each in (emblem, turned)
+    )
+    assert upper[:32].sum() > 4 * upper[32:].sum() > 0
+    assert lower[32:].sum() > 4 * lower[:32].sum() > 0
 
 
 def test_the_label_loss_falls_when_the_scores_are_right() -> None:
-    """Scores that name each cell's thing cost nearly nothing, and a batch without things costs nothing."""
-    labels = torch.from_numpy(labels_of(draw(sample_scene(np.random.default_rng(11), 2, 0.0))))[None].long()
-    scores = torch.cat(
-        [
-            torch.nn.functional.one_hot(labels[:, row].clamp(max=len(names) - 1), len(names)).movedim(-1, 1) * 20.0
-            for row, names in enumerate(LABELS.values())
-        ],
-        1,
-    )
+    """Scores that name what each cell shows cost nearly nothing, and a batch without things costs nothing."""
+    scenes = (sample_scene(np.random.default_rng(11), 2, share) for share in (0.0, 1.0))
+    labels = torch.from_numpy(np.stack([labels_of(draw(scene)) for scene in scenes])).long()
+    parts = [
+        torch.nn.functional.one_hot(labels[:, row].clamp(max=len(names) - 1), len(names)).movedim(-1, 1) * 20.0
+        for row, names in enumerate(LABELS.values())
+    ]
+    thing, _, glyph = unpacked(labels).unbind(1)
+    scores = torch.cat([*parts, thing * 40 - 20, glyph * 40 - 20], 1)
+    assert scores.shape[1] == SCORES
     assert float(label_loss(scores, labels)) < 1e-3
-    assert float(label_loss(-scores, labels)) > 3
-    assert float(label_loss(scores, torch.full_like(labels, UNLABELLED))) == 0
+    sizes = [*map(len, LABELS.values()), 16, 16]
+    for row in range(len(sizes)):
+        wrong = list(scores.split(sizes, 1))
+        wrong[row] = -wrong[row]
+        assert float(label_loss(torch.cat(wrong, 1), labels)) > 3
+    nothing = torch.full_like(labels, UNLABELLED)
+    nothing[:, len(LABELS) :] = 0
+    assert float(label_loss(scores, nothing)) == 0
+
+
+def test_half_of_the_scenes_show_large_emblems() -> None:
+    """One, two or twice the same, and only those of the other half have things that are none."""
+    scenes = [mixed_scene(np.random.default_rng((9, seed))) for seed in range(400)]
+    large = [scene for scene in scenes if all(t.emblem and t.radius >= LARGE for t in scene.things)]
+    assert 0.42 < len(large) / 400 < 0.65
+    pairs = [scene.things for scene in large if len(scene.things) == 2]
+    assert 0.25 < len(pairs) / len(large) < 0.5
+    assert 0.4 < np.mean([first.emblem == second.emblem for first, second in pairs]) < 0.8
+    assert any(thing.emblem is None for scene in scenes for thing in scene.things)
 
 
 def test_a_thing_and_its_outline_count_more_than_the_ground() -> None:
-    labels = torch.full((1, len(LABELS), 16, 16), UNLABELLED)
+    labels = torch.full((1, ROWS, 16, 16), UNLABELLED)
     labels[0, :, 4:6, 7:9] = 0
     weights = thing_weights(labels)
     assert weights.shape == (1, 1, 16, 16)

@@ -15,10 +15,12 @@ from subject_patches.toy.data import Words, small_scene
 from subject_patches.toy.dit_family import FLUX, IDS, TOKENS, ToyDit
 from subject_patches.toy.evaluate import held_out_emblems
 from subject_patches.toy.judge import load_judge
+from subject_patches.toy.labels import LABELS, ROWS, UNLABELLED
+from subject_patches.toy.optimisers import MuonAndAdamW
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
 from subject_patches.toy.scenes import SMALL, TEXTURES
 from subject_patches.toy.train_dit import trained_parts
-from subject_patches.toy.train_rectified_flow import Both, Model, training_loss
+from subject_patches.toy.train_rectified_flow import MUON_FACTOR, Model, inside, training_loss
 from subject_patches.toy.train_rectified_flow import Words as Rows
 
 
@@ -52,7 +54,9 @@ def test_training_learns_one_batch() -> None:
     tokens = Words()([small_scene(np.random.default_rng(i)).caption for i in range(8)])
     words, ends = Rows(ids, torch.device("cpu"))(tokens, torch.arange(8) == 0)
     assert int(ends[0]) == 1, "the first caption was dropped"
-    latents, labels, optimiser = torch.randn(8, 8, 16, 16), torch.full((8, 3, 16, 16), 255), Both(model, 1e-3)
+    latents, labels = torch.randn(8, 8, 16, 16), torch.full((8, ROWS, 16, 16), UNLABELLED)
+    labels[:, len(LABELS) :] = 0
+    optimiser = MuonAndAdamW(model, 1e-3, inside, MUON_FACTOR)
     losses = []
     for _ in range(4):
         torch.manual_seed(1)
@@ -62,7 +66,7 @@ def test_training_learns_one_batch() -> None:
         loss.backward()
         optimiser.step()
         for group in optimiser.param_groups:
-            group["lr"] = 1e-3
+            group["lr"] = 1e-3 * group.get("times", 1.0)
     assert losses[-1] < losses[0] - 0.02
     for name in ("dit.single_blocks.3.linear1.weight", "dit.img_in.weight"):
         assert not torch.equal(before[name], model.get_parameter(name)), name
