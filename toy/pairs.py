@@ -61,9 +61,9 @@ def scene_with(emblem: Emblem, rng: np.random.Generator) -> tuple[Picture, int]:
     count = int(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))
     # Half of those alone are so large that latents can hold their glyph.
     smallest = LARGE if count == 1 and rng.random() < 0.5 else 0.0
-    scene = sample_scene(rng, count, 0.0)
-    while scene.things[0].radius < smallest or emblem.plate_colour in scene.background.colours:
-        scene = sample_scene(rng, count, 0.0)
+    scene = sample_scene(rng, count, 0.0, smallest=smallest)
+    while emblem.plate_colour in scene.background.colours:
+        scene = sample_scene(rng, count, 0.0, smallest=smallest)
     place = int(rng.integers(count))
     shown = replace(scene.things[place], shape=EMBLEM, colour=emblem.plate_colour, texture="plain", emblem=emblem)
     scene = replace(scene, things=(*scene.things[:place], shown, *scene.things[place + 1 :]))
