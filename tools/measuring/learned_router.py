@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hosting.errors import ToolError
@@ -24,6 +24,7 @@ DEFAULT, COARSE = "routed by encoder, refined maps", "routed by encoder, coarse 
 # The same where the router takes over at other shares of the schedule than by default.
 FROM = {f"{DEFAULT}, from {share} of the schedule": share for share in (0.0, 0.15, 0.5)}
 WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE, *FROM)
+FOUND = ("emblem found", "background right")
 TIMESTEPS = (100, 400, 700, 800, 900)
 MAPS = ("coarse", "refined", "attention maps, running mean", "attention maps, preceding layer")
 
@@ -123,10 +124,9 @@ def routes(given: Given, emblems: int) -> None:
         print(f"{emblems} emblems: scene {number + 1} of {given.count}", file=sys.stderr, flush=True)
     grids = sorted({grid for rows in found.values() for grid in rows}, reverse=True)
     print(f"{emblems} emblems, {given.count} scenes; intersection over union with the true masks:\n")
-    print(f"| timestep | maps | {' | '.join(f'{height} x {width}' for height, width in grids)} |")
-    print(f"|---|---|{'---|' * len(grids)}")
+    print(heading(*(f"{height} x {width}" for height, width in grids), rows="timestep and maps"))
     for (at, name), rows in found.items():
-        print(f"| {at} | {name} | {' | '.join(_with_error(rows[grid]) for grid in grids)} |")
+        print(row(f"{at}, {name}", *(_with_error(rows[grid]) for grid in grids)))
     print()
 
 
@@ -154,21 +154,20 @@ def table(scenes: dict[str, list[Placed]]) -> None:
     """Prints a row for each name, of its scenes; errors are over the scenes, which are what is independent."""
     import numpy as np
 
-    def points(name: str) -> list[float]:
-        return [100 * mean(each.blended for each in found) for found, _ in scenes[name]]
+    identities = {name: [mean(each.identity for each in found) for found, _ in seen] for name, seen in scenes.items()}
+    points = {name: [100 * mean(each.blended for each in found) for found, _ in seen] for name, seen in scenes.items()}
 
-    def identities(name: str) -> list[float]:
-        return [mean(each.identity for each in found) for found, _ in scenes[name]]
+    def against(values: dict[str, list[float]], name: str, others: Sequence[str], places: int) -> list[str]:
+        return [paired(values[other], values[name], places) if name != other else "" for other in others]
 
-    against = {"attention maps": ATTENTION, "masks": MASKS}
-    titles = ("identity", "rise, paired", "looks more like another", *(f"against {other}" for other in against))
-    print(heading(*titles, "emblem found", "background right"))
+    blends = {"attention maps": ATTENTION, "masks": MASKS, "0.3": DEFAULT}
+    identity = {"attention maps": ATTENTION, "0.3": DEFAULT}
+    titles = ("identity", "rise, paired", *(f"against {other}" for other in identity))
+    print(heading(*titles, "looks more like another", *(f"against {other}" for other in blends), *FOUND))
     for name, seen in scenes.items():
-        blended = points(name)
-        error = np.std(blended, ddof=1) / len(blended) ** 0.5 if len(blended) > 1 else float("nan")
-        cells = [f"{mean(identities(name)):.3f}", paired(identities(ALONE), identities(name)) if name != ALONE else ""]
-        cells.append(f"{mean(blended):.0f} ± {error:.0f}%")
-        cells += [paired(points(other), blended, 1) if name != other else "" for other in against.values()]
+        error = np.std(points[name], ddof=1) / len(seen) ** 0.5 if len(seen) > 1 else float("nan")
+        cells = [f"{mean(identities[name]):.3f}", *against(identities, name, (ALONE, *identity.values()), 3)]
+        cells += [f"{mean(points[name]):.0f} ± {error:.0f}%", *against(points, name, list(blends.values()), 1)]
         emblems = [each.emblem for found, _ in seen for each in found]
         print(row(name, *cells, share(emblems), share([ground for _, ground in seen])))
     print()

@@ -26,17 +26,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Of a transformer: where the keys of references stand, at which noise level they were made, in which layers they are
 # seen, and how strongly.
 DIT_SETTINGS: dict[str, dict[str, Any]] = {
-    "as by default: all layers, same places, nearly clean": {},
-    "beside": {"positions": "beside"},
-    "damped": {"positions": "damped"},
-    "current noise level": {"noise_level": "current"},
-    "current noise level, strength 2": {"noise_level": "current", "strength": 2.0},
+    "by default: all layers, same places, nearly clean": {},
+    "positions beside": {"positions": "beside"},
+    "positions damped": {"positions": "damped"},
+    "noise level current": {"noise_level": "current"},
+    "noise level current, strength 2": {"noise_level": "current", "strength": 2.0},
     "double blocks": {"sites": "named", "named_sites": "double.0-1"},
     "first half of the single blocks": {"sites": "named", "named_sites": "single.0-2"},
     "second half of the single blocks": {"sites": "named", "named_sites": "single.3-5"},
     "strength 2": {"strength": 2.0},
     "strength 4": {"strength": 4.0},
-    "strength 4, beside": {"strength": 4.0, "positions": "beside"},
+    "strength 4, positions beside": {"strength": 4.0, "positions": "beside"},
 }
 
 

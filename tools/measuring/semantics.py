@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .given import Given, Shape
+from .given import Given, Shape, heading, row
 from .learned import Case, Shown, table, the_encoder
 from .recycled_attention import UNPATCHED
 
@@ -36,25 +36,36 @@ TABLES: dict[str, dict[str, Row]] = {
         "untrained": UNTRAINED,
         "untrained, nearly clean": Row(TOY, level=CLEAN),
         "trained, blocked": Row(SHIPPED),
-        "trained without a reference: semantic tokens": Row("anylogo-none", True),
+        "trained without a reference, 9,600 pairs: semantic tokens": Row("anylogo-none", True),
         "ReferenceNet and its tokens, trained ten times as long": Row(ENCODER),
         "recycling, reference alone": Row(SHIPPED, level=CURRENT),
         "recycling, semantic tokens and reference": Row(SHIPPED, True, CURRENT),
         "recycling, semantic tokens and reference, nearly clean": Row(SHIPPED, True, CLEAN),
     },
-    "Table 4: where the reference is delivered": {
-        "encoder": Row("anylogo-encoder", True, CURRENT),
-        "decoder": Row("anylogo", True, CURRENT),
-        "encoder and decoder": Row("anylogo-both", True, CURRENT),
-    },
-    "Figure 7: lambda of the training, released when sampling": {
-        "0": Row("anylogo-none", True),
-        "0.3": Row("anylogo-0.3", True, CURRENT),
-        "0.6": Row("anylogo", True, CURRENT),
-        "1": Row("anylogo-1", True, CURRENT),
+    "Table 4, where the reference is delivered, and Figure 7, lambda of the training": {
+        "delivered in the encoder": Row("anylogo-encoder", True, CURRENT),
+        "in the decoder": Row("anylogo", True, CURRENT),
+        "in both": Row("anylogo-both", True, CURRENT),
+        "lambda 0": Row("anylogo-none", True),
+        "lambda 0.3": Row("anylogo-0.3", True, CURRENT),
+        "lambda 0.6": Row("anylogo", True, CURRENT),
+        "lambda 1": Row("anylogo-1", True, CURRENT),
     },
 }
 SITES = {"anylogo-none": "none", "anylogo-encoder": "encoder", "anylogo-both": "encoder and decoder"}
+# The rows of the noise's error: a run, and which layers deliver where the toy is untrained.
+ERRORS: dict[str, tuple[str, str]] = {
+    "untrained, decoder": (TOY, "decoder"),
+    "untrained, encoder": (TOY, "encoder"),
+    "untrained, both": (TOY, "encoder and decoder"),
+    "encoder": ("anylogo-encoder", ""),
+    "lambda 0: semantic tokens alone": ("anylogo-none", ""),
+    "decoder, lambda 0.3": ("anylogo-0.3", ""),
+    "decoder, lambda 0.6": ("anylogo", ""),
+    "the same, 14,400 pairs: the shipped files": (SHIPPED, ""),
+    "decoder, lambda 1": ("anylogo-1", ""),
+    "encoder and decoder": ("anylogo-both", ""),
+}
 
 
 @dataclass
@@ -86,43 +97,50 @@ def tuned(given: Given, run: str) -> Tuned | None:
 def study(given: Given) -> None:
     """Prints the tables, over `given.count` cases, and what each run does to the noise's error; rows of runs that have
     not been are left out."""
-    rows = {row for named in TABLES.values() for row in named.values()}
-    tried = {run: tuned(given, run) for run in sorted({row.run for row in rows})}
+    rows = {each for named in TABLES.values() for each in named.values()}
+    tried = {run: tuned(given, run) for run in sorted({each.run for each in rows})}
     models = {run: made for run, made in tried.items() if made is not None}
     encoder = the_encoder()
-    scores: dict[Any, list[Shown]] = {row: [] for row in (UNPATCHED, *rows) if row == UNPATCHED or row.run in models}
+    scores: dict[Any, list[Shown]] = {
+        each: [] for each in (UNPATCHED, *rows) if each == UNPATCHED or each.run in models
+    }
     for number in range(given.count):
         case = Case(given, number)
-        for row, seen in scores.items():
-            if row == UNPATCHED:
+        for each, seen in scores.items():
+            if each == UNPATCHED:
                 seen.append(case.seen(None))
-            elif row.run == ENCODER:
+            elif each.run == ENCODER:
                 seen.append(case.shown(encoder, "tokens and references"))
             else:
-                seen.append(case.seen(patched_by(models[row.run], case.subject, row)))
+                seen.append(case.seen(patched_by(models[each.run], case.subject, each)))
         print(f"case {number + 1} of {given.count}", file=sys.stderr, flush=True)
     for title, named in TABLES.items():
         print(f"\n{title}:\n")
-        mine = {name: scores[row] for name, row in named.items() if row in scores}
+        mine = {name: scores[each] for name, each in named.items() if each in scores}
         table({UNPATCHED: scores[UNPATCHED], **mine}, scores[UNTRAINED], "over untrained")
     print(f"\nThe error of the noise in {given.count} held-out emblems, against the untouched toy without a reference;")
     print("blocked: in their whole pictures, with neither tokens nor reference:\n")
-    for run, made in models.items():
-        if run != ENCODER:
-            found = falls(encoder.vision, made, SITES.get(run, "decoder"), given.count)
-            print(f"- {run or 'untrained'}: {', '.join(f'{name} {fall:+.1%}' for name, fall in found.items())}")
+    made = {name: models[run] for name, (run, _) in ERRORS.items() if run in models}
+    print(heading("tokens", "reference", "both", "blocked"))
+    for name, each in made.items():
+        run, sites = ERRORS[name]
+        found = falls(encoder.vision, each, sites or SITES.get(run, "decoder"), given.count)
+        by_what: dict[str, list[float]] = {}
+        for what, fall in found.items():
+            by_what.setdefault(what.rsplit(" at ", 1)[0], []).append(fall)
+        print(row(name, *(", ".join(f"{100 * fall:+.1f}" for fall in falling) + "%" for falling in by_what.values())))
 
 
-def patched_by(made: Tuned, subject: Any, row: Row) -> Any:
+def patched_by(made: Tuned, subject: Any, shown: Row) -> Any:
     """A tuned model with the nodes that a row is of."""
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
     from subject_patches.nodes.semantic_injection import SemanticInjectionNode
 
     model = made.model
-    if row.tokens:
+    if shown.tokens:
         model = SemanticInjectionNode.execute(model, subject, made.semantics).args[0]
-    if row.level is not None:
-        given = {"sites": SITES.get(row.run, "decoder"), "noise_level": row.level}
+    if shown.level is not None:
+        given = {"sites": SITES.get(shown.run, "decoder"), "noise_level": shown.level}
         model = RecycledSelfAttentionNode.execute(model, subject, **given).args[0]
     return model
 
