@@ -123,8 +123,8 @@ def learned_route_groups() -> list[Any]:
     from subject_patches.nodes.router import RouteByEncoderNode
     from subject_patches.nodes.subject import SubjectNode
     from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
+    from subject_patches.toy.pair_training import ENCODER
     from subject_patches.toy.sampling import Toy
-    from subject_patches.toy.train_subjects import ENCODER
 
     toy, encoder, subjects = Toy.load(), read_subject_encoder(ENCODER), ()
     shown = [_emblem(name) for name in EMBLEMS]

@@ -16,6 +16,8 @@ from .runs import Peers, Run, held_rate
 from .train import CHECKPOINT
 from .train_vision import FILE as VISION_FILE
 
+# What the host's loaders offer: the shipped encoder, which brings its vision model.
+ENCODER = Path(__file__).parent / "encoders" / "anystory-toy.safetensors"
 HELD_OUT = 64
 
 # Writes averaged modules, into the run's folder or, where it is None, where the command line says.
@@ -39,7 +41,12 @@ def pair_parser(
 
 def with_vision(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser with the file of the vision model, for what is not trained beside an encoder that has its own."""
-    parser.add_argument("--vision", type=Path, default=VISION_FILE, help="what toy.train_vision wrote")
+    parser.add_argument(
+        "--vision",
+        type=Path,
+        default=VISION_FILE if VISION_FILE.is_file() else ENCODER,
+        help="what toy.train_vision wrote, or an encoder's file; where no run wrote one, the shipped encoder's",
+    )
     return parser
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from .command import together
-from .pair_training import frozen, pair_parsed, pair_parser, run_of
+from .pair_training import ENCODER, frozen, pair_parsed, pair_parser, run_of
 from .pair_training import train as train_from_scenes
 from .runs import Peers
-from .train_subjects import ENCODER
 from .train_subjects import TRAINED_BY as FIRST_STAGE
 
 TRAINED_BY = f"{FIRST_STAGE}; python tools/host.py python -m toy.train_router"

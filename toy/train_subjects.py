@@ -22,11 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from .command import together
-from .pair_training import frozen, pair_parsed, pair_parser, run_of, with_vision
+from .pair_training import ENCODER, frozen, pair_parsed, pair_parser, run_of, with_vision
 from .pair_training import train as train_from_pairs
 from .runs import Peers
 
-ENCODER = Path(__file__).parent / "encoders" / "anystory-toy.safetensors"
 TRAINED_BY = "python tools/host.py python -m toy.train_subjects --processes 2"
 
 

@@ -162,9 +162,11 @@ def told_apart(vision: Dinov2Model, count: int = 100, seed: int = 1) -> tuple[fl
 
 
 def load(path: Path) -> Dinov2Model:
-    """The vision model of a file that a run wrote."""
-    vision = Dinov2Model(VISION, torch.float32, "cpu", disable_weight_init)
-    vision.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    """The vision model of a file that a run wrote, or the one that an encoder's file brings."""
+    vision, tensors, own = Dinov2Model(VISION, torch.float32, "cpu", disable_weight_init), load_file(path), "vision."
+    if any(name.startswith(own) for name in tensors):
+        tensors = {name.removeprefix(own): each for name, each in tensors.items() if name.startswith(own)}
+    vision.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return vision.eval().requires_grad_(False)
 
 

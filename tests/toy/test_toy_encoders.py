@@ -19,14 +19,14 @@ from subject_patches.toy import subjects, vision
 from subject_patches.toy.data import Words
 from subject_patches.toy.drawing import draw
 from subject_patches.toy.lesson import LOGGED
-from subject_patches.toy.pair_training import frozen
+from subject_patches.toy.pair_training import ENCODER, frozen
 from subject_patches.toy.pairs import Batch, Pairs
 from subject_patches.toy.runs import Peers
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import sample_emblem, view
 from subject_patches.toy.train import CHECKPOINT
 from subject_patches.toy.train_diffusion import encode_text
-from subject_patches.toy.train_subjects import ENCODER, write
+from subject_patches.toy.train_subjects import write
 from torch import Tensor
 
 from ..shared.models import difference, generator
@@ -195,6 +195,14 @@ def test_what_is_trained_is_what_acts(stage: subjects.Stage, modules: Any, tmp_p
     assert difference(theirs[:1], ours[:1]) < 2e-3
     assert difference(theirs[1:], ours[1:]) < 2e-3
     assert difference(ours[:1], ours[1:]) > 0.01
+
+
+def test_the_shipped_encoder_brings_its_vision_model() -> None:
+    """So its training, and AnyLogo's, go on from a fresh clone without the hour that made it."""
+    brought = read_subject_encoder(ENCODER).vision.model.state_dict()
+    loaded = vision.load(ENCODER).state_dict()
+    assert loaded.keys() == brought.keys()
+    assert all(torch.equal(loaded[name], each.float()) for name, each in brought.items())
 
 
 @pytest.mark.skipif(not ENCODER.is_file(), reason="the toy's encoder is not in this checkout")

@@ -22,12 +22,11 @@ from subject_patches.patches.parts.masks import resize_mask
 from subject_patches.toy import groups, pair_training, routing, train_router
 from subject_patches.toy.data import Words
 from subject_patches.toy.drawing import draw
-from subject_patches.toy.pair_training import frozen
+from subject_patches.toy.pair_training import ENCODER, frozen
 from subject_patches.toy.runs import Peers
 from subject_patches.toy.sampling import NOISE_SHAPE, Toy
 from subject_patches.toy.scenes import EMBLEM, sample_emblem, view
 from subject_patches.toy.train import CHECKPOINT
-from subject_patches.toy.train_subjects import ENCODER
 from torch import Tensor
 
 from ..shared.models import difference, generator

@@ -12,7 +12,7 @@ from subject_patches.encoders.subject_encoder import read_subject_encoder
 from subject_patches.tests.shared.models import small_model
 from subject_patches.tests.shared.subject_encoders import file_for, written
 from subject_patches.toy import train_router, train_subjects
-from subject_patches.toy.train_subjects import ENCODER
+from subject_patches.toy.pair_training import ENCODER
 from subject_patches.training.encoder_file import write_encoder
 
 

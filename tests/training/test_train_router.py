@@ -22,8 +22,8 @@ from subject_patches.tests.shared.models import CONTEXT, small_model
 from subject_patches.tests.shared.samples import group_files, png, written_samples
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.tests.shared.subject_encoders import file_for, written
+from subject_patches.toy.pair_training import ENCODER
 from subject_patches.toy.sampling import CHECKPOINT, Toy
-from subject_patches.toy.train_subjects import ENCODER
 from subject_patches.training.accelerated import Kind
 from subject_patches.training.anylogo import AnyLogoTuning
 from subject_patches.training.copies import loaded, with_gradients

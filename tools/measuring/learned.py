@@ -108,7 +108,8 @@ def table(rows: dict[str, list[Shown]], base: list[Shown], over: str) -> None:
 def the_encoder() -> Any:
     """The toy's encoder. Raises ToolError where there is none yet."""
     from subject_patches.encoders.subject_encoder import read_subject_encoder
-    from subject_patches.toy.train_subjects import ENCODER, TRAINED_BY
+    from subject_patches.toy.pair_training import ENCODER
+    from subject_patches.toy.train_subjects import TRAINED_BY
 
     if not ENCODER.is_file():
         raise ToolError(f"There is no {ENCODER.name} to measure; train it: {TRAINED_BY}")
