@@ -17,6 +17,7 @@ from pathlib import Path
 
 from host import ROOT, Host, find_host
 from hosting.command import Parser, enter, run
+from hosting.errors import ToolError
 from measuring.document import Command, commands_of, made_anew
 
 
@@ -66,7 +67,10 @@ def _asked(options: Namespace) -> list[Command]:
     asked = _command(options)
     if options.document is None:
         return [asked]
-    quoted = dict.fromkeys(command for _, command in commands_of(options.document.read_text(), _reads))
+    if not options.document.is_file():
+        raise ToolError(f"There is no document {options.document}; give the path of one, as of docs/EFFECTS.md.")
+    text = options.document.read_text(encoding="utf-8")
+    quoted = dict.fromkeys(command for _, command in commands_of(text, _reads))
     return [each for each in quoted if each.toy == asked.toy and set(each.studies) <= set(asked.studies)]
 
 
@@ -107,8 +111,8 @@ def _measure(host: Host, commands: Sequence[Command], options: Namespace) -> int
                 print(f"\n## {name[0].upper()}{name[1:]}\n", flush=True)
                 (DIT_STUDIES if dit else STUDIES)[name](given)
         if options.document:
-            text, left = made_anew(options.document.read_text(), command, told.getvalue(), _reads)
-            options.document.write_text(text)
+            text, left = made_anew(options.document.read_text(encoding="utf-8"), command, told.getvalue(), _reads)
+            options.document.write_text(text, encoding="utf-8")
             missed += left
     for each in missed:
         print(f"{options.document}, {each}; the table is as it was.", file=sys.stderr)
