@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 QUOTED = re.compile(r"`((?:--toy\s+\w+\s+)?--only\s[^`]+)`")
 LINE = re.compile(r"^\|.*\|$")
@@ -30,13 +30,11 @@ class Command:
 
 @dataclass
 class Table:
-    """A table: the titles of its columns but the first, the cells of its rows by the first one's, its line,
-    and whether it was taken."""
+    """A table: the titles of its columns but the first, the cells of its rows by the first one's, and its line."""
 
     titles: list[str]
     rows: dict[str, list[str]]
     line: int
-    used: bool = field(default=False, compare=False)
 
     def columns(self, titles: Sequence[str]) -> list[int] | None:
         """Where columns of these titles are, from left to right; None where one is not."""
@@ -89,13 +87,13 @@ def made_anew(text: str, command: Command, printed: str, reads: Reads) -> tuple[
     return "\n".join(lines), missed
 
 
-def _from(table: Table, sources: Sequence[Table]) -> dict[str, list[str]] | None:
-    """A table's rows as the first source has them that has all and was not taken before, or as several have them."""
+def _from(table: Table, sources: list[Table]) -> dict[str, list[str]] | None:
+    """A table's rows as the first source has them that has all, which is taken out, or as several have them."""
     fitting = [(each, columns) for each in sources if (columns := each.columns(table.titles)) is not None]
-    having = [pair for pair in fitting if table.rows.keys() <= pair[0].rows.keys() and not pair[0].used]
+    having = [pair for pair in fitting if table.rows.keys() <= pair[0].rows.keys()]
     if having:
-        having[0][0].used = True
         fitting = having[:1]
+        sources.remove(having[0][0])
     found = {
         name: [cells[column] for column in columns]
         for source, columns in reversed(fitting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from hosting.errors import ToolError
@@ -24,7 +24,6 @@ DEFAULT, COARSE = "routed by encoder, refined maps", "routed by encoder, coarse 
 # The same where the router takes over at other shares of the schedule than by default.
 FROM = {f"{DEFAULT}, from {share} of the schedule": share for share in (0.0, 0.15, 0.5)}
 WAYS = (EVERYWHERE, MASKS, ATTENTION, DEFAULT, COARSE, *FROM)
-FOUND = ("emblem found", "background right")
 TIMESTEPS = (100, 400, 700, 800, 900)
 MAPS = ("coarse", "refined", "attention maps, running mean", "attention maps, preceding layer")
 
@@ -153,21 +152,23 @@ def study(given: Given, emblems: int) -> None:
 def table(scenes: dict[str, list[Placed]]) -> None:
     """Prints a row for each name, of its scenes; errors are over the scenes, which are what is independent."""
     import numpy as np
+    from subject_patches.nodes.router import LEARNED_FROM
 
     identities = {name: [mean(each.identity for each in found) for found, _ in seen] for name, seen in scenes.items()}
     points = {name: [100 * mean(each.blended for each in found) for found, _ in seen] for name, seen in scenes.items()}
 
-    def against(values: dict[str, list[float]], name: str, others: Sequence[str], places: int) -> list[str]:
-        return [paired(values[other], values[name], places) if name != other else "" for other in others]
+    def against(values: dict[str, list[float]], name: str, others: Iterable[str], places: int) -> list[str]:
+        return [paired(values[other], values[name], places) for other in others]
 
-    blends = {"attention maps": ATTENTION, "masks": MASKS, "0.3": DEFAULT}
-    identity = {"attention maps": ATTENTION, "0.3": DEFAULT}
-    titles = ("identity", "rise, paired", *(f"against {other}" for other in identity))
-    print(heading(*titles, "looks more like another", *(f"against {other}" for other in blends), *FOUND))
+    identity = {"attention maps": ATTENTION, f"{LEARNED_FROM:g}": DEFAULT}
+    blends = {"attention maps": ATTENTION, "masks": MASKS, f"{LEARNED_FROM:g}": DEFAULT}
+    rises, blended = ([f"against {other}" for other in others] for others in (identity, blends))
+    titles = ("identity", "rise, paired", *rises, "looks more like another", *blended)
+    print(heading(*titles, "emblem found", "background right"))
     for name, seen in scenes.items():
         error = np.std(points[name], ddof=1) / len(seen) ** 0.5 if len(seen) > 1 else float("nan")
         cells = [f"{mean(identities[name]):.3f}", *against(identities, name, (ALONE, *identity.values()), 3)]
-        cells += [f"{mean(points[name]):.0f} ± {error:.0f}%", *against(points, name, list(blends.values()), 1)]
+        cells += [f"{mean(points[name]):.0f} ± {error:.0f}%", *against(points, name, blends.values(), 1)]
         emblems = [each.emblem for found, _ in seen for each in found]
         print(row(name, *cells, share(emblems), share([ground for _, ground in seen])))
     print()
