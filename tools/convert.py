@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# The Python of ComfyUI's package for Windows does not look beside a script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from host import ROOT, find_host
 from hosting.archive import sha256_of
 from hosting.command import Parser, enter, run
@@ -45,7 +48,7 @@ def main() -> int:
         raise ToolError(f"{target} does not end in .safetensors; the host would not list it: give another name.")
     if target.exists():
         raise ToolError(f"{target} exists already; delete it, or give another path with --to.")
-    host = find_host()
+    host = find_host(installed=True)
     enter(host, Path(__file__), sys.argv[1:])
     import_host(host.tree)
     load_pack(ROOT)

@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# The Python of ComfyUI's package for Windows does not look beside a script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from host import ROOT, find_host
 from hosting.command import Parser, enter, run
 from hosting.errors import ToolError
@@ -70,7 +73,7 @@ def main() -> int:
         parser.error(f"--folder is where {options.encoder} lies; give another, in which the same name is free")
     if options.size % 64:
         parser.error(f"--size is {options.size}; give a multiple of 64")
-    host = find_host()
+    host = find_host(installed=True)
     enter(host, Path(__file__), sys.argv[1:])
     if importlib.util.find_spec("accelerate") is None:
         raise ToolError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import convert
 import manifest
 import pytest
 import torch
+from host import ROOT, Host
 from hosting.base import manifest_entries
 from hosting.errors import ToolError
+from hosting.pip import clean_environment
 from safetensors import safe_open
 from safetensors.torch import load_file
 from subject_patches.encoders.anystory_file import FLUX_DEV, Form, by_part, form_of
@@ -168,3 +171,24 @@ def test_command_line(tmp_path: Path) -> None:
     assert "exists already" in again.stderr
     assert again.stderr.count("\n") == 1
     assert "There is no file" in missing.stderr
+
+
+def test_an_installed_pack_takes_the_comfyui_that_it_is_in(tmp_path: Path, host: Host) -> None:
+    """With the Python that runs it, and no private one is made; also where Python does not look beside a script."""
+    comfy = tmp_path / "ComfyUI"
+    comfy.mkdir()
+    for part in host.tree.iterdir():
+        if part.name != "custom_nodes":
+            (comfy / part.name).symlink_to(part)
+    pack = comfy / "custom_nodes" / ROOT.name
+    left_out = shutil.ignore_patterns(".git", "tests", "workflows", "web", "demo_output", "*.safetensors")
+    shutil.copytree(ROOT, pack, ignore=left_out)
+    source, cache = publish(tmp_path / "anystory_flux.bin"), tmp_path / "cache"
+    variables = {"PYTHONSAFEPATH": "1", "COMFYUI_PATH": "", "SUBJECT_PATCHES_CACHE": str(cache)}
+    command = [sys.executable, str(pack / "tools" / "convert.py"), str(source)]
+    done = subprocess.run(
+        command, env=clean_environment() | variables, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert source.with_suffix(".safetensors").is_file()
+    assert not cache.exists()

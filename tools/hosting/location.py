@@ -1,4 +1,5 @@
-"""Which ComfyUI the tools use: the one that COMFYUI_PATH names, or the private one."""
+"""Which ComfyUI the tools use: the one that COMFYUI_PATH names, the one that the pack is installed in, or the private
+one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from .errors import ToolError
 from .paths import ROOT
 from .pip import clean_environment
-from .private import DEVELOPMENT, ensure_host
+from .private import DEVELOPMENT, ensure_host, host_folder
 
 PATH_VARIABLE = "COMFYUI_PATH"
 OLDEST_COMFYUI = (0, 30, 0)
@@ -31,8 +32,7 @@ class Host:
     @property
     def running(self) -> bool:
         """Whether the present process is already run by the host's interpreter."""
-        # The prefix and not the executable: an environment's interpreter is a link to the one it was made from.
-        return not self.private or Path(sys.prefix).resolve() == self.python.parent.parent.resolve()
+        return not self.private or _runs_in(self.python.parent.parent)
 
     def environment(self) -> dict[str, str]:
         """Environment variables for a Python program that imports the host's modules and this checkout's folders.
@@ -49,15 +49,19 @@ class Host:
         }
 
 
-def find_host(*, offline: bool = False, development: bool = False) -> Host:
+def find_host(*, offline: bool = False, development: bool = False, installed: bool = False) -> Host:
     """The ComfyUI to use, set up first where it is the private one.
 
-    `development` makes sure of what the tests need. Raises ToolError with one sentence where that is not possible.
+    `development` makes sure of what the tests need. Where `installed`, a pack in a ComfyUI's custom_nodes takes that
+    ComfyUI. Raises ToolError with one sentence where that is not possible.
     """
     check_python(sys.version_info[:2])
-    named = os.environ.get(PATH_VARIABLE)
+    named, around = os.environ.get(PATH_VARIABLE), ROOT.parent.parent
     if named:
-        return _named_host(Path(named).expanduser().absolute(), development)
+        tree, said = Path(named).expanduser().absolute(), f"{PATH_VARIABLE} is"
+        return _running_host(tree, said, f", or unset {PATH_VARIABLE} to use a private one", development)
+    if installed and _is_comfyui(around) and not _runs_in(host_folder() / "environment"):
+        return _running_host(around, "This pack is in", "", development)
     python, tree = ensure_host(offline=offline, development=development)
     return Host(python, tree, private=True)
 
@@ -71,24 +75,34 @@ def check_python(version: tuple[int, int]) -> None:
         )
 
 
-def _named_host(tree: Path, development: bool) -> Host:
-    if not (tree / "main.py").is_file() or not (tree / "comfy" / "samplers.py").is_file():
+def _is_comfyui(tree: Path) -> bool:
+    return (tree / "main.py").is_file() and (tree / "comfy" / "samplers.py").is_file()
+
+
+def _runs_in(environment: Path) -> bool:
+    """Whether the present process is run by the interpreter of a virtual environment."""
+    # The prefix and not the executable: an environment's interpreter is a link to the one it was made from.
+    return Path(sys.prefix).resolve() == environment.resolve()
+
+
+def _running_host(tree: Path, said: str, otherwise: str, development: bool) -> Host:
+    """The ComfyUI in `tree`, with the Python that is running; `said` and `otherwise` are words of the sentences."""
+    if not _is_comfyui(tree):
         raise ToolError(
-            f"COMFYUI_PATH is {tree}, which holds no ComfyUI; set it to the folder with ComfyUI's main.py, "
-            "or unset it to use a private one."
+            f"{said} {tree}, which holds no ComfyUI; set it to the folder with ComfyUI's main.py{otherwise}."
         )
     version = _version(tree)
     if version < OLDEST_COMFYUI:
         raise ToolError(
-            f"COMFYUI_PATH is {tree}, which holds ComfyUI {'.'.join(map(str, version))}, and this pack needs 0.30.0 or "
-            "later; update it, or unset COMFYUI_PATH to use a private one."
+            f"{said} {tree}, which holds ComfyUI {'.'.join(map(str, version))}, and this pack needs 0.30.0 or later; "
+            f"update it{otherwise}."
         )
     wanted = _required_packages(tree) + (_names(DEVELOPMENT) if development else [])
     missing = [name for name in wanted if not _installed(name)]
     if missing:
         raise ToolError(
-            f"{sys.executable} lacks {', '.join(missing)}, needed with COMFYUI_PATH set; run the command with the "
-            "interpreter of that ComfyUI, install them there, or unset COMFYUI_PATH to use a private one."
+            f"{said} {tree}, and {sys.executable} lacks {', '.join(missing)}; run the command with the interpreter of "
+            f"that ComfyUI or install them there{otherwise}."
         )
     return Host(Path(sys.executable), tree, private=False)
 
