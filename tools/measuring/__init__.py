@@ -37,7 +37,8 @@ STUDIES = {
     "noise level, recycled": references.recycled,
     "noise level, routed": references.routed,
     "strength and layers, routed": partial(references.routed, settings_of=references.STRENGTHS),
-    "background, recycled": references.backgrounds,
+    "background, recycled": partial(references.encoded, settings_of=references.BACKGROUNDS),
+    "size of references, recycled": partial(references.encoded, settings_of=references.SIZES),
     "routed, unmasked": partial(routed_reference.study, emblems=2, masked=False),
     "cut references": cut_references.study,
     "diversity": cut_references.diversity,
@@ -52,6 +53,7 @@ DIT_STUDIES = {
     "recycled attention": partial(
         recycled_attention.study, settings_of=recycled_attention.DIT_SETTINGS, inside="by default, in the region"
     ),
+    "size of references, recycled": partial(references.encoded, settings_of=references.SIZES),
     **{
         f"layout of {things} things": partial(layout.study, things=things, settings_of=layout.DIT_SETTINGS)
         for things in (2, 3)

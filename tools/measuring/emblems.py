@@ -22,9 +22,11 @@ class Known:
     identity: Tensor
 
 
-def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem", masked: bool = True, **settings: Any) -> Known:
+def known(
+    given: Any, emblem: Any, rng: Any, phrase: str = "emblem", masked: bool = True, size: int = 96, **settings: Any
+) -> Known:
     """An emblem drawn once more, alone on a plain ground, as a subject; the whole of the picture where it is not
-    `masked`. `settings` are those of Subject Reference."""
+    `masked`. `size` and `settings` are those of Subject Reference."""
     import torch
     from subject_patches.nodes.subject import SubjectNode
     from subject_patches.toy.drawing import draw
@@ -36,7 +38,7 @@ def known(given: Any, emblem: Any, rng: Any, phrase: str = "emblem", masked: boo
     identity = given.judge.identity(picture, torch.from_numpy(reference.boxes).float())[0]
     mask = torch.from_numpy(reference.masks[:1]).float()
     made = SubjectNode.made(
-        [picture], given.toy.vae, phrase, size=96, margin=0.15, mask=[mask] if masked else [], **settings
+        [picture], given.toy.vae, phrase, size=size, margin=0.15, mask=[mask] if masked else [], **settings
     )
     return Known(emblem, made.args[0], identity)
 

@@ -1,5 +1,5 @@
-"""At which noise level the model looks at references, how often, how strongly and in which layers: what each choice
-brings, and how many passes over the reference it costs.
+"""At which noise level the model looks at references, how often, how strongly, in which layers, and what the VAE sees
+of them: what each choice brings, and how many passes over the reference it costs.
 
 Each case, an emblem or a scene, is sampled with several seeds as one batch; errors are those over cases."""
 
@@ -51,6 +51,8 @@ BACKGROUNDS: dict[str, dict[str, Any]] = {
     "background removed, gray": {"background": "gray"},
     "the whole picture": {"masked": False},
 }
+# The longer side of the cropped picture, of pictures of 128 pixels.
+SIZES: dict[str, dict[str, Any]] = {f"size {side}": {"size": side} for side in (96, 64, 80, 112, 128)}
 
 
 @dataclass
@@ -84,8 +86,9 @@ def recycled(given: Given) -> None:
     _measured(f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *LEVELS), given, case)
 
 
-def backgrounds(given: Given) -> None:
-    """Prints the same for subjects that are cropped only, and whose background is removed before the VAE."""
+def encoded(given: Given, settings_of: Mapping[str, dict[str, Any]]) -> None:
+    """Prints the same by how Subject Reference encodes subjects; the others are compared with the first of
+    `settings_of`."""
     import numpy as np
     from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
     from subject_patches.toy.scenes import sample_emblem
@@ -94,7 +97,7 @@ def backgrounds(given: Given) -> None:
         pair = Pair(given, number)
         # As `pair` draws it: the same view of the same emblem.
         subjects = {}
-        for name, settings in BACKGROUNDS.items():
+        for name, settings in settings_of.items():
             rng = np.random.default_rng((2**42, number))
             subjects[name] = known(given, sample_emblem(rng), rng, **settings)
 
@@ -107,7 +110,7 @@ def backgrounds(given: Given) -> None:
         return add
 
     _measured(
-        f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *BACKGROUNDS), given, case
+        f"{given.count} emblems of {SEEDS} seeds each in a prompt's scene", (UNPATCHED, *settings_of), given, case
     )
 
 
