@@ -17,7 +17,7 @@ from host import ROOT, Server, find_host
 from hosting.command import Parser, enter, run
 from hosting.graphs import NOUNS_IN_PROMPT
 from hosting.page import Page
-from hosting.workflows import find_real_workflow, load_workflow
+from hosting.workflows import find_workflow, load_workflow
 
 FOLDER = ROOT / "subgraphs"
 # Where the page lists the boxes among blueprints.
@@ -121,7 +121,7 @@ def _typed(workflow: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
 
 def made(page: Page, blueprint: Blueprint) -> dict[str, Any]:
     """The blueprint in the form in which the page keeps one: a workflow of the box alone."""
-    page.load(_typed(load_workflow(find_real_workflow(blueprint.workflow)), blueprint.kinds) | {"extra": {}})
+    page.load(_typed(load_workflow(find_workflow(blueprint.workflow)), blueprint.kinds) | {"extra": {}})
     page.box(blueprint.name, blueprint.kinds, blueprint.widgets)
     _, workflow = page.export()
     (definition,) = workflow["definitions"]["subgraphs"]

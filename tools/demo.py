@@ -1,6 +1,6 @@
 """Run every workflow of the pack in a real server and write the pictures.
 
-    python tools/demo.py [--workflow NAME] [--checkpoint FILE] [--keep-server] [--thumbnails] [--offline]
+    python tools/demo.py [--workflow NAME [--checkpoint FILE]] [--keep-server] [--thumbnails] [--offline]
 
 Does all set-up by itself. The pictures, `gallery.html`, which holds them all, and `gallery.png` go to demo_output/, and
 the path of each is printed. Nothing is opened.
@@ -32,13 +32,15 @@ def main() -> int:
     """The command line; see the module's text."""
     parser = Parser(prog="demo.py", description="Run every workflow of the pack and write the pictures.")
     parser.add_argument("--workflow", metavar="NAME", help="run only the workflow of this name")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="use this checkpoint instead of the toy")
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="of the workflow, instead of its own")
     parser.add_argument("--keep-server", action="store_true", help="leave the server running until Ctrl-C")
     parser.add_argument("--thumbnails", action="store_true", help="also refresh the pictures in workflows/, web/docs/")
     parser.add_argument("--offline", action="store_true", help="fetch nothing; fail if something is missing")
     options = parser.parse_args()
     if options.checkpoint is not None and not options.checkpoint.is_file():
         raise ToolError(f"There is no checkpoint {options.checkpoint}; give the path of a .safetensors file.")
+    if options.checkpoint is not None and options.workflow is None:
+        parser.error("--checkpoint is for one workflow; name it, as in --workflow reference_sd15")
     host = find_host(offline=options.offline)
     ensure_client(offline=options.offline)
     enter(host, Path(__file__), sys.argv[1:])

@@ -41,9 +41,8 @@ def _of(api: ApiPrompt, kind: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _both(server: Server, api: ApiPrompt) -> tuple[Any, Any]:
     """The picture with subjects, and the one without."""
-    prefixes = {number: inputs["filename_prefix"] for number, inputs in _of(api, "SaveImage")}
-    shown = {prefixes[number]: each for number, each in pictures(server, api).items()}
-    return shown["anystory"], shown["anystory_without"]
+    shown = {api[number]["_meta"]["title"]: each for number, each in pictures(server, api).items()}
+    return shown["With both subjects"], shown["Without AnyStory"]
 
 
 def test_it_runs_over_the_queue(flux_server: Server, api: ApiPrompt) -> None:

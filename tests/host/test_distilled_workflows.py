@@ -18,13 +18,13 @@ from host import Server
 from hosting.client import ApiPrompt
 from hosting.errors import WorkflowError
 from hosting.graphs import DISTILLED
+from hosting.recipes import WORKFLOWS
 from hosting.workflows import find_workflow, load_workflow
-from real_workflows import PLAIN
 from soaking.workflows import PIXELS, small
 
 from ..shared.queued import picture, pictures
 
-NAMES = [f"{kind}_zimage" for kind in PLAIN]
+NAMES = [f"{kind}_zimage" for kind, (_, families) in WORKFLOWS.items() if "zimage" in families]
 
 
 @pytest.fixture(scope="module")

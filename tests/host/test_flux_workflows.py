@@ -17,7 +17,7 @@ from hosting.client import ApiPrompt
 from hosting.errors import WorkflowError
 from soaking.workflows import PIXELS, small_workflows
 
-from ..shared.queued import picture
+from ..shared.queued import picture, pictures
 
 NAMES = ("reference_flux", "two_subjects_flux", "layout_flux")
 TOY = "subject-patches-toy.safetensors"
@@ -29,13 +29,18 @@ def _small(server: Server, name: str) -> ApiPrompt:
 
 def test_workflows_run_through_the_hosts_loaders(flux_server: Server) -> None:
     for name, api in small_workflows(flux_server, NAMES).items():
-        patched = picture(flux_server, api)
-        assert patched.shape == (PIXELS, PIXELS, 3), name
-        (sampler,) = (node for node in api.values() if node["class_type"] == "KSampler")
+        patched = pictures(flux_server, api)
+        assert {each.shape for each in patched.values()} == {(PIXELS, PIXELS, 3)}, name
         (loader,) = (number for number, node in api.items() if node["class_type"] == "UNETLoader")
-        sampler["inputs"]["model"] = [loader, 0]
+        for node in api.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"]["model"] = [loader, 0]
+        unpatched = pictures(flux_server, api)
+        moved = {api[n]["_meta"]["title"]: float(np.abs(unpatched[n] - each).max()) for n, each in patched.items()}
         # A layout moves few of the 256 tokens that T5 fills its prompts up to.
-        assert np.abs(picture(flux_server, api) - patched).max() > (0 if name == "layout_flux" else 3), name
+        least = 0 if name == "layout_flux" else 3
+        assert moved.pop("After: each in its box" if name == "layout_flux" else "The picture") > least, name
+        assert set(moved.values()) <= {0.0}, name
 
 
 def test_a_picture_is_retouched(flux_server: Server) -> None:

@@ -198,6 +198,7 @@ def test_port_in_use_is_one_sentence() -> None:
         (("demo.py", "--nonesuch"), ("--nonesuch",)),
         (("demo.py", "--workflow", "nonesuch"), ("no workflow 'nonesuch'",)),
         (("demo.py", "--checkpoint", "nonesuch.safetensors"), ("no checkpoint nonesuch.safetensors",)),
+        (("demo.py", "--checkpoint", __file__), ("--checkpoint is for one workflow",)),
         (("manifest.py", "--add", "x"), ("--add needs",)),
         (("author.py", "nonesuch.json"), ("nonesuch.json is no readable workflow",)),
         (("effects.py", "--only", "outs"), ("no 'outs' to measure", "layout", "dual branch")),

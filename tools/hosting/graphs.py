@@ -21,17 +21,22 @@ DISTILLED_NOTE = """
 *models*: *diffusion_models/z_image_turbo_bf16.safetensors*, its text encoder *text_encoders/qwen_3_4b.safetensors*
 (type lumina2) and FLUX.1's VAE, *vae/ae.safetensors*. It is distilled: CFG stays 1, so there is no negative prompt, and
 8 steps are enough. **{title}** says how big the picture is; it stands nowhere else. The defaults of references and
-layouts on transformers were chosen on the pack's second small model: try more and less of them."""
+layouts on transformers were chosen on the pack's second small model: try more and less of them.
+
+**Another transformer** (Qwen-Image, SD 3.5, Chroma, Krea 2 and so on): begin with its own template, and put this pack's
+nodes there between its model and its sampler."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance."""
+    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance, and the
+    longer side of references."""
 
     name: str
     checkpoint: str
     side: int
     cfg: float
+    subject: int = 512
 
 
 FAMILIES = {
@@ -40,14 +45,15 @@ FAMILIES = {
 }
 FLUX_NOTE = """
 
-**Choose your files** in Load Diffusion Model, Load CLIP (Dual) and Load VAE first: FLUX.1 dev, its two text encoders
-and its VAE. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is followed. **{title}** says how
-big the picture is; it stands nowhere else. The swap's layers and shares on FLUX are not measured: try more and less of
-them."""
-DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
-
-
-FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0)}
+**Choose your files** in Load Diffusion Model, Load CLIP (Dual) and Load VAE first. FLUX.1 dev needs four, under
+*models*: *diffusion_models/flux1-dev.safetensors*, its text encoders *text_encoders/clip_l.safetensors* and
+*text_encoders/t5xxl_fp16.safetensors*, and its VAE, *vae/ae.safetensors*. A checkpoint that has all in one file goes
+into Load Checkpoint in their place. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is
+followed. **{title}** says how big the picture is; it stands nowhere else. This pack's defaults on transformers were
+chosen on its second small model, not on FLUX: try more and less of them."""
+# A transformer shows best references of 3/4 of the picture's side (docs/EFFECTS.md).
+DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0, subject=768)}
+FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0, subject=768)}
 
 
 class Graph:
@@ -73,9 +79,13 @@ class Graph:
         self.prompt[number] = {"class_type": kind, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
         return number
 
-    def side(self) -> Link:
-        """The side of the picture, in the one place where it stands."""
-        return [self.add("PrimitiveInt", "Side of the picture", value=self.family.side), 0]
+    def side(self, pixels: int = 0) -> Link:
+        """The side of the picture, in the one place where it stands; by default the family's."""
+        return [self.add("PrimitiveInt", "Side of the picture", value=pixels or self.family.side), 0]
+
+    def told_of_sizes(self) -> str:
+        """What the note says of how big references are."""
+        return ""
 
     def noun(self, title: str, value: str) -> Link:
         """What a subject is called, in the one place where it stands; `filled` puts it where else it is needed."""
@@ -113,7 +123,7 @@ class Graph:
         return [self.add("LoadImage", title, image=f"subject_patches_{name}.png"), 0]
 
     def subject(self, title: str, image: Link, phrase: Link | str = "", **more: Any) -> Link:
-        given = {"image": image, "vae": self.vae, "phrase": phrase, "size": 512, **more}
+        given = {"image": image, "vae": self.vae, "phrase": phrase, "size": self.family.subject, **more}
         return [self.add("SubjectPatchesSubject", title, **given), 0]
 
     def sampled(self, title: str, model: Link, positive: Link, negative: Link, latent: Link, **more: Any) -> Link:
@@ -153,6 +163,12 @@ class DistilledGraph(Graph):
         """Nothing asks for it at CFG 1, but the sampler's input wants to be connected."""
         return [self.add("ConditioningZeroOut", "No negative prompt at CFG 1", conditioning=positive), 0]
 
+    def told_of_sizes(self) -> str:
+        return (
+            f" *size* of Subject Reference, {self.family.subject}, is 3/4 of the picture's side: on the pack's small "
+            "model, larger references lost subject and ground, and smaller ones showed less."
+        )
+
     def sampling(self) -> dict[str, Any]:
         """Those of the host's own template."""
         return {"steps": 8, "cfg": self.family.cfg, "sampler_name": "res_multistep", "scheduler": "simple"}
@@ -181,6 +197,10 @@ class FluxGraph(DistilledGraph):
 
     def steps(self) -> dict[str, Any]:
         return {"scheduler": "simple", "steps": 28, "denoise": 1.0}
+
+    def sampling(self) -> dict[str, Any]:
+        """Those of the host's own template."""
+        return {"steps": 20, "cfg": self.family.cfg, "sampler_name": "euler", "scheduler": "simple"}
 
     def begun(self, path: str, side: Link) -> dict[str, Link]:
         return {"noise": [path, 3], "latent_image": self.empty(side)}

@@ -40,11 +40,6 @@ def real_workflow_files() -> list[Path]:
     return sorted(path for path in FOLDER.glob("*.json") if path.stem.endswith(_CHECKPOINTS))
 
 
-def find_real_workflow(name: str) -> Path:
-    """The workflow file for a real checkpoint that is called `name`, without .json."""
-    return next(path for path in real_workflow_files() if path.stem == name)
-
-
 def borrowed_pictures() -> dict[Path, Path]:
     """The picture of each workflow that a machine without its models cannot draw, and the one that stands for it: of
     the nearest workflow for the small model."""
@@ -68,10 +63,11 @@ def _files(workflow: dict[str, Any]) -> set[str]:
 def find_workflow(name: str) -> Path:
     """The workflow file called `name`, with or without .json; raises ToolError with the names there are."""
     stem = name.removesuffix(".json")
-    for path in workflow_files():
+    every = (*workflow_files(), *real_workflow_files())
+    for path in every:
         if path.stem == stem:
             return path
-    names = ", ".join(path.stem for path in workflow_files()) or "none"
+    names = ", ".join(path.stem for path in every) or "none"
     raise ToolError(f"There is no workflow {name!r} in {FOLDER}; the names are: {names}.")
 
 
