@@ -141,7 +141,8 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 sites_input(
                     "layers see the references and image prompts",
                     "the decoder, which does best without training (the paper trains all); of a transformer all "
-                    "layers, which is not measured yet; of an encoded subject those that its encoder was trained for",
+                    "layers, no part of which was compared yet; of an encoded subject those that its encoder was "
+                    "trained for",
                 ),
                 *window_inputs(),
                 noise_level_input(),
