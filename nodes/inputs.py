@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.mechanisms.positions import BESIDE, DAMPED, SAME
+from ..patches.mechanisms.positions import BESIDE, CENTRED, DAMPED, SAME
 from ..patches.parts.sites import CHOICES, USUAL
 from .checks import MEGABYTES_MAX
 from .types import FAMILIES, SubjectType
@@ -205,11 +205,12 @@ def positions_input() -> io.Combo.Input:
     """Where the keys of references stand."""
     return io.Combo.Input(
         "positions",
-        options=[USUAL, SAME, BESIDE, DAMPED],
+        options=[USUAL, SAME, CENTRED, BESIDE, DAMPED],
         default=USUAL,
-        tooltip="For transformers: where the picture sees a reference. 'same': in its own places. 'beside': left of "
-        "the picture, as AnyStory's on FLUX. 'damped': in its own places, of which fine differences count less. "
-        "'usual' is 'same'.",
+        tooltip="For transformers: where the picture sees a reference. 'same': in its own places, from the top left. "
+        "'centred': in the middle of the places that see it. 'beside': left of the picture, as AnyStory's on FLUX. "
+        "'damped': in its own places, of which fine differences count less. 'usual' is 'centred' for routed subjects "
+        "and with a region mask, else 'same'.",
         **ADVANCED,
     )
 

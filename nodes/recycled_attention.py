@@ -136,7 +136,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         if region_mask is not None:
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning, model)
-        placed = positions_for(model, positions)
+        placed = positions_for(model, positions, placed=region_mask is not None)
         how = looked_at(noise_level, fixed_level, refresh_steps)
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
         kept = tuple(each for s in subject for each in kept_references(model, s))

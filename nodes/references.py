@@ -7,7 +7,7 @@ from typing import Any
 from ..patches.engine.streams import NoisedReference, Pass
 from ..patches.families import Transformer, family_of
 from ..patches.mechanisms.encoded_subject import KeptReference
-from ..patches.mechanisms.positions import BESIDE, DAMPED, SAME, Positions
+from ..patches.mechanisms.positions import BESIDE, CENTRED, DAMPED, SAME, Positions
 from ..patches.mechanisms.subject import Subject
 from ..patches.parts.sites import USUAL, Site
 from .checks import check_choice, check_number
@@ -28,21 +28,24 @@ def looked_at(noise_level: str, fixed_level: float, refresh_steps: int, without_
     return Pass(fixed_level if noise_level == FIXED else 1.0, 1, without_cross_attention)
 
 
-def positions_for(model: Any, choice: str) -> Positions | None:
-    """How the keys of references are placed in a MODEL; None leaves them as they are.
+def positions_for(model: Any, choice: str, placed: bool) -> Positions | None:
+    """How the keys of references are placed in a MODEL; None leaves them as they are. Usual is centred where only some
+    places see them, `placed`.
 
     Raises ValueError where its attention does not know places by rotations, and for another choice."""
-    check_choice("positions", choice, (USUAL, SAME, BESIDE, DAMPED))
-    if choice in (USUAL, SAME):
+    check_choice("positions", choice, (USUAL, SAME, CENTRED, BESIDE, DAMPED))
+    if choice == SAME or (choice == USUAL and not placed):
         return None
     family = family_of(model)
     rope = family.rope(model.model.diffusion_model) if isinstance(family, Transformer) else None
+    if rope is None and choice == USUAL:
+        return None
     if rope is None:
         raise ValueError(
             f"positions is '{choice}', but the keys of {family.name} have no places that they could be moved from; set "
             f"it to '{USUAL}'."
         )
-    return Positions(choice, family, rope)
+    return Positions(CENTRED if choice == USUAL else choice, family, rope)
 
 
 def reference_streams(

@@ -218,7 +218,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         usual = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
         level = usual if noise_level == USUAL else noise_level
         how = looked_at(level, fixed_level, refresh_steps, cross_attention == SKIPPED)
-        placed = positions_for(model, positions)
+        placed = positions_for(model, positions, placed=True)
         shares: list[Edit] = []
         for number, subject in enumerate(subjects):
             share, own = subject.share, window & subject.share.window

@@ -44,10 +44,6 @@ class Flux2(Flux):
             return 0
         return max(encoded.cond.shape[1] - given.shape[1], 0)
 
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # A fourth axis, of the prompt's tokens.
-        return (*super().beside(reference, picture), 0.0)
-
 
 FLUXES = (
     Flux2("FLUX.2", "Flux2", patch=1),

@@ -23,9 +23,9 @@ class Qwen(Transformer):
     def rope(self, network: Any) -> Rope:
         return rope_of(network.pe_embedder)
 
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        # Axes: frame, height, width. Places count from the middle of each picture.
-        return (0.0, 0.0, -float(picture[1] // 2 + reference[1] - reference[1] // 2))
+    def first(self, grid: tuple[int, int]) -> tuple[int, int]:
+        # Places count from the middle of each picture.
+        return (-(grid[0] // 2), -(grid[1] // 2))
 
 
 QWENS = (Qwen("Qwen-Image", "QwenImage"),)

@@ -133,8 +133,7 @@ class Transformer(Family):
         """The rotations by which its attentions know places, or None where they know them in another way."""
         return None
 
-    def beside(self, reference: tuple[int, int], picture: tuple[int, int]) -> tuple[float, ...]:
-        """By how much the tokens of a reference of one grid move, along each axis of `rope`, to lie left of a picture
-        of another grid, touching it. Usually the second axis is the height and the third the width, and a picture's
-        first column is 0."""
-        return (0.0, 0.0, -float(reference[1]))
+    def first(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The place (row, column) of a picture's first token, of tokens (height, width), on the second and the third
+        axis of `rope`."""
+        return (0, 0)

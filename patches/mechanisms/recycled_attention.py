@@ -72,7 +72,7 @@ def lend(
     """Extends a call by what was recorded of references that are seen together; see `AttentionCall.extend`."""
     found = [(reference, recorded(reference)) for reference in references]
     given = [(reference, features) for reference, features in found if features is not None]
-    keys = placed_keys(positions, call, [(reference, features["key"]) for reference, features in given])
+    keys = placed_keys(positions, call, [(reference, features["key"]) for reference, features in given], route)
     for key, (_, features) in zip(keys, given, strict=True):
         call.extend(key, features["value"], bias, route)
 

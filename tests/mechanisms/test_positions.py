@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +18,16 @@ from subject_patches.patches.engine.chunk import Chunk
 from subject_patches.patches.engine.streams import NoisedReference
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.families.rope import Rope, frequencies
-from subject_patches.patches.mechanisms.positions import BESIDE, DAMPED, Positions, damping, placed_keys
+from subject_patches.patches.mechanisms.positions import (
+    BESIDE,
+    CENTRED,
+    DAMPED,
+    SAME,
+    Positions,
+    corners,
+    damping,
+    placed_keys,
+)
 from subject_patches.patches.mechanisms.recycled_attention import RecycledSelfAttention
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.dit_models import dit_model
@@ -26,6 +37,7 @@ from subject_patches.tests.shared.models import (
     randn,
     recycled,
     reference,
+    routed,
     sample,
     small_model,
     subject,
@@ -85,6 +97,36 @@ def test_keys_beside_the_picture_are_those_of_the_places_there(model: Any) -> No
         moved[..., 2] += edge - 1 - theirs[..., 2].max() - number * grid[1]
         assert difference(made, rotated(network, key, moved)) < 1e-5
         assert difference(made, given[number][1]) > 0.1
+
+
+def test_centred_keys_are_those_of_the_middle_of_their_places(model: Any) -> None:
+    """Of two rows that see a reference in different places each gets its own."""
+    family, network = family_of(model), model.model.diffusion_model
+    positions = Positions(CENTRED, family, family.rope(network))
+    theirs, ours = places(network, THEIRS), places(network, OURS)
+    grid, (height, width) = family.grid(THEIRS), family.grid(OURS)
+    heads, channels = 2, sum(embedder_of(network).axes_dim)
+    lent = NoisedReference(torch.zeros(1, 4, *THEIRS), 0)
+    key = randn(1, heads, grid[0] * grid[1], channels)
+    given = [(lent, rotated(network, key, theirs))]
+    route = torch.zeros(2, height, width, dtype=torch.bool)
+    route[0, -1, -1] = route[1, 0, 0] = True
+    (made,) = placed_keys(positions, call_at(model, (height, width), heads), given, route.flatten(1))
+    assert made.shape == (2, *given[0][1].shape[1:])
+    for row, corner in zip(made, ((height - 1, width - 1), (0, 0)), strict=True):
+        moved = theirs.clone()
+        for axis, at, side in zip((1, 2), corner, grid, strict=True):
+            moved[..., axis] += ours[..., axis].min() + at - side // 2 - theirs[..., axis].min()
+        assert difference(row[None], rotated(network, key, moved)) < 1e-5
+
+
+def test_a_reference_begins_so_that_the_middles_meet() -> None:
+    """In whole steps: where a half is left over, the one before. Nothing that sees it leaves it where it begins."""
+    assert corners((8, 8), (6, 4), None) == [(1, 2)]
+    assert corners((8, 8), (7, 8), None) == [(0, 0)]
+    seen = torch.zeros(2, 6, 8, dtype=torch.bool)
+    seen[0, 3:6, 5:8] = True
+    assert corners((6, 8), (2, 3), seen.flatten(1)) == [(3, 5), (0, 0)]
 
 
 def test_damped_keys_weaken_what_turns_often(model: Any) -> None:
@@ -151,14 +193,24 @@ def test_keys_have_no_place_where_those_of_the_picture_are_unknown(mode: str) ->
 
 
 def test_the_nodes_choice_acts() -> None:
+    """Usual is centred where a mask or a route says which places see a reference, else the reference's own places."""
     model = dit_model("FLUX.1")
     who = (subject(reference(channels=16, frames=frames_of(model))),)
-    same, *others = (
-        sample(recycled(model, who, positions=choice), size=(24, 8), steps=1)
-        for choice in ("usual", "same", BESIDE, DAMPED)
-    )
-    assert torch.equal(others[0], same)
-    assert all(difference(other, same) > 1e-3 for other in others[1:])
+    size, half = (24, 8), torch.zeros(1, 24, 8)
+    half[:, 12:] = 1
+
+    def pictures(patched: Callable[..., Any]) -> dict[str, Tensor]:
+        choices = ("usual", SAME, CENTRED, BESIDE, DAMPED)
+        return {choice: sample(patched(positions=choice), size=size, steps=1) for choice in choices}
+
+    for usual, patched in (
+        (SAME, partial(recycled, model, who)),
+        (CENTRED, partial(recycled, model, who, region_mask=half)),
+        (CENTRED, partial(routed, model, who)),
+    ):
+        found = pictures(patched)
+        assert torch.equal(found.pop("usual"), found[usual])
+        assert all(difference(found[usual], other) > 1e-3 for choice, other in found.items() if choice != usual)
 
 
 @pytest.mark.parametrize("other", ["SD 1.x", "SD 3.5"])
