@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,6 +13,7 @@ from comfy_api.latest import io
 from ..patches.engine.edit import Edit
 from ..patches.engine.engine import add_edit
 from ..patches.families import Transformer, attention_sites, chosen_sites, family_of
+from ..patches.mechanisms.image_prompt import ReadyPrompt
 from ..patches.mechanisms.routed_reference import EmptyTokens, RoutedReference, RoutedReferenceAttention, RoutedTokens
 from ..patches.mechanisms.router import MOST_SUBJECTS, Router
 from ..patches.mechanisms.subject import Share, Subject
@@ -220,6 +223,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         how = looked_at(level, fixed_level, refresh_steps, cross_attention == SKIPPED)
         placed = positions_for(model, positions, placed=True)
         shares: list[Edit] = []
+        adapted: list[RoutedTokens] = []
         for number, subject in enumerate(subjects):
             share, own = subject.share, window & subject.share.window
             streams = reference_streams(model, subject, seed, reference_conditioning, how)
@@ -228,16 +232,28 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 shares.append(RoutedReference(here, own, routing, number, streams, weight, placed, kept[number]))
             prompt = prompts[number]
             if prompt is not None and eta * share.eta and not own.empty:
-                shares.append(RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta))
-        behind = background or empty
-        if behind is not None and eta and not window.empty:
-            shares.append(RoutedTokens(prompted, window, routing, len(subjects), behind, eta))
-        if empty is not None and eta and not window.empty:
-            shares.append(EmptyTokens(prompted, window, empty, eta))
+                tokens = RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta)
+                shares.append(tokens)
+                if isinstance(prompt, ReadyPrompt):
+                    adapted.append(tokens)
+        if background is not None and eta and not window.empty:
+            shares.append(RoutedTokens(prompted, window, routing, len(subjects), background, eta))
+        if adapted:
+            ground = None if background is not None else len(subjects)
+            shares += _of_no_subject(adapted, empty, ground)
         if not shares:
             return io.NodeOutput(model.clone())
         edit = RoutedReferenceAttention(acting, window, routing, tuple(shares))
         return io.NodeOutput(add_edit(model, edit, router.models))
+
+
+def _of_no_subject(adapted: Sequence[RoutedTokens], empty: ReadyPrompt, ground: int | None) -> list[Edit]:
+    """The `empty` picture's tokens beside an adapter's: in the unconditional pass, and in the places of the `ground`
+    (its number) unless that has a prompt of its own. As strong as the strongest of them, while any may act."""
+    eta, window = max(each.eta for each in adapted), reduce(or_, (each.window for each in adapted))
+    sites, routing = adapted[0].sites, adapted[0].routing
+    behind = [] if ground is None else [RoutedTokens(sites, window, routing, ground, empty, eta)]
+    return [*behind, EmptyTokens(sites, window, empty, eta)]
 
 
 def _check_family(model: Any, prompts: Sequence[Any], background: Any, cross_attention: str) -> None:

@@ -119,6 +119,11 @@ class Window:
         start, end = max(self.start_percent, other.start_percent), min(self.end_percent, other.end_percent)
         return Window(start, max(start, end), self.origin if other.origin is None else other.origin)
 
+    def __or__(self, other: Window) -> Window:
+        """The least window that holds both, and so what lies between them."""
+        start, end = min(self.start_percent, other.start_percent), max(self.end_percent, other.end_percent)
+        return Window(start, end, self.origin if other.origin is None else other.origin)
+
     @property
     def empty(self) -> bool:
         return self.start_percent == self.end_percent

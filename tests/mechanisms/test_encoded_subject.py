@@ -9,7 +9,8 @@ import pytest
 import torch
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.image_prompt import in_file_order
-from subject_patches.patches.mechanisms.subject import Subject
+from subject_patches.patches.mechanisms.subject import Share, Subject
+from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared import dense
 from torch import Tensor
 
@@ -111,6 +112,26 @@ def test_routing_shows_encoded_subjects_in_their_places(model: Any) -> None:
     assert difference(sample(routed(model, (other, who), map_router())), both) < 1e-4
     traded = replace(who, encoded=other.encoded), replace(other, encoded=who.encoded)
     assert difference(sample(routed(model, traded, map_router())), both) > 1e-3
+
+
+def test_a_share_holds_for_the_empty_pictures_tokens_too(model: Any) -> None:
+    """A subject that shows none of its tokens brings none of an empty picture; its eta and window are the empty
+    picture's as the node's own would be."""
+    who = encoded_subject(model, subject())
+
+    def shared(**values: Any) -> Subject:
+        return replace(who, share=Share(**values))
+
+    assert torch.equal(sample(routed(model, (shared(strength=0.0, eta=0.0),))), sample(model))
+    for own, node in (({"eta": 0.5}, {"eta": 0.5}), ({"window": Window(0.0, 0.4)}, {"end_percent": 0.4})):
+        weak = sample(routed(model, (shared(**own),)), steps=4)
+        assert torch.equal(weak, sample(routed(model, (who,), **node), steps=4))
+        assert difference(weak, sample(routed(model, (who,)), steps=4)) > 1e-4
+    # Of several, those that show theirs.
+    silent = replace(encoded_subject(model, subject(phrase="scene"), seed=1), share=Share(0.0, eta=0.0))
+    nobody = subject(phrase="scene", strength=0.0)
+    weak = shared(eta=0.5)
+    assert torch.equal(sample(routed(model, (weak, silent))), sample(routed(model, (weak, nobody))))
 
 
 def test_an_encoded_subject_beside_a_plain_one(model: Any) -> None:

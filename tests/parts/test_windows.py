@@ -220,6 +220,7 @@ def test_a_window_with_a_step_says_nothing(model: Any, caplog: Any) -> None:
 
 def test_windows_that_meet_keep_their_origin() -> None:
     assert (Window(0.0, 0.5, 3.0) & Window(0.2, 1.0)) == Window(0.2, 0.5, 3.0)
+    assert (Window(0.0, 0.2) | Window(0.5, 0.9, 3.0)) == Window(0.0, 0.9, 3.0)
 
 
 def test_a_run_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
