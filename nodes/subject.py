@@ -143,8 +143,8 @@ def _reference(image: Any, mask: Any, vae: Any, size: int, margin: float, what: 
         image, masks = image[:, y0:y1, x0:x1], masks[:, y0:y1, x0:x1]
         if background != KEEP:
             image = without_background(image, masks, SHADES[background])
-    pixels = tuple(image.shape[1:3])
+    pixels, cut_out = tuple(image.shape[1:3]), masks is not None
     image, masks = fit(image, masks, size, vae.spacial_compression_encode())
     latents = encoded(vae, image, f"the subject's {what}")
     mask = None if masks is None else resize_mask(masks, tuple(latents.shape[-2:]))
-    return Reference(image, latents, mask, masks, pixels)
+    return Reference(image, latents, mask, masks, pixels, cut_out)

@@ -119,7 +119,7 @@ def _encoded(
     subject: Subject, number: int, encoder: SubjectEncoder, vae: Any, vision: Any, parts: str
 ) -> EncodedSubject:
     for picture, reference in enumerate(subject.references, 1):
-        if reference.pixel_mask is None:
+        if not reference.cut_out:
             raise ValueError(
                 f"Picture {picture} of subject {number} has no mask, but the encoder looks at what is cut out of its "
                 "ground only; connect a mask to Subject Reference, or give it a picture with a transparent ground."

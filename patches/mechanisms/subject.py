@@ -21,13 +21,14 @@ class Reference:
     """One picture of a subject: `image` (1, height, width, 3) of 0 to 1 as it was encoded, `latents` as the VAE gave
     them (1, channels, height / 8, width / 8), `mask` (1, height / 8, width / 8) of 0 to 1 or None for all of it, and
     the same `pixel_mask` (1, height, width). `pixels` is the (height, width) that the cropped picture had before it
-    was resized, None that of `image`."""
+    was resized, None that of `image`. Without `cut_out` the masks say only what of the picture was filled up."""
 
     image: Tensor
     latents: Tensor
     mask: Tensor | None
     pixel_mask: Tensor | None = None
     pixels: tuple[int, int] | None = None
+    cut_out: bool = False
 
 
 @dataclass(frozen=True, eq=False)

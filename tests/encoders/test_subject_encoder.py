@@ -18,6 +18,7 @@ from subject_patches.encoders.vision import seen
 from subject_patches.nodes.anystory_subject import LoadAnyStoryNode
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS
 from subject_patches.nodes.semantic_injection import LoadSemanticInjectionNode
+from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.subject_encoder import (
     REFERENCES,
     TOKENS,
@@ -53,7 +54,7 @@ def pictured(seed: int = 0, size: tuple[int, int] = (40, 64)) -> Subject:
     mask = torch.zeros(1, *size)
     mask[:, 5:-5, : 2 * size[1] // 3] = 1
     latents = randn(1, 4, size[0] // 8, size[1] // 8, seed=seed)
-    return Subject((Reference(image, latents, None, mask),), "subject")
+    return Subject((Reference(image, latents, None, mask, cut_out=True),), "subject")
 
 
 # The picture that an encoder sees
@@ -225,6 +226,14 @@ def test_what_cannot_be_encoded_is_said(model: Any, encoder: SubjectEncoder) -> 
     plain = Subject((Reference(torch.rand(1, 32, 32, 3), randn(1, 4, 4, 4), None),), "")
     with pytest.raises(ValueError, match="Picture 1 of subject 2 has no mask"):
         EncodeSubjectsNode.execute((pictured(), plain), encoder, small_vae())
+    # Whatever its form, of which some are filled up to what the VAE takes.
+    for height in (64, 43):
+        image = torch.rand(1, height, 64, 3)
+        masks = ((), [torch.ones(1, height, 64)])
+        bare, cut = (SubjectNode.made([image], small_vae(), size=64, mask=mask).args[0] for mask in masks)
+        with pytest.raises(ValueError, match="Picture 1 of subject 1 has no mask"):
+            EncodeSubjectsNode.execute(bare, encoder, small_vae())
+        assert EncodeSubjectsNode.execute(cut, encoder, small_vae()).args[0][0].encoded.references
     blind = replace(encoder, vision=None)
     with pytest.raises(ValueError, match=r"'small.safetensors' brings no vision model, and none is connected"):
         EncodeSubjectsNode.execute((pictured(),), blind, small_vae())

@@ -167,7 +167,7 @@ def test_a_router_that_is_not_whole_is_refused(model: Any, tmp_path: Path, fault
 def pictured() -> Subject:
     image, mask = torch.rand(1, 40, 64, 3, generator=generator(0)), torch.zeros(1, 40, 64)
     mask[:, 5:-5, :40] = 1
-    reference = Reference(image, randn(1, 4, 5, 8), None, mask)
+    reference = Reference(image, randn(1, 4, 5, 8), None, mask, cut_out=True)
     return Subject((reference, replace(reference, image=image.flip(2))), "subject")
 
 
