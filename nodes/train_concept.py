@@ -249,10 +249,12 @@ class TrainConceptNode(io.ComfyNode):
             source = torch.Generator().manual_seed(seed)
             versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
             twice = words.mirrored == CHOICES["mirrored"][0]
-            latents = version_latents(vae, versions, twice)
+            channels = model.model.latent_format.latent_channels
+            latents = version_latents(vae, versions, channels, twice)
             regularisation = None
             if others:
-                regularisation = Regularisation(version_latents(vae, [[each] for each in others], twice), captions)
+                beside = version_latents(vae, [[each] for each in others], channels, twice)
+                regularisation = Regularisation(beside, captions)
             settings = Settings(
                 noun, words.scheme(SCHEMES[preset]), taken.steps, taken.batch, taken.rate, taken.words, taken.concept,
                 seed, precision, gradient_checkpointing, rank, words.start_token == CHOICES["start_token"][0],

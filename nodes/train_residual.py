@@ -196,7 +196,7 @@ class TrainResidualToken(io.ComfyNode):
         if resumed:
             state = StateFile(resumed, {**about, "model and CLIP": fingerprint(model, clip.patcher)})
         with with_gradients():
-            latents = latents_of(vae, squares)
+            latents = latents_of(vae, squares, model.model.latent_format.latent_channels)
         plan = Plan(
             taken.steps,
             taken.rate,

@@ -15,6 +15,7 @@ from ..patches.families.unet import UNet
 from ..patches.parts.masks import resize_mask
 from .copies import fingerprint
 from .denoising import Denoiser
+from .images import check_latents
 
 
 class Frozen:
@@ -99,5 +100,8 @@ class Frozen:
 
     @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:
-        """Pictures (n, height, width, 3) of 0 to 1 in the model's latent space."""
-        return self.denoiser.clean(self.vae.encode(pictures))
+        """Pictures (n, height, width, 3) of 0 to 1 in the model's latent space. Raises ValueError where the VAE is none
+        of the model's kind."""
+        latents = self.vae.encode(pictures)
+        check_latents(latents, self.denoiser.patcher.model.latent_format.latent_channels)
+        return self.denoiser.clean(latents)

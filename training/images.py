@@ -46,14 +46,29 @@ def with_mirrored(versions: Sequence[Tensor]) -> list[Tensor]:
     return [*versions, *(each.flip(2) for each in versions)]
 
 
-def version_latents(vae: Any, versions: Sequence[Sequence[Tensor]], mirrored: bool) -> Tensor:
+def version_latents(vae: Any, versions: Sequence[Sequence[Tensor]], channels: int, mirrored: bool) -> Tensor:
     """The latents (pictures, versions, channels, h / 8, w / 8) of versions of each picture, as many of each; with
-    `mirrored` the mirrored ones stand behind them."""
-    return torch.stack([latents_of(vae, with_mirrored(each) if mirrored else each) for each in versions])
+    `mirrored` the mirrored ones stand behind them. See `latents_of`."""
+    return torch.stack([latents_of(vae, with_mirrored(each) if mirrored else each, channels) for each in versions])
 
 
-def latents_of(vae: Any, pictures: Sequence[Tensor]) -> Tensor:
-    """The latents (n, channels, h / 8, w / 8) of pictures of one size, as the VAE gives them, for autograd to use."""
+def latents_of(vae: Any, pictures: Sequence[Tensor], channels: int) -> Tensor:
+    """The latents (n, channels, h / 8, w / 8) of pictures of one size, as the VAE gives them, for autograd to use.
+
+    Raises ValueError at the first where they are not those of a model with as many latent `channels`."""
+    made = []
     with torch.no_grad():
-        named = [(each, f"training picture {number}") for number, each in enumerate(pictures, 1)]
-        return torch.cat([encoded(vae, picture, name) for picture, name in named]).clone()
+        for number, picture in enumerate(pictures, 1):
+            made.append(encoded(vae, picture, f"training picture {number}"))
+            check_latents(made[-1], channels)
+        return torch.cat(made).clone()
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raises ValueError unless a VAE's latents are those of pictures (n, channels, h / 8, w / 8) with as many
+    `channels`."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"The VAE gives latents of the shape {tuple(latents.shape)}, but this model takes pictures of {channels} "
+            "channels; use the VAE of this checkpoint."
+        )

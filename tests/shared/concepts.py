@@ -51,6 +51,6 @@ def others(count: int = 2) -> Regularisation:
 
 def made(model: Any, clip: Any, **values: Any) -> tuple[Any, ...]:
     """What Train ICO Concept gives for some pictures."""
-    given = {"noun": "dog", "name": "my_dog", "preset": "for dual-branch", "steps": 2, "size": 64}
+    given = {"noun": "dog", "name": "my_dog", "preset": "for dual-branch", "steps": 2, "size": 64, "vae": small_vae()}
     rates = {"learning_rate": 1e-2, "word_learning_rate": 1e-2}
-    return TrainConceptNode.trained([pictures()], model, clip, small_vae(), **{**given, **rates, **values}).args
+    return TrainConceptNode.trained([pictures()], model, clip, **{**given, **rates, **values}).args

@@ -13,7 +13,7 @@ from subject_patches.tests.shared.models import CONTEXT, small_model
 from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
 from subject_patches.training.copies import loaded, with_gradients
 from subject_patches.training.denoising import Denoiser
-from subject_patches.training.images import latents_of, pictures_of, square
+from subject_patches.training.images import check_latents, latents_of, pictures_of, square
 from subject_patches.training.loop import compute_dtype
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def test_pictures_of_any_kind_become_squares() -> None:
 
 
 def test_latents_may_be_trained_with() -> None:
-    latents = latents_of(small_vae(), [torch.rand(1, 32, 32, 3)] * 2)
+    latents = latents_of(small_vae(), [torch.rand(1, 32, 32, 3)] * 2, 4)
     assert latents.shape == (2, 4, 4, 4)
     with with_gradients():
         weight = torch.ones(1, requires_grad=True)
@@ -113,4 +113,18 @@ def test_a_vae_that_gives_no_numbers_is_not_trained_with() -> None:
     vae = noting_vae()
     vae.first_stage_model.encoder.conv_in.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="The VAE gave values that are no numbers for training picture 1; use another"):
-        latents_of(vae, [torch.ones(1, 32, 32, 3)])
+        latents_of(vae, [torch.ones(1, 32, 32, 3)], 4)
+
+
+def test_a_vae_of_another_family_is_not_trained_with() -> None:
+    """The first picture tells, also one of a video model."""
+    vae = noting_vae(16)
+    with pytest.raises(
+        ValueError, match=r"of the shape \(1, 16, 4, 4\), but this model takes pictures of 4 channels; use"
+    ):
+        latents_of(vae, [torch.ones(1, 32, 32, 3)] * 2, 4)
+    assert len(vae.given) == 1
+    with pytest.raises(
+        ValueError, match=r"of the shape \(1, 4, 1, 4, 4\), but this model takes pictures of 4 channels"
+    ):
+        check_latents(torch.zeros(1, 4, 1, 4, 4), 4)

@@ -16,6 +16,7 @@ from subject_patches.tests.shared.concepts import latents, made, matching_clip, 
 from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model
 from subject_patches.tests.shared.other_families import OTHERS
+from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.training.concept import as_lora
 from subject_patches.training.concept_files import ConceptFiles
 from subject_patches.training.concept_run import Settings, train_concept
@@ -218,6 +219,10 @@ def test_other_families_and_other_files_are_refused(host_folders: Path) -> None:
         made(small_model(), small_clip("SD 1.x"))
     with pytest.raises(ValueError, match="The clip input is None"):
         made(small_model(), None)
+    with pytest.raises(
+        ValueError, match=r"of the shape \(1, 16, 8, 8\), but this model takes pictures of 4 channels; use"
+    ):
+        made(small_model(), matching_clip(), vae=small_vae(16))
     (host_folders / "embeddings").mkdir(exist_ok=True)
     save_file({"clip_l": torch.zeros(1, 4)}, host_folders / "embeddings" / "mine.safetensors")
     with pytest.raises(ValueError, match=r"already another file .*mine\.safetensors; give the concept another name"):

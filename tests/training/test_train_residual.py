@@ -261,6 +261,10 @@ def test_cancel_leaves_the_models() -> None:
         ({"resume_name": "é" * 101}, "at most 200 bytes [(]a plain letter is one, é two, 犬 three[)]"),
         ({"resume_name": "x" * 201}, "x' is no name for a training; write .*, at most 200 bytes .*, and no folder"),
         ({"vae": None}, "The vae input is None"),
+        (
+            {"vae": small_vae(16)},
+            r"of the shape \(1, 16, 8, 8\), but this model takes pictures of 4 channels; use the VAE",
+        ),
     ],
 )
 def test_a_training_that_cannot_be(values: dict[str, Any], message: str) -> None:

@@ -126,13 +126,13 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
 # What is trained
 
 
-def frozen_of(checkpointing: bool = False, seed: int = 0) -> Any:
+def frozen_of(checkpointing: bool = False, seed: int = 0, channels: int = 4) -> Any:
     from subject_patches.training.copies import with_gradients
     from subject_patches.training.frozen import Frozen
 
     clip = small_clip("SD 1.x", 0, hidden_size=CONTEXT)
     with with_gradients():
-        return Frozen(small_model(seed), clip, small_vae(), vision(), torch.float32, checkpointing)
+        return Frozen(small_model(seed), clip, small_vae(channels), vision(), torch.float32, checkpointing)
 
 
 def kind_of(checkpointing: bool = False, seed: int = 0, rank: int = 2) -> Any:
@@ -156,6 +156,11 @@ def trained(folder: Path, out: Path, steps: int, make: Any = kind_of, **values: 
     plan = Plan(out, steps, 2, 64, values.pop("rate", 3e-3), average=0.5, **values)
     made = Accelerated(make(), Folder(folder), plan, accelerate.Accelerator(cpu=True, mixed_precision="no"))
     return made.kind, made.run()
+
+
+def test_a_vae_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"of the shape \(1, 16, 8, 8\), but this model takes pictures of 4 channels"):
+        frozen_of(channels=16).latents(torch.rand(1, 64, 64, 3))
 
 
 def test_one_that_goes_on_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:

@@ -61,11 +61,12 @@ class Pictured:
         """What Train ICO Concept learns from, by its defaults for the toy: latents of versions of each view, and then,
         where asked for, of the mirrored ones."""
         import torch
+        from subject_patches.toy.family import LATENT_CHANNELS
         from subject_patches.training.images import varied, version_latents
 
         source = torch.Generator().manual_seed(seed)
         versions = [varied(each[None], VERSIONS, 0.75, 0.02, source) for each in self.views]
-        return version_latents(vae, versions, mirrored)
+        return version_latents(vae, versions, LATENT_CHANNELS, mirrored)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def table(found: Mapping[str, Sequence[Means]], bases: Mapping[str, str]) -> Non
 
 def regularisation(given: Given) -> Any:
     """Pictures that the toy itself makes of the noun on the prompts' grounds, as a workflow would."""
+    from subject_patches.toy.family import LATENT_CHANNELS
     from subject_patches.toy.scenes import describe_background
     from subject_patches.training.images import version_latents
     from subject_patches.training.regularisation import Regularisation
@@ -135,7 +136,8 @@ def regularisation(given: Given) -> Any:
     grounds = [background(GROUNDS[number % len(GROUNDS)]) for number in range(OTHERS)]
     texts = [f"an {NOUN} {describe_background(each)}" for each in grounds]
     images = given.toy.sample(texts, [2**20 + number for number in range(OTHERS)], steps=given.steps)
-    return Regularisation(version_latents(given.toy.vae, [[image[None]] for image in images], mirrored=True), texts)
+    versions = [[image[None]] for image in images]
+    return Regularisation(version_latents(given.toy.vae, versions, LATENT_CHANNELS, mirrored=True), texts)
 
 
 def background(name: str) -> Any:
