@@ -59,8 +59,8 @@ def scene_of(raw: Raw, numbers: Sequence[str], size: int, key: str) -> tuple[Ten
     """Of the picture (3, size, size) the square in which the most of some subjects is, whose files have these `numbers`
     behind their names, and their masks (n, size, size) in it.
 
-    Raises ValueError, calling the sample `key`, where a file is missing or no picture, or where a subject is nowhere,
-    or all are too small to be seen."""
+    Raises ValueError, calling the sample `key`, where a file is missing or no picture, where a mask has another form
+    than its picture, or where a subject is nowhere, or all are too small to be seen."""
     for name in ("picture", "txt", *(f"{part}{number}" for number in numbers for part in ("mask", "subject"))):
         if name not in raw:
             raise ValueError(
@@ -68,7 +68,8 @@ def scene_of(raw: Raw, numbers: Sequence[str], size: int, key: str) -> tuple[Ten
                 "docs/TRAINING.md)."
             )
     picture = opened(raw["picture"], "RGB", key)
-    masks = torch.cat([fitted(opened(raw[f"mask{each}"], "L", key), picture.shape[-2:]) for each in numbers])
+    named = {f"mask{each}": opened(raw[f"mask{each}"], "L", key) for each in numbers}
+    masks = torch.cat([fitted(mask, picture.shape[-2:], f"{key} has a {name}") for name, mask in named.items()])
     for number, mask in zip(numbers, masks, strict=True):
         if float(mask.max()) <= 0.5:
             raise ValueError(f"{key} has a mask{number} that is nowhere white; paint its subject white, or drop it.")
@@ -86,10 +87,12 @@ def in_sight(masks: Tensor) -> Tensor:
 def subject_of(raw: Raw, number: str, size: int, key: str) -> Tensor:
     """The picture of a subject, called so with its `number` behind, and its mask: (4, size, size).
 
-    Raises ValueError, calling the sample `key`, where it is no picture, or nothing of it is left by the mask."""
+    Raises ValueError, calling the sample `key`, where it is no picture, where its mask has another form, or where
+    nothing of it is left by the mask."""
     subject, mask = opened(raw[f"subject{number}"], "RGBA", key), f"subject_mask{number}"
     own = opened(raw[mask], "L", key) if mask in raw else subject[3:]
-    made = squared(torch.cat([subject[:3], fitted(own, subject.shape[-2:])]), size)
+    own = fitted(own, subject.shape[-2:], f"{key} has a {mask}")
+    made = squared(torch.cat([subject[:3], own]), size)
     if float(made[3].max()) <= 0.5:
         raise ValueError(f"{key} has a subject{number} that is cut out to nothing; mend its mask or its opacity.")
     return made
@@ -101,20 +104,30 @@ def caption_of(raw: Raw) -> str:
 
 
 def opened(value: Path | bytes, mode: str, key: str) -> Tensor:
-    """A picture as (channels, height, width) of 0 to 1."""
+    """A picture as (channels, height, width) of 0 to 1, upright: turned as a camera said, as the host's Load Image
+    does."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            pixels = np.array(image.convert(mode))
+            pixels = np.array(ImageOps.exif_transpose(image).convert(mode))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{key} has a picture that cannot be read ({error}); replace it.") from error
     planes = torch.from_numpy(pixels).float() / 255
     return planes[None] if planes.ndim == 2 else planes.movedim(-1, 0)
 
 
-def fitted(mask: Tensor, size: Sequence[int]) -> Tensor:
+def fitted(mask: Tensor, size: Sequence[int], what: str) -> Tensor:
+    """A mask (1, height, width) at the size (height, width) of its picture. Raises ValueError, beginning with `what` it
+    is, where it has another form."""
+    (height, width), own = size, mask.shape[-2:]
+    # Sides that were rounded to whole pixels differ by so much.
+    if abs(own[0] * width - own[1] * height) > max(*own, height, width):
+        raise ValueError(
+            f"{what} of {own[1]} x {own[0]} pixels, of another form than its picture of {width} x {height}; paint it "
+            "on the picture as it is shown."
+        )
     return mask if mask.shape[-2:] == tuple(size) else functional.interpolate(mask[None], tuple(size), mode="area")[0]
 
 

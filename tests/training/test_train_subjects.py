@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from host import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from subject_patches.encoders.semantic_injection import read_semantic_maps
 from subject_patches.encoders.subject_encoder import read_subject_encoder
@@ -26,7 +27,7 @@ from subject_patches.tests.shared.samples import png
 from subject_patches.tests.shared.semantics import VISION, contents, told, vision
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.toy.sampling import CHECKPOINT
-from subject_patches.training.samples import Batches, Folder, Shards, decoded, source_of
+from subject_patches.training.samples import Batches, Folder, Shards, decoded, parted, source_of
 
 COUNT = 5
 
@@ -59,8 +60,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sample() -> None:
     """The square of the scene is around its subject; the subject's picture is whole, filled up to a square."""
-    from subject_patches.training.samples import parted
-
     made = decoded(parted(files_of(3)), 32)
     assert made.caption == "thing 3"
     assert made.picture.shape == made.subject.shape == (32, 32, 3)
@@ -71,6 +70,39 @@ def test_a_sample() -> None:
     assert float(made.subject_mask[:, 22:].max()) == 0
     assert float(made.subject_mask[8:, :20].min()) > 0.9
     assert float(made.subject_mask[:4].max()) < 0.1
+
+
+def turned(content: bytes) -> bytes:
+    """A picture as a camera on its side writes it: its rows are columns, and a tag says so."""
+    stream, tag = io.BytesIO(), Image.Exif()
+    tag[0x0112] = 6
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.transpose(Image.Transpose.ROTATE_90).save(stream, "png", exif=tag)
+    return stream.getvalue()
+
+
+def test_a_picture_from_a_camera_on_its_side_is_read_upright() -> None:
+    upright = files_of(3)
+    whole, other = (
+        decoded(parted({**upright, **{name: change(upright[name]) for name in ("picture.png", "subject.png")}}), 32)
+        for change in (bytes, turned)
+    )
+    assert torch.equal(other.picture, whole.picture)
+    assert torch.equal(other.subject, whole.subject)
+    assert torch.equal(other.mask, whole.mask)
+
+
+def test_a_mask_has_the_form_of_its_picture() -> None:
+    """In any size; one that would be stretched is refused."""
+    upright, smaller = files_of(3), torch.zeros(21, 32)
+    smaller[7:13, 23:30] = 1
+    assert decoded(parted({**upright, "mask.png": png(smaller)}), 32).mask.max() > 0.9
+    for name, size, what in (
+        ("mask", (96, 64), "64 x 96 pixels, of another form than its picture of 96 x 64"),
+        ("subject_mask", (40, 60), "60 x 40 pixels, of another form than its picture of 40 x 60"),
+    ):
+        with pytest.raises(ValueError, match=f"x has a {name} of {what}; paint it on the picture as it is shown"):
+            decoded(parted({**upright, f"{name}.png": png(torch.ones(size))}), 32, "x")
 
 
 def captions(source: Any, rank: int, count: int, start: int, batches: int) -> list[list[str]]:
