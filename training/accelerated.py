@@ -1,7 +1,8 @@
 """A training of modules on one process or many (accelerate): precision, accumulation, average, saves, going on.
 
 Processes share gradients by one sum a step; what a process draws depends on the seed, the step and its rank alone. So a
-training that was stopped goes on, on as many processes, to exactly what it would have become.
+training that was stopped goes on, on as many processes, to exactly what it would have become. Another rate
+holds from there on.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ STATE = "state.pt"
 
 class Kind(Protocol):
     """What is trained: its `modules` beside what is `frozen`, on which data, and the files that come of it. `decode`
-    makes a sample of its files, `shape` says by name what sizes of the modules a command chose."""
+    makes a sample of its files, `settings` says by name what a command chose that the result depends on."""
 
     name: str
     decode: Callable[[Raw, int, str], Any]
-    shape: Mapping[str, int]
+    settings: Mapping[str, Any]
     frozen: Frozen
     modules: nn.Module
 
@@ -79,8 +80,8 @@ class Accelerated:
     def _about(self) -> dict[str, Any]:
         plan = self.plan
         about = {"kind": self.kind.name, "batch": plan.batch, "accumulation": plan.accumulation, "seed": plan.seed}
-        about |= {"size": plan.size, "processes": self.accelerator.num_processes}
-        return {**about, **self.kind.shape, **self.kind.frozen.fingerprints}
+        about |= {"size": plan.size, "average": plan.average, "processes": self.accelerator.num_processes}
+        return {**about, **self.kind.settings, **self.kind.frozen.fingerprints}
 
     def _resume(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
@@ -92,6 +93,16 @@ class Accelerated:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.losses = state["step"], list(state["losses"])
+        self._take_rate()
+
+    def _take_rate(self) -> None:
+        """Takes the plan's rate in the place of the one that the training had before."""
+        groups, plan = self.optimiser.param_groups, self.plan
+        before = groups[0]["lr"]
+        for group, own in zip(groups, self.kind.groups_of_parameters(plan.rate), strict=True):
+            group["lr"] = own["lr"]
+        if before != plan.rate and self.accelerator.is_main_process:
+            print(f"from step {self.step + 1} on the rate is {plan.rate:g}, before it was {before:g}", flush=True)
 
     def run(self) -> list[float]:
         """Trains up to the plan's steps; gives the loss of every step, those of earlier runs too. Writes the state and

@@ -36,7 +36,8 @@ class AnyLogoTuning(Kind):
     ) -> None:
         if getattr(frozen.vision, "model_type", "") != "dinov2":
             raise ValueError("AnyLogo's tuning reads a DINOv2; give the file of one as the vision model.")
-        self.frozen, self.keep, self.shape = frozen, keep, {"rank": rank}
+        self.frozen, self.keep = frozen, keep
+        self.settings = {"rank": rank, "keep": keep, "detached": not through}
         every = frozen.family.sites(frozen.network)
         self.passes = Passes(frozen.network, every, select_sites(every, "self", delivering), through)
         features = frozen.vision.model.embed_dim

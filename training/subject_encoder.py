@@ -40,7 +40,7 @@ class SubjectEncoderTraining(Kind):
     decode = staticmethod(decoded)
 
     def __init__(self, frozen: Frozen, size: int, tokens: int = TOKENS) -> None:
-        self.frozen, self.shape = frozen, {"tokens": tokens}
+        self.frozen, self.settings = frozen, {"tokens": tokens}
         inner = frozen.denoiser.patcher.model
         channels = inner.latent_format.latent_channels
         width = frozen.context

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class SubjectRouterTraining(Kind):
 
     name = "anystory-router"
     decode = staticmethod(decoded_group)
-    shape: Mapping[str, int] = {}
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, frozen: Frozen, form: RouterForm = FORM) -> None:
         if frozen.encoder is None:

@@ -23,8 +23,8 @@ class Line(Kind):
 
     name = "line"
 
-    def __init__(self, slope: float = 0.5, told: Sequence[float] = (), shape: dict[str, int] | None = None) -> None:
-        self.slope, self.told, self.shape = slope, list(told), shape or {}
+    def __init__(self, slope: float = 0.5, told: Sequence[float] = (), settings: dict[str, Any] | None = None) -> None:
+        self.slope, self.told, self.settings = slope, list(told), settings or {}
         self.frozen: Any = SimpleNamespace(device=torch.device("cpu"), patchers=(), fingerprints={"checkpoint": "a"})
         self.modules = nn.ParameterDict({"used": torch.tensor([1.0]), "unused": torch.tensor([1.0])})
         self.seen: list[tuple[list[str], int]] = []
@@ -134,9 +134,9 @@ def test_what_is_written(source: Folder, plan: Plan) -> None:
 
 
 def test_another_training_does_not_go_on(source: Folder, plan: Plan) -> None:
-    first = Line(shape={"rank": 2})
+    first = Line(settings={"rank": 2})
     Accelerated(first, source, replace(plan, steps=1), process()).run()
-    other, sized, elsewhere = Line(shape={"rank": 2}), Line(shape={"rank": 3}), Line(shape={"rank": 2})
+    other, sized, elsewhere = Line(settings={"rank": 2}), Line(settings={"rank": 3}), Line(settings={"rank": 2})
     other.name, elsewhere.frozen.fingerprints = "another", {"checkpoint": "b"}
     for kind, changed, at, said in (
         (other, {}, process(), "kind line, now it is another"),
@@ -146,7 +146,23 @@ def test_another_training_does_not_go_on(source: Folder, plan: Plan) -> None:
         (first, {"accumulation": 1}, process(), "accumulation 2, now it is 1"),
         (first, {"seed": 3}, process(), "seed 0, now it is 3"),
         (first, {"size": 128}, process(), "size 64, now it is 128"),
+        (first, {"average": 0.9}, process(), "average 0.5, now it is 0.9"),
         (first, {}, process(0, 2), "processes 1, now it is 2"),
     ):
         with pytest.raises(ValueError, match=f"was begun with {said}; take the same, or another folder"):
             Accelerated(kind, source, replace(plan, **changed), at)
+
+
+def test_one_that_goes_on_takes_another_rate(source: Folder, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each part of what learns what the kind makes of it, and the log says so."""
+    Accelerated(Line(), source, replace(plan, steps=1), process()).run()
+    assert "rate" not in capsys.readouterr().out
+    same, slower = Line(), Line()
+    Accelerated(same, source, replace(plan, steps=2), process()).run()
+    assert "rate" not in capsys.readouterr().out
+    before = float(same.modules["used"].detach())
+    made = Accelerated(slower, source, replace(plan, rate=1e-3), process())
+    assert "from step 3 on the rate is 0.001, before it was 0.1" in capsys.readouterr().out
+    made.run()
+    assert abs(float(slower.modules["used"].detach()) - before) < 2e-3
+    assert torch.load(plan.folder / STATE, weights_only=True)["optimiser"]["param_groups"][0]["lr"] == 1e-3

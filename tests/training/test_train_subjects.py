@@ -167,11 +167,11 @@ def frozen_of(checkpointing: bool = False, seed: int = 0, channels: int = 4) -> 
         return Frozen(small_model(seed), clip, small_vae(channels), vision(), torch.float32, checkpointing)
 
 
-def kind_of(checkpointing: bool = False, seed: int = 0, rank: int = 2) -> Any:
+def kind_of(checkpointing: bool = False, seed: int = 0, rank: int = 2, **values: Any) -> Any:
     from subject_patches.training.anylogo import AnyLogoTuning
 
     torch.manual_seed(0)
-    return AnyLogoTuning(frozen_of(checkpointing, seed), rank)
+    return AnyLogoTuning(frozen_of(checkpointing, seed), rank, **values)
 
 
 def encoder_of(tokens: int = 3) -> Any:
@@ -209,8 +209,13 @@ def test_one_that_goes_on_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -
         assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="was begun with seed 0, now it is 1; take the same, or another folder"):
         trained(folder, tmp_path / "parts", 3, accumulation=2, seed=1)
-    with pytest.raises(ValueError, match="was begun with rank 2, now it is 3"):
-        trained(folder, tmp_path / "parts", 3, partial(kind_of, rank=3), accumulation=2)
+    for values, said in (
+        ({"rank": 3}, "rank 2, now it is 3"),
+        ({"keep": 0.5}, "keep 0.6, now it is 0.5"),
+        ({"through": False}, "detached False, now it is True"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with {said}"):
+            trained(folder, tmp_path / "parts", 3, partial(kind_of, **values), accumulation=2)
     with pytest.raises(ValueError, match=r"was begun with checkpoint \w+, now it is"):
         trained(folder, tmp_path / "parts", 3, partial(kind_of, seed=1), accumulation=2)
     # What came of it the nodes and the host's LoRA loader take.
