@@ -145,10 +145,10 @@ class AnyStorySubjectNode(io.ComfyNode):
 def check_latents(anystory: AnyStory, latents: torch.Tensor) -> None:
     """Raises ValueError for latents of another kind of VAE."""
     wanted = anystory.form.packed // 4
-    if latents.shape[1] != wanted:
+    if latents.ndim != 4 or latents.shape[1] != wanted:
         raise ValueError(
-            f"The VAE gives {latents.shape[1]} latent channels but AnyStory's FLUX takes {wanted}; connect FLUX.1's "
-            "VAE to AnyStory Subject."
+            f"The VAE gives latents of the shape {tuple(latents.shape)}, but AnyStory's FLUX takes pictures of "
+            f"{wanted} channels; connect FLUX.1's VAE to AnyStory Subject."
         )
 
 

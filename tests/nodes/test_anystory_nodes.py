@@ -15,7 +15,7 @@ from comfy.t2i_adapter.adapter import StyleAdapter
 from subject_patches.encoders.anystory import AnyStory
 from subject_patches.encoders.preprocessing import latent_pixels, places, to_bytes
 from subject_patches.nodes.anystory import AnyStoryNode
-from subject_patches.nodes.anystory_subject import NONE, AnyStorySubjectNode, LoadAnyStoryNode
+from subject_patches.nodes.anystory_subject import NONE, AnyStorySubjectNode, LoadAnyStoryNode, check_latents
 from subject_patches.nodes.model_files import SUBJECT_ENCODERS, register_folders
 from subject_patches.patches.anystory.anystory_subject import AnyStorySubject
 from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
@@ -195,7 +195,11 @@ def test_subject_sentences() -> None:
     refused("vision model gives 36 tokens of 16 channels", clip_vision=siglip(16))
     wide = comfy.sd.StyleModel(type(redux())(12, 40))
     refused("Redux model makes 40 channels of 12, but AnyStory's weights are for 32 of 12", style_model=wide)
-    refused("VAE gives 16 latent channels but AnyStory's FLUX takes 4", vae=small_vae(16))
+    refused(r"the shape \(1, 16, 8, 8\), but AnyStory's FLUX takes pictures of 4 channels; connect", vae=small_vae(16))
+    with pytest.raises(
+        ValueError, match=r"the shape \(1, 4, 1, 8, 8\), but AnyStory's FLUX takes pictures of 4 channels"
+    ):
+        check_latents(golden_anystory(), torch.zeros(1, 4, 1, 8, 8))
 
 
 def test_model_sentences(model: Any, subjects: Any) -> None:
@@ -210,7 +214,7 @@ def test_model_sentences(model: Any, subjects: Any) -> None:
     refuses("are for a FLUX of 2 and 2 blocks, 64 wide, with 16 channels a patch", dit_model("FLUX.1"))
     refuses("AnyStory shows one to 8 subjects, but there are 9", subjects=subjects[:1] * 9)
     foreign = replace(subjects[0], latents=torch.zeros(1, 16, 8, 8))
-    refuses("VAE gives 16 latent channels", subjects=(foreign,))
+    refuses("VAE gives latents of the shape .* takes pictures of 4 channels", subjects=(foreign,))
     refuses("token_scale is -1", token_scale=-1.0)
     refuses("reference_shift is nan", reference_shift=float("nan"))
     refuses("router_lora is 11", router_lora=11.0)
