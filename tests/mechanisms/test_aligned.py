@@ -59,6 +59,36 @@ def test_without_a_layout_the_subject_fills_its_picture() -> None:
     assert abs((x0 + x1) / 2 - 30) <= 1
 
 
+@pytest.mark.parametrize("subject", [(3, 5, 9, 15), (30, 40, 48, 52), (0, 0, 50, 60)])
+def test_enlarged_it_is_a_part_of_the_whole_picture_enlarged(subject: tuple[int, int, int, int]) -> None:
+    """Of a subject near the edge, in the middle, and of nearly all."""
+    image, mask, size, place = picture(60, 70), masked(60, 70, *subject), (80, 96), Box(20, 12, 80, 75)
+    y0, x0, y1, x1 = subject
+    box = Box(x0, y0, x1, y1)
+    scale = scale_of(box, place, within=False)
+    height, width = round(60 * scale), round(70 * scale)
+    planes = torch.cat([image.movedim(-1, 1), mask[:, None]], 1)
+    whole = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic").clamp(0, 1)[0]
+    top = round((place.y0 + place.y1 - (y0 + y1) * height / 60) / 2)
+    left = round((place.x0 + place.x1 - (x0 + x1) * width / 70) / 2)
+    rows, columns = torch.arange(size[0]) - top, torch.arange(size[1]) - left
+    expected = whole[:, rows.clamp(0, height - 1)][..., columns.clamp(0, width - 1)]
+    out, moved = aligned(image, mask, box, place, size)
+    assert torch.allclose(out[0].movedim(-1, 0), expected[:3], atol=1e-4)
+    known = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
+    assert torch.allclose(moved[0], expected[3] * known, atol=1e-4)
+
+
+def test_a_small_subject_in_a_large_picture_takes_no_more_than_the_canvas() -> None:
+    """What is allocated goes with what is seen, not with the whole picture as large."""
+    image, mask = picture(300, 400), masked(300, 400, 100, 120, 104, 124)
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as seen:
+        aligned(image, mask, Box(120, 100, 124, 104), Box(40, 40, 440, 440), (480, 480))
+    largest = max(event.cpu_memory_usage for event in seen.events())
+    # Enlarged a hundred times, the whole would be 19 GB.
+    assert largest < 2**26
+
+
 @pytest.mark.parametrize(("background", "shade"), [("white", 1.0), ("gray", 0.5)])
 def test_what_stands_around_it(background: str, shade: float) -> None:
     mask = masked(32, 32, 8, 8, 24, 24)
