@@ -211,12 +211,13 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         background = at_model(token_prompt("background prompt", background_prompt), model, "The background prompt")
         empty = empty_prompt([subject.prompt for subject in subjects], model)
         # A trained adapter acts in every layer that it was trained for.
-        prompted = frozenset(site for site in order if site.kind == "cross") if empty else chosen["cross"]
-        if background is None and empty is None and not any(prompts):
-            prompted = frozenset()
+        trained = frozenset(site for site in order if site.kind == "cross")
+        own_prompted = [trained if isinstance(each, ReadyPrompt) else chosen["cross"] for each in prompts]
+        prompted = [layers for layers, prompt in zip(own_prompted, prompts, strict=True) if prompt is not None]
+        prompted += [] if background is None else [chosen["cross"]]
         kept = [kept_references(model, subject) for subject in subjects]
         own_sites = [sites_of_kept(each, sites, chosen["self"]) if each else chosen["self"] for each in kept]
-        acting = prompted.union(chosen["self"], *own_sites)
+        acting = chosen["self"].union(*own_sites, *prompted)
         routing = router.routing(subjects, order, acting, window)
         usual = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
         level = usual if noise_level == USUAL else noise_level
@@ -232,12 +233,12 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
                 shares.append(RoutedReference(here, own, routing, number, streams, weight, placed, kept[number]))
             prompt = prompts[number]
             if prompt is not None and eta * share.eta and not own.empty:
-                tokens = RoutedTokens(prompted, own, routing, number, prompt, eta * share.eta)
+                tokens = RoutedTokens(own_prompted[number], own, routing, number, prompt, eta * share.eta)
                 shares.append(tokens)
                 if isinstance(prompt, ReadyPrompt):
                     adapted.append(tokens)
         if background is not None and eta and not window.empty:
-            shares.append(RoutedTokens(prompted, window, routing, len(subjects), background, eta))
+            shares.append(RoutedTokens(chosen["cross"], window, routing, len(subjects), background, eta))
         if adapted:
             ground = None if background is not None else len(subjects)
             shares += _of_no_subject(adapted, empty, ground)

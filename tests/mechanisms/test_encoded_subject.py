@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from subject_patches.nodes.routed_reference import SubjectShareNode
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.image_prompt import in_file_order
 from subject_patches.patches.mechanisms.subject import Share, Subject
@@ -15,7 +16,7 @@ from subject_patches.tests.shared import dense
 from torch import Tensor
 
 from ..shared.dit_models import dit_model
-from ..shared.models import difference, map_router, recycled, routed, sample, small_model, subject
+from ..shared.models import difference, map_router, prompt, recycled, routed, sample, small_model, subject
 from ..shared.subject_encoders import encoded_subject
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -132,6 +133,19 @@ def test_a_share_holds_for_the_empty_pictures_tokens_too(model: Any) -> None:
     nobody = subject(phrase="scene", strength=0.0)
     weak = shared(eta=0.5)
     assert torch.equal(sample(routed(model, (weak, silent))), sample(routed(model, (weak, nobody))))
+
+
+def test_sites_hold_for_a_text_beside_an_encoders_tokens(model: Any) -> None:
+    """An image prompt, or the background's, acts in the layers that are chosen, whoever else has trained ones."""
+    encoded = encoded_subject(model, subject(), parts="tokens")
+    silent, nobody = replace(encoded, share=Share(0.0, eta=0.0)), subject(strength=0.0)
+    text = SubjectShareNode.execute((subject(phrase="scene"),), 0.0, image_prompt=prompt(3)).args[0]
+
+    def shown(who: Subject, sites: str) -> Tensor:
+        return sample(routed(model, (who, *text), sites=sites, background_prompt=prompt(4)))
+
+    assert difference(shown(encoded, "encoder"), shown(encoded, "decoder")) > 1e-4
+    assert torch.equal(shown(silent, "decoder"), shown(nobody, "decoder"))
 
 
 def test_an_encoded_subject_beside_a_plain_one(model: Any) -> None:
