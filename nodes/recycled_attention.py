@@ -17,7 +17,7 @@ from ..patches.mechanisms.shown_tokens import ShownTokens
 from ..patches.mechanisms.subject import Subject
 from ..patches.parts.sites import USUAL
 from ..patches.parts.window import Window
-from .checks import check_choice, check_number, masks_in, prompt_in
+from .checks import check_choice, check_number, masks_in, prompt_in, tell
 from .image_prompt import at_model, empty_prompt
 from .inputs import (
     ADVANCED,
@@ -143,7 +143,13 @@ class RecycledSelfAttentionNode(io.ComfyNode):
         tokens = [s.encoded.prompt for s in subject if s.encoded is not None and s.encoded.prompt is not None]
         idle = strength == 0 or keep_probability == 0 or window.empty
         patched = model.clone()
-        if idle or (region_mask is not None and not bool(region_mask.any())):
+        if idle:
+            return io.NodeOutput(patched)
+        if region_mask is not None and not bool(region_mask.any()):
+            tell(
+                "The region mask is black everywhere, so the subject shows nowhere: paint white where it may, or "
+                "connect none."
+            )
             return io.NodeOutput(patched)
         settings = (strength, keep_probability, region_mask, seed, apply_to == BOTH, placed)
         if references:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import Any
@@ -91,6 +92,16 @@ def test_numbers_out_of_range(name: str, value: float, model: Any) -> None:
 def test_window(start: float, end: float, message: str, model: Any) -> None:
     with pytest.raises(ValueError, match=message):
         recycled(model, start_percent=start, end_percent=end)
+
+
+def test_a_black_region_is_told(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As Load Image gives one of an opaque picture; not where nothing would show anyway."""
+    black, said = torch.zeros(1, 64, 64), "The region mask is black everywhere, so the subject shows nowhere: paint"
+    with caplog.at_level(logging.WARNING):
+        recycled(model, strength=0.0, region_mask=black)
+        assert said not in caplog.text
+        recycled(model, region_mask=black)
+    assert said in caplog.text
 
 
 def test_who_sees_the_reference(model: Any) -> None:
