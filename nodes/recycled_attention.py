@@ -173,4 +173,5 @@ def _token_edits(
     prompts = tuple(at_model(each, model, "The subject") for each in tokens)
     empty = empty_prompt(tokens, model)
     shown = ShownTokens(cross, window, prompts, empty, eta, region_mask)
-    return shown, EmptyTokens(cross, window, empty, eta)
+    # As often as subjects are shown, as a chain of nodes would have it.
+    return shown, EmptyTokens(cross, window, empty, len(prompts) * eta)

@@ -20,8 +20,8 @@ from .routed_reference import token_attention
 @dataclass(frozen=True, eq=False)
 class ShownTokens(Edit):
     """Eq. 5 without its maps: text attention + eta * the sum of the attentions over each of `prompts`. A `region_mask`
-    (1 or batch, height, width) of 0 to 1 gives them their share of a place, and the rest to the tokens of the `empty`
-    picture, which a router gives the background."""
+    (1 or batch, height, width) of 0 to 1 gives them their share of a place, and the rest, for each of them, to the
+    tokens of the `empty` picture, which a router gives the background."""
 
     node: ClassVar[str] = "Recycled Self-Attention (a subject's tokens)"
 
@@ -48,7 +48,7 @@ class ShownTokens(Edit):
                 return
             region = self._regions.at(self.region_mask, call, query.device).to(query)[..., None]
             shares = [(prompt, self.eta * region) for prompt in self.prompts]
-            shares.append((self.empty, self.eta * (1 - region)))
+            shares.append((self.empty, len(self.prompts) * self.eta * (1 - region)))
         ready = [(prompt.keys_and_values(call), share) for prompt, share in shares]
 
         def add(output: Tensor) -> Tensor:

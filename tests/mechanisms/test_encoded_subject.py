@@ -156,6 +156,16 @@ def test_an_encoded_subject_beside_a_plain_one(model: Any) -> None:
     assert torch.equal(together, chained)
 
 
+def test_two_encoded_subjects_are_shown_by_one_node_as_by_two(model: Any) -> None:
+    """The empty picture's tokens weigh as much against theirs, in the unconditional pass and outside a region."""
+    one, other = (encoded_subject(model, subject(), seed=seed, parts="tokens") for seed in (0, 1))
+    region = torch.zeros(1, 8, 8)
+    region[:, :, :4] = 1
+    together = sample(recycled(model, (one, other), region_mask=region))
+    chained = sample(recycled(recycled(model, (one,), region_mask=region), (other,), region_mask=region))
+    assert difference(together, chained) < 1e-5
+
+
 def test_an_encoder_of_another_family_is_refused(model: Any) -> None:
     """By both nodes, of other U-Nets and of transformers."""
     other = small_model(in_channels=4)
