@@ -13,10 +13,11 @@ from ..patches.mechanisms.residual import (
     add_residual,
     family_of,
     file_contents,
-    subject_positions,
+    in_doubled,
+    subject_spans,
 )
 from ..patches.parts.graph import lost
-from ..patches.parts.prompt import SPANS_KEY
+from ..patches.parts.prompt import SPANS_KEY, positions_of
 from .checks import check_number, prompt_in
 from .model_files import RESIDUAL_TOKENS
 from .saved_files import next_file
@@ -83,11 +84,12 @@ class ApplyResidualTokens(io.ComfyNode):
                     "than in its context, as those of Anima (T5's tokens) and HiDream (also Llama's); take another's."
                 )
             try:
-                positions = subject_positions(values.get(SPANS_KEY, {}), residual.noun, phrase)
+                spans = subject_spans(values.get(SPANS_KEY, {}), residual.noun, phrase)
             except ValueError as error:
                 raise ValueError(f"{error}{'' if SPANS_KEY in values else lost(('conditioning',))}") from error
-            changed = context if strength == 0 else add_residual(context, residual.vectors, positions, strength)
-            shifted.append([changed, values.copy()])
+            if strength != 0:
+                context = add_residual(context, in_doubled(residual.vectors, spans), positions_of(spans), strength)
+            shifted.append([context, values.copy()])
         return io.NodeOutput(shifted)
 
 

@@ -83,7 +83,14 @@ def add_residual(context: Tensor, vectors: Tensor, positions: list[int], strengt
     return context.index_add(1, index, shift.expand(len(context), -1, -1).contiguous())
 
 
-def subject_positions(known: Mapping[str, Spans], noun: str, phrase: str = "") -> list[int]:
+def in_doubled(vectors: Tensor, spans: Spans) -> Tensor:
+    """Vectors (k, width) for `add_residual` at spans of a prompt that has each token several times in a row, as another
+    pack may have encoded it: each vector as often."""
+    count, longest = len(vectors), max((stop - start for start, stop in spans), default=0)
+    return vectors if count == 1 or longest % count else vectors.repeat_interleave(max(longest // count, 1), 0)
+
+
+def subject_spans(known: Mapping[str, Spans], noun: str, phrase: str = "") -> Spans:
     """Where a prompt that knows these phrases wants a residual of `noun`: at every occurrence of the noun, or with a
     phrase at the noun in that phrase ("dog" in "brown dog"), or, where the phrase is another name for the subject
     ("puppy"), at all its tokens. Letter case does not count.
@@ -99,5 +106,7 @@ def subject_positions(known: Mapping[str, Spans], noun: str, phrase: str = "") -
                 f"The conditioning does not know where '{wanted}' is in its prompt ({has}); make it with Encode Prompt "
                 f"with Subjects, with '{wanted}' among its phrases."
             )
+    if not inside:
+        return spans[phrase]
     found = positions_of(spans[phrase])
-    return [position for position in positions_of(spans[noun]) if position in found] if inside else found
+    return tuple(span for span in spans[noun] if span[0] in found)

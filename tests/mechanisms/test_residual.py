@@ -15,11 +15,12 @@ from subject_patches.nodes.residual import ApplyResidualTokens, LoadResidualToke
 from subject_patches.patches.mechanisms.residual import (
     ResidualToken,
     add_residual,
+    in_doubled,
     mean_shift,
     preservation_loss,
-    subject_positions,
+    subject_spans,
 )
-from subject_patches.patches.parts.prompt import SPANS_KEY
+from subject_patches.patches.parts.prompt import SPANS_KEY, Spans
 from subject_patches.tests.shared.clips import FAMILIES, SMALL, small_clip
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -99,28 +100,28 @@ KNOWN = {"dog": ((2, 3), (6, 7)), "brown dog": ((5, 7),), "puppy": ((8, 10),), "
 @pytest.mark.parametrize(
     ("phrase", "expected"),
     [
-        ("", [2, 6]),
-        ("Dog ", [2, 6]),
-        ("brown dog", [6]),
-        ("brown\n dog", [6]),
-        ("puppy", [8, 9]),
+        ("", ((2, 3), (6, 7))),
+        ("Dog ", ((2, 3), (6, 7))),
+        ("brown dog", ((6, 7),)),
+        ("brown\n dog", ((6, 7),)),
+        ("puppy", ((8, 10),)),
         ("dogs", None),
         ("old dog", None),
     ],
 )
-def test_which_words_become_the_subject(phrase: str, expected: list[int] | None) -> None:
+def test_which_words_become_the_subject(phrase: str, expected: Spans | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match=rf"does not know where '{phrase}' is in its prompt \(it knows dog, brown"):
-            subject_positions(KNOWN, "dog", phrase)
+            subject_spans(KNOWN, "dog", phrase)
     else:
-        assert subject_positions(KNOWN, "Dog", phrase) == expected
+        assert subject_spans(KNOWN, "Dog", phrase) == expected
 
 
 def test_a_phrase_around_the_noun_needs_the_noun_too() -> None:
     with pytest.raises(ValueError, match="does not know where 'dog' is"):
-        subject_positions({"brown dog": ((1, 3),)}, "dog", "brown dog")
+        subject_spans({"brown dog": ((1, 3),)}, "dog", "brown dog")
     with pytest.raises(ValueError, match=r"\(it knows none\); make it with Encode Prompt with Subjects, with 'dog'"):
-        subject_positions({}, "dog")
+        subject_spans({}, "dog")
 
 
 # Applying
@@ -163,6 +164,21 @@ def test_chains_add_up_and_the_given_prompt_stays() -> None:
     assert torch.equal(plain[0][0], kept)
     assert not torch.equal(both[0][0], one[0][0])
     assert torch.equal(ApplyResidualTokens.execute(plain, dog, 0.0).args[0][0][0], kept)
+
+
+def test_a_prompt_that_has_each_token_twice() -> None:
+    """Both of a token get its vector, at each occurrence of the noun."""
+    token = residual(4, 2, "hot dog")
+    spans = ((2, 6), (8, 12))
+    ((context, _),) = ApplyResidualTokens.execute(
+        [[torch.zeros(1, 14, 4), {SPANS_KEY: {"hot dog": spans}}]], token
+    ).args[0]
+    first, second = token.vectors
+    for start, _ in spans:
+        assert torch.equal(context[0, start : start + 4], torch.stack([first, first, second, second]))
+    # One that the end of a chunk cuts in two is no shorter.
+    assert in_doubled(token.vectors, ((75, 76), (78, 79))) is token.vectors
+    assert torch.equal(in_doubled(token.vectors, ((2, 4), (6, 8))), token.vectors)
 
 
 def test_what_cannot_be_applied() -> None:
