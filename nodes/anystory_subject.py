@@ -12,7 +12,7 @@ from ..encoders.preprocessing import cut_out, latent_pixels, places, to_bytes, v
 from ..patches.anystory.anystory_subject import AnyStorySubject
 from ..patches.mechanisms.subject import composite, encoded
 from ..patches.parts.cache import MEGABYTE, FeatureCache
-from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in
+from .checks import MEGABYTES_MAX, check_choice, check_loaded, check_number, masks_in, pictures_in, tell_upside_down
 from .inputs import ADVANCED, CACHE_MEGABYTES, cache_input, vae_input
 from .model_files import SUBJECT_ENCODERS
 from .types import SEVERAL, AnyStorySubjectType, AnyStoryType
@@ -181,6 +181,7 @@ def _given(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[Any, Any]:
         raise ValueError("There is no mask; connect one, or give a picture with a transparent background.")
     if len(mask) != 1:
         raise ValueError(f"There are {len(mask)} masks; AnyStory takes one a subject.")
+    tell_upside_down("subject's mask", mask[0])
     return to_bytes(image[0]), to_bytes(mask[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,14 @@ def test_subject_sentences() -> None:
         ValueError, match=r"the shape \(1, 4, 1, 8, 8\), but AnyStory's FLUX takes pictures of 4 channels"
     ):
         check_latents(golden_anystory(), torch.zeros(1, 4, 1, 8, 8))
+
+
+def test_an_upside_down_mask_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        encoded()
+        assert "upside down" not in caplog.text
+        encoded(mask=1 - mask())
+    assert "The subject's mask covers 78% of its picture, its edge included. If it is upside down, put" in caplog.text
 
 
 def test_model_sentences(model: Any, subjects: Any) -> None:
