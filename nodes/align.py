@@ -75,9 +75,10 @@ class AlignReferenceNode(io.ComfyNode):
         masks = masks_in("mask", mask)
         places = None if layout_mask is None else masks_in("layout_mask", layout_mask)
         count = max(len(pictures), 1 if places is None else len(places))
-        for name, found in (("of image", pictures), ("of mask", masks), ("of layout_mask", places)):
+        whose = "pictures" if len(pictures) == count else "layout masks"
+        for name, found in (("pictures", pictures), ("masks", masks), ("layout masks", places)):
             if found is not None:
-                check_each(name, len(found), count)
+                check_each(name, len(found), count, whose)
         made = []
         for number in range(count):
             own = [each[min(number, len(each) - 1)][None] for each in (pictures, masks)]

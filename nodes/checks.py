@@ -37,10 +37,10 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
         raise ValueError(f"The {name} {_is(name)} '{value}'; choose one of {', '.join(options)}.")
 
 
-def check_each(what: str, found: int, count: int, where: str = "") -> None:
-    """Raises ValueError unless there is one of `what` for all of `count` pictures, or one for each."""
+def check_each(what: str, found: int, count: int, whose: str = "pictures") -> None:
+    """Raises ValueError unless there is one of `what` for all of the `count` things in `whose`, or one for each."""
     if found not in (1, count):
-        raise ValueError(f"There are {found} {what} for {count} pictures{where}; give one for all, or one for each.")
+        raise ValueError(f"There are {found} {what} for {count} {whose}; give one for all, or one for each.")
 
 
 def check_loaded(clip: Any = "", vae: Any = "") -> None:

@@ -24,6 +24,8 @@ from .saved_files import next_file
 from .types import CONCEPT, ResidualTokenType
 
 STRENGTH_MAX = 10.0
+# Where families keep words that are not in a prompt's context.
+BESIDE_THE_CONTEXT = {"t5xxl_ids": "Anima", "conditioning_llama3": "HiDream"}
 
 
 class ApplyResidualTokens(io.ComfyNode):
@@ -78,11 +80,12 @@ class ApplyResidualTokens(io.ComfyNode):
                     f"wide), but the prompt is encoded for {family_of(context.shape[-1])} ({context.shape[-1]} wide); "
                     "take one that was trained with this checkpoint's family."
                 )
-            if values.keys() & {"t5xxl_ids", "conditioning_llama3"}:
-                raise ValueError(
-                    f"The residual token of '{residual.noun}' cannot be added to a prompt whose words lie elsewhere "
-                    "than in its context, as those of Anima (T5's tokens) and HiDream (also Llama's); take another's."
-                )
+            for name, family in BESIDE_THE_CONTEXT.items():
+                if name in values:
+                    raise ValueError(
+                        f"Residual tokens are for SD 1.x, SD 2.x and SDXL, but this prompt is encoded for {family}; "
+                        "encode it with the CLIP of one of those."
+                    )
             try:
                 spans = subject_spans(values.get(SPANS_KEY, {}), residual.noun, phrase)
             except ValueError as error:

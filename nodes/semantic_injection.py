@@ -159,6 +159,6 @@ def _scene(background: Any) -> Any:
     pictures = pictures_in("background", background)
     if len(pictures) > 1:
         raise ValueError(
-            f"The background has {len(pictures)} pictures, but a scene is one; pick one with Image From Batch."
+            f"The background has {len(pictures)} pictures, but a scene is one; pick one with Get Image from Batch."
         )
     return composite(pictures, None)[0]

@@ -153,7 +153,7 @@ def _subjects_masks(mask: Any, pictures: int) -> torch.Tensor:
     """Masks of the subject in so many pictures, (1 or pictures, height, width) on the CPU. Raises ValueError for
     another number of them and for an empty one."""
     masks = masks_in("mask", mask).cpu()
-    check_each("masks", len(masks), pictures, " in the latent")
+    check_each("masks", len(masks), pictures, "pictures in the latent")
     for number, each in enumerate(masks, 1):
         mask_bounds(each, 0.0)
         tell_upside_down(f"mask {number} of {len(masks)}", each)

@@ -110,8 +110,13 @@ def test_one_reference_for_several_layouts() -> None:
 
 def test_bad_input() -> None:
     image, mask = picture(32, 32), masked(32, 32, 8, 8, 24, 24)
-    with pytest.raises(ValueError, match="There are 2 of mask for 3 pictures; give one for all, or one for each"):
-        AlignReferenceNode.execute(image.expand(3, -1, -1, -1), mask.expand(2, -1, -1))
+    three, two = image.expand(3, -1, -1, -1), mask.expand(2, -1, -1)
+    with pytest.raises(ValueError, match="There are 2 masks for 3 pictures; give one for all, or one for each"):
+        AlignReferenceNode.execute(three, two)
+    with pytest.raises(ValueError, match="There are 2 layout masks for 3 pictures; give one"):
+        AlignReferenceNode.execute(three, mask, two)
+    with pytest.raises(ValueError, match="There are 2 pictures for 3 layout masks; give one"):
+        AlignReferenceNode.execute(three[:2], mask, mask.expand(3, -1, -1))
     with pytest.raises(ValueError, match="background is 'blue'; choose one of keep, white, gray"):
         AlignReferenceNode.execute(image, mask, background="blue")
     with pytest.raises(ValueError, match="mask is empty: no place of its 32 x 32"):

@@ -189,8 +189,11 @@ def test_what_cannot_be_applied() -> None:
         ApplyResidualTokens.execute(plain, wide)
     with pytest.raises(ValueError, match="does not know where 'cat' is in its prompt"):
         ApplyResidualTokens.execute(plain, residual(noun="cat"))
-    with pytest.raises(ValueError, match=r"of 'dog' cannot be added to a prompt whose words lie elsewhere .*; take"):
-        ApplyResidualTokens.execute([[plain[0][0], {**plain[0][1], "t5xxl_ids": torch.zeros(7)}]], residual())
+    for name, family in (("t5xxl_ids", "Anima"), ("conditioning_llama3", "HiDream")):
+        with pytest.raises(
+            ValueError, match=f"for SD 1.x, SD 2.x and SDXL, but this prompt is encoded for {family}; enc"
+        ):
+            ApplyResidualTokens.execute([[plain[0][0], {**plain[0][1], name: torch.zeros(7)}]], residual())
     for strength in (float("nan"), 11.0):
         with pytest.raises(ValueError, match=f"The strength is {strength}; give a number from -10 to 10"):
             ApplyResidualTokens.execute(plain, residual(), strength)

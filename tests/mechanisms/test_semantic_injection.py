@@ -272,5 +272,7 @@ def test_numbers_are_refused(model: Any) -> None:
         told(model, (subject(),), strength=1.5, prompt="replaced")
     with pytest.raises(ValueError, match="The prompt is 'gone'; choose one of"):
         told(model, (subject(),), prompt="gone")
-    with pytest.raises(ValueError, match="The background has 2 pictures, but a scene is one; pick one"):
+    with pytest.raises(
+        ValueError, match="The background has 2 pictures, but a scene is one; pick one with Get Image from Batch"
+    ):
         told(model, (subject(),), background=torch.rand(2, 8, 8, 3))
