@@ -21,7 +21,8 @@ def parser_of(description: str, folder: str, checkpoint: Path) -> argparse.Argum
     trains on the CPU."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, default=RUNS / folder, help="where the run keeps its files")
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="the file to write")
+    written = "the file to write; by default the one that is gone on from (--start), or else the pack's own"
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help=written)
     parser.add_argument("--processes", type=int, default=1, help="processes that train together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a checkpoint to train on from")
@@ -37,9 +38,11 @@ def on_any_device(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options given; a checkpoint to start from must be there."""
-    arguments = parser.parse_args()
+def parsed(parser: argparse.ArgumentParser, into: str = "start") -> argparse.Namespace:
+    """The options given; a checkpoint to start from must be there. What is not told which file to write writes that of
+    the option `into`, where it has one: never what comes with the pack in the place of something else."""
+    arguments = parser.parse_args(namespace=argparse.Namespace(checkpoint=None))
+    arguments.checkpoint = arguments.checkpoint or getattr(arguments, into) or parser.get_default("checkpoint")
     if arguments.start and not arguments.start.is_file():
         parser.error(f"--start: there is no checkpoint {arguments.start}")
     return arguments

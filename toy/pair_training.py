@@ -50,9 +50,9 @@ def with_vision(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def pair_parsed(parser: argparse.ArgumentParser, *read: str) -> argparse.Namespace:
-    """The options given; the toy's checkpoint and the files of the options `read` must be there."""
-    arguments = parsed(parser)
+def pair_parsed(parser: argparse.ArgumentParser, *read: str, into: str = "start") -> argparse.Namespace:
+    """The options given; the toy's checkpoint and the files of the options `read` must be there. See `parsed`."""
+    arguments = parsed(parser, into)
     for name in ("toy", *read):
         if not getattr(arguments, name).is_file():
             parser.error(f"--{name}: there is no file {getattr(arguments, name)}")

@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace, peers: Peers) -> None:
     symbiosis = Symbiosis(model, sight, Words()([""]), arguments.sites, arguments.keep, not arguments.detached)
     tuning = Tuning(model.unet, arguments.rank)
     if arguments.start is not None:
-        start(tuning, arguments.start, arguments.start_lora or arguments.start.with_name(LORA.name))
+        start(tuning, arguments.start, arguments.start_lora)
     groups = [
         {"params": list(tuning.low_ranks.parameters())},
         {"params": list(tuning.semantic.parameters()), "times": MAPS_TIMES},
@@ -93,13 +93,17 @@ def write(tuning: Any, vision: Any, path: Path, lora: Path) -> None:
 def main() -> None:
     # More than this rate harms the U-Net.
     parser = pair_parser(__doc__.splitlines()[0], "anylogo", MAPS, minutes=60, rate=1e-4)
-    parser.add_argument("--lora", type=Path, default=LORA, help="the LoRA's file to write")
+    parser.add_argument("--lora", type=Path, help="the LoRA's file to write; by default --start's, or the pack's own")
     parser.add_argument("--start-lora", type=Path, help="the LoRA of --start, where it is not beside it")
     parser.add_argument("--rank", type=int, default=16, help="of the U-Net's differences")
     parser.add_argument("--sites", default="decoder", help="which layers deliver; none is semantic tokens alone")
     parser.add_argument("--keep", type=float, default=0.6, help="how often a layer keeps the reference (lambda)")
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
-    together(train, pair_parsed(with_vision(parser), "vision"))
+    arguments = pair_parsed(with_vision(parser), "vision")
+    if arguments.start is not None:
+        arguments.start_lora = arguments.start_lora or arguments.start.with_name(LORA.name)
+    arguments.lora = arguments.lora or arguments.start_lora or LORA
+    together(train, arguments)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
     parser = pair_parser(__doc__.splitlines()[0], "router", ENCODER, minutes=60, rate=1e-3, store=2000)
     parser.add_argument("--encoder", type=Path, default=ENCODER, help="what toy.train_subjects wrote")
     parser.add_argument("--join", action="store_true", help="only put the router of --start into --encoder's file")
-    arguments = pair_parsed(parser, "encoder")
+    arguments = pair_parsed(parser, "encoder", into="encoder")
     if arguments.join and arguments.start is None:
         parser.error("--join needs the file whose router it takes: --start")
     together(train, arguments)
