@@ -127,9 +127,14 @@ class AdaptiveMask:
         attention = attention.cpu()
         attended = torch.stack([thresholded(each, self.threshold) for each in attention])
         finer = functional.interpolate(attended[:, None].float(), size, mode="nearest")[:, 0] > 0
-        subject = finer if segmented is None else united(finer, in_turn(segmented, len(finer)), self.both)
         sure = torch.stack([without_small(each, self.smallest) for each in attended])
         sure = functional.interpolate(sure[:, None].float(), size, mode="nearest")[:, 0]
+        subject = finer
+        if segmented is not None:
+            segmented = in_turn(segmented, len(finer))
+            subject = united(finer, segmented, self.both)
+            # What AND discards is not to come back by the sum.
+            sure = sure * segmented if self.both else sure
         blend = (torch.stack([distance_weight(each) for each in subject]) + sure).clamp(max=1)
         return Stages(attention, attended.float(), subject.float(), blend)
 

@@ -59,7 +59,7 @@ def test_small_components_go() -> None:
 
 
 def test_the_mask_is_the_papers_sum() -> None:
-    """M = Normalize(D(M^k)) + C(M^c), clamped, at twice the latents' size."""
+    """M = Normalize(D(M^k)) + C(M^c), clamped, at twice the latents' size; with AND, nothing outside of the mask."""
     attention = torch.rand(2, 6, 8, generator=generator(3))
     segmented = box(50, 33, 11, 5, 40, 22).float()[None]
     for both in (False, True):
@@ -75,8 +75,10 @@ def test_the_mask_is_the_papers_sum() -> None:
             labels, count = ndimage.label(attended.numpy(), structure=[[1] * 3] * 3)
             kept = sum((labels == n for n in range(1, count + 1) if (labels == n).sum() >= 0.05 * 48), labels * 0)
             sure = torch.from_numpy(kept).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            sure = sure * shape if both else sure
             torch.testing.assert_close(stages.blend[row], (weight + sure).clamp(max=1).float())
             assert stages.subject[row].bool().equal(subject)
+            assert bool((stages.blend[row] > 0)[~shape].any()) != both
 
 
 def test_only_earlier_levels_decide() -> None:
