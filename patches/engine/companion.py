@@ -31,7 +31,8 @@ _OF_A_CALL = frozenset({"context_window"})
 _OURS = __package__.rpartition(".")[0]
 _OF_ATTENTION = frozenset({"attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch"})
 _ACTING = frozenset({"patches", "optimized_attention_override"})
-Patch = Callable[..., Any]
+# Some places list a patch behind the class of the layers that it is for.
+Patch = Callable[..., Any] | tuple[type, Callable[..., Any]]
 
 
 class OfThePictureError(Exception):
@@ -81,6 +82,8 @@ def companion_call(options: Mapping[str, Any], left_out: Set[str]) -> dict[str, 
 
 def owner_of(patch: Any) -> str:
     """What a patch is a part of: patches of one module go together, as a couple's on a layer's input and its output."""
+    if isinstance(patch, tuple):
+        patch = patch[-1]
     while isinstance(patch, partial):
         patch = patch.func
     if isinstance(patch, MethodType):
@@ -90,6 +93,9 @@ def owner_of(patch: Any) -> str:
 
 
 def _watched(place: str, patch: Patch) -> Patch:
+    if isinstance(patch, tuple):
+        return (*patch[:-1], _watched(place, patch[-1]))
+
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             result = patch(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Upsample
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.engine.companion import owner_of, silenced
@@ -77,7 +78,8 @@ def features_of(patch: Callable[[Any], Any], model: Any) -> list[Tensor]:
 
 def test_what_belongs_to_the_picture_leaves_a_reference_as_it_is(model: Any) -> None:
     alone = features_of(lambda given: given, model)
-    for patch in (shared_by_index, shared_in_the_batch, partial(of_its_own_prompt, lengths=(7,)), couple):
+    hinted = partial(resampling, hint=randn(1, 1, 8, 8))
+    for patch in (shared_by_index, shared_in_the_batch, partial(of_its_own_prompt, lengths=(7,)), couple, hinted):
         lent = features_of(patch, model)
         assert len(lent) == len(alone)
         assert all(torch.equal(one, other) for one, other in zip(lent, alone, strict=True)), patch
@@ -90,11 +92,23 @@ def hypernetwork(model: Any) -> Any:
     return clone
 
 
+def resampling(model: Any, hint: Tensor | None = None) -> Any:
+    """As patches that are for the layers of one class: what upsampling gives, scaled, with a hint of the picture's own
+    size where one is given."""
+
+    def upsample(layer: Any, x: Tensor, _emb: Tensor, _context: Any, _options: Any, shape: Any, *_: Any) -> Tensor:
+        return layer(x, output_shape=shape) * 0.7 if hint is None else layer(x, output_shape=shape) + hint
+
+    clone = model.clone()
+    clone.set_model_patch((Upsample, upsample), "forward_timestep_embed_patch")
+    return clone
+
+
 def merging(model: Any) -> Any:
     return TomePatchModel.execute(model, 0.5).args[0]
 
 
-@pytest.mark.parametrize("patch", [hypernetwork, merging])
+@pytest.mark.parametrize("patch", [hypernetwork, merging, resampling])
 def test_what_belongs_to_the_model_acts_on_a_reference_too(patch: Callable[[Any], Any], model: Any) -> None:
     lent, alone = features_of(patch, model), features_of(lambda given: given, model)
     assert any(difference(one, other) > FEW for one, other in zip(lent, alone, strict=True))
