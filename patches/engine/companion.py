@@ -8,8 +8,9 @@ patches (LoRA, quantisation), its objects, the attention function that the host 
 layers that treat each row by itself (token merging, FreeU, a hypernetwork).
 
 What belongs to the picture does not: whatever wraps a call of the model (step caches, tiling, context windows,
-compiling), whatever replaces a layer's attention, and patches that change what a row is, how many there are or how many
-keys it has (couples, regions, sharing inside the batch). No pack is known by its name.
+compiling), whatever replaces a layer's attention, patches that change what a row is, how many there are or how many
+keys it has (couples, regions, sharing inside the batch), and what stands where the picture is controlled: behind the
+model's inputs or behind a whole block (control, styles, tokens beside the picture). No pack is known by its name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _OF_A_CALL = frozenset({"context_window"})
 # Where patches of ours are made, in any room.
 _OURS = __package__.rpartition(".")[0]
 _OF_ATTENTION = frozenset({"attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch"})
+# Behind the model's inputs and behind whole blocks: what control, styles and pictures beside the own are put in by.
+_CONTROLLING = frozenset({"post_input", "double_block", "noise_refiner", "middle_block_after_patch"})
 _ACTING = frozenset({"patches", "optimized_attention_override"})
 # Some places list a patch behind the class of the layers that it is for.
 Patch = Callable[..., Any] | tuple[type, Callable[..., Any]]
@@ -71,10 +74,11 @@ def _without_replacements(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def companion_call(options: Mapping[str, Any], left_out: Set[str]) -> dict[str, Any]:
     """The options of one call of the model for a companion: no replacements, which a conditioning's hooks may have
-    brought in again, and of the layers' patches those of no owner in `left_out`, each under watch: one that does not
-    fit raises `OfThePictureError`."""
-    patches = {}
-    for place, listed in options.get("patches", {}).items():
+    brought in again, and of the layers' patches those of no owner that controls the picture or is in `left_out`, each
+    under watch: one that does not fit raises `OfThePictureError`."""
+    patches, given = {}, options.get("patches", {})
+    left_out = left_out | {owner_of(each) for place in _CONTROLLING for each in given.get(place, ())} - {_OURS}
+    for place, listed in given.items():
         kept = [each for each in listed if owner_of(each) not in left_out]
         patches[place] = [each if owner_of(each) == _OURS else _watched(place, each) for each in kept]
     return {**_without_replacements(options), "patches": patches}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Upsample
+from comfy.ldm.supir.supir_patch import SUPIRPatch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.engine.companion import owner_of, silenced
 from subject_patches.patches.mechanisms.semantic_injection import injected
+from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import (
     auxiliary_prompt,
@@ -26,6 +29,7 @@ from subject_patches.tests.shared.models import (
     routed,
     sample,
     subject,
+    subject_for,
     swapped,
     trajectory,
 )
@@ -70,7 +74,7 @@ def test_sharing_inside_the_batch(share: Callable[[Any], Any], mechanism: Mechan
 
 def features_of(patch: Callable[[Any], Any], model: Any) -> list[Tensor]:
     """What a reference lends under another pack's patch, in every layer and step."""
-    who = subject()
+    who = subject_for(model)
     sample(recycled(patch(model), (who,)))
     entries = who.cache._entries.values()
     return [tensor for entry in entries for parts in entry.features.values() for tensor in parts.values()]
@@ -112,6 +116,42 @@ def merging(model: Any) -> Any:
 def test_what_belongs_to_the_model_acts_on_a_reference_too(patch: Callable[[Any], Any], model: Any) -> None:
     lent, alone = features_of(patch, model), features_of(lambda given: given, model)
     assert any(difference(one, other) > FEW for one, other in zip(lent, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("Qwen-Image", "double_block"), ("Z-Image", "noise_refiner"), ("FLUX.1", "post_input")]
+)
+def test_what_controls_the_picture_leaves_a_reference_as_it_is(name: str, place: str) -> None:
+    """As the host's nodes for control and styles do in transformers, with other patches of theirs."""
+    model = dit_model(name)
+
+    def controlled(given: Any) -> Any:
+        clone = given.clone()
+        clone.set_model_patch(lambda streams: {**streams, "img": streams["img"] * 1.2}, place)
+        clone.set_model_patch(lambda query, key, value, **_: {"k": key * 1.2}, "attn1_patch")
+        return clone
+
+    lent, alone = features_of(controlled, model), features_of(lambda given: given, model)
+    assert all(torch.equal(one, other) for one, other in zip(lent, alone, strict=True))
+    assert difference(sample(controlled(model)), sample(model)) > FEW
+
+
+def supir(model: Any) -> Any:
+    """The host's SUPIR node, with adapters that only scale what they are given."""
+
+    def adapter(_: None, *given: Tensor, control_scale: float) -> Tensor:
+        return 0.9 * control_scale * torch.cat(given[::-1], 1)
+
+    control = SimpleNamespace(model=SimpleNamespace(control_model=lambda *_: [None] * 40))
+    clone = model.clone()
+    SUPIRPatch(control, [adapter] * 40, randn(1, 4, 8, 8), 1.0, 1.0).register(clone)
+    return clone
+
+
+def test_supir_leaves_a_reference_as_it_is(model: Any) -> None:
+    lent, alone = features_of(supir, model), features_of(lambda given: given, model)
+    assert all(torch.equal(one, other) for one, other in zip(lent, alone, strict=True))
+    assert difference(sample(supir(model)), sample(model)) > FEW
 
 
 def test_a_replacement_that_knows_its_own_prompt_only(model: Any) -> None:
