@@ -134,7 +134,7 @@ class References:
         # The host's model needs a text token; nothing attends to it.
         width = inner.diffusion_model.params.context_in_dim
         conds["c_crossattn"] = comfy.conds.CONDRegular(torch.zeros(1, 1, width, device=timestep.device))
-        entry = {**conditioning, "model_conds": conds}
+        (entry,) = session.at_level([{**conditioning, "model_conds": conds}], 0.0, timestep, options)
         grid = tuple(-(-size // inner.diffusion_model.patch_size) for size in latents.shape[-2:])
         recorder = _Recorder(recordings, self.sites, rows, grid)
         level = timestep.new_zeros(len(latents))

@@ -53,6 +53,7 @@ def predict(
     turns out to belong to the picture, the pass begins again without it; so what a pass gives does not depend on which
     passes were needed before."""
     sigma = timestep.new_full((len(latents),), level)
+    conditioning = session.at_level(conditioning, level, timestep, options)
     given = {**options, "transformer_options": {**options["transformer_options"], RECORDING: recording}}
     while True:
         try:

@@ -24,6 +24,7 @@ from .companion import acting_on_companions
 from .conditionings import of_the_stream
 from .edit import Edit, Request
 from .heeding import Heeding
+from .hooks import HeldHooks
 from .recording import Recording
 from .streams import UNCONDITIONAL, Denoising, Features, Stream
 from .tally import Tally
@@ -58,6 +59,7 @@ class Session:
         # Those of the noise level before that may serve this one too.
         self._earlier: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
+        self._held = HeldHooks()
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
         self._acted: set[int] = set()
@@ -78,6 +80,7 @@ class Session:
         self.recordings.clear()
         self._earlier.clear()
         self._conditionings.clear()
+        self._held.clear()
         self._model_key = None
 
     def enter(self, guider: Any, x: Tensor, timestep: Tensor) -> None:
@@ -253,6 +256,15 @@ class Session:
         if source is None or source is UNCONDITIONAL:
             source = self._of_the_guider(conditioned=source is None)
         return self._prepared(stream, source)
+
+    def at_level(
+        self, conditioning: list[dict[str, Any]], level: float, timestep: Tensor, model_options: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """A stream's conditioning for a pass at a noise level. Its hooks stay at the strengths of the sampler's step,
+        `timestep`, also where the level is another."""
+        if level == self.sigma:
+            return conditioning
+        return self._held.held(conditioning, self.guider.inner_model.current_patcher, timestep, model_options)
 
     def stripped(self, stream: Stream, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry of the guider's lists, prepared for a stream."""

@@ -15,9 +15,10 @@ import pytest
 import torch
 from comfy.cldm.cldm import ControlNet
 from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustomAdvanced
-from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
+from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookKeyframe, CreateHookLora, SetHookKeyframes
 from hosting.random_models import fill
 from safetensors.torch import save_file
+from subject_patches.nodes.inputs import NEARLY_CLEAN
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.parts.window import Window
@@ -203,19 +204,57 @@ def lora(tmp_path: Path) -> Iterator[str]:
     folder_paths.folder_names_and_paths["loras"][0].remove(str(tmp_path))
 
 
+def hooked(seed: int, hooks: Any) -> Conditioning:
+    return ConditioningSetProperties().set_properties(prompt(seed), 1.0, "default", hooks=hooks)[0]
+
+
+def scheduled(hooks: Any, *strengths: float) -> Any:
+    """Hooks with keyframes at equal distances over the schedule."""
+    keyframes = None
+    for number, strength in enumerate(strengths):
+        (keyframes,) = CreateHookKeyframe().create_hook_keyframe(strength, number / len(strengths), keyframes)
+    return SetHookKeyframes().set_hook_keyframes(hooks, keyframes)[0]
+
+
+def weights_in(model: Any, **run: Any) -> dict[int, list[float]]:
+    """What the hooked layer's weights add up to in each call of a run's conditioned rows, by how many tokens a row
+    has. Without guidance, so that the calls are those of the positive prompt."""
+    seen: dict[int, list[float]] = {}
+    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_v
+
+    def look(module: Any, given: Any) -> None:
+        seen.setdefault(given[0].shape[1], []).append(float(module.weight.double().sum()))
+
+    hook = layer.register_forward_pre_hook(look)
+    try:
+        sample(model, cfg=1.0, **run)
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("noise_level", ["current", NEARLY_CLEAN])
+def test_keyframes_of_hooks_are_those_of_the_step(noise_level: str, lora: str, model: Any) -> None:
+    """In the picture's calls and a reference's, whatever noise level that is looked at."""
+    strengths = (1.0, 0.4, 0.0, 0.7)
+    (hooks,) = CreateHookLora().create_hook(lora, 1.0, 0.0)
+    run = {"positive": hooked(1, scheduled(hooks, *strengths)), "steps": 8, "size": (8, 16)}
+    ((_, alone),) = weights_in(model, **run).items()
+    assert len(set(alone)) == len(strengths)
+    picture, lent = sorted(weights_in(recycled(model, noise_level=noise_level), **run).items(), reverse=True)
+    assert picture[1] == alone
+    assert lent[1] == alone
+
+
 @pytest.mark.parametrize("on", ["positive", "both"])
 def test_with_lora_hooks(on: str, lora: str, model: Any) -> None:
     (hooks,) = CreateHookLora().create_hook(lora, 0.6, 0.0)
-    hooked = {
-        name: ConditioningSetProperties().set_properties(prompt(seed), 1.0, "default", hooks=hooks)[0]
-        for name, seed in (("positive", 1), ("negative", 2))
-        if on in (name, "both")
-    }
+    given = {name: hooked(seed, hooks) for name, seed in (("positive", 1), ("negative", 2)) if on in (name, "both")}
     ours = recycled(model)
     plain = sample(ours)
-    both = sample(ours, **hooked)
+    both = sample(ours, **given)
     assert both.isfinite().all()
     assert difference(both, plain) > FEW
-    assert difference(both, sample(model, **hooked)) > FEW
-    assert torch.equal(sample(ours, **hooked), both)
+    assert difference(both, sample(model, **given)) > FEW
+    assert torch.equal(sample(ours, **given), both)
     assert torch.equal(sample(ours), plain)
