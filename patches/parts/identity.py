@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
 from weakref import WeakMethod
@@ -31,15 +31,24 @@ def digest_of(model_conds: Mapping[str, Any]) -> str:
     """A digest of the contents of a conditioning as the host encoded it for its model."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(model_conds):
-        value = model_conds[name].cond
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(str((value.dtype, tuple(value.shape))).encode())
-            value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        else:
-            value = repr(value).encode()
-        digest.update(value)
+        for part in _bytes_of((name, model_conds[name].cond)):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes_of(value: Any) -> Iterator[bytes]:
+    """A value in bytes, tensors with all that they hold: they print few of their numbers, and rounded."""
+    if isinstance(value, Tensor):
+        yield str((value.dtype, tuple(value.shape))).encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        yield from _bytes_of(list(value.items()))
+    elif isinstance(value, list | tuple):
+        yield str((type(value).__name__, len(value))).encode()
+        for item in value:
+            yield from _bytes_of(item)
+    else:
+        yield repr(value).encode()
 
 
 class Same:

@@ -9,10 +9,12 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.conds import CONDList
 from comfy.sd import load_bypass_lora_for_models
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from subject_patches.nodes.inputs import NEARLY_CLEAN
 from subject_patches.patches.parts.cache import MEGABYTE, FeatureCache
+from subject_patches.patches.parts.identity import digest_of
 from subject_patches.patches.parts.sites import Site
 from subject_patches.tests.shared.models import (
     counted,
@@ -231,6 +233,15 @@ def test_another_seed_or_model_starts_afresh(model: Any) -> None:
     passes(recycled(counted(model, calls), (who,)), calls)
     assert passes(recycled(counted(model, calls), (who,), seed=1), calls)[1] == STEPS
     assert passes(recycled(counted(small_model(seed=1), calls), (who,)), calls)[1] == STEPS
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda tensors: dict(enumerate(tensors))])
+def test_a_conditioning_is_known_by_all_that_its_lists_hold(form: Callable[[list[Tensor]], Any]) -> None:
+    """As reference latents are given to the host's models: printed, the two look alike."""
+    one, other, same = ([torch.zeros(1, 16, 64, 64), torch.ones(3)] for _ in range(3))
+    other[0][0, 8, 32, 32] = 1
+    digests = [digest_of({"ref_latents": CONDList(form(each))}) for each in (one, other, same)]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_without_room_every_run_is_cold(model: Any) -> None:
