@@ -30,10 +30,10 @@ class FeatureCache:
 
     What the present run itself put in or used is never dropped for it: a run visits its keys in one order, so
     dropping its own oldest for its newest would leave the next run nothing. A run too big for the cache keeps
-    what fits. `large` is the size in bytes from which everything is kept on the offload device."""
+    what fits. Features are kept on the offload device: they outlive the run, and the host can free no memory of
+    theirs."""
 
     max_bytes: int
-    large: int = 512 * MEGABYTE
     _entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict, repr=False)
     _size: int = 0
 
@@ -64,7 +64,8 @@ class FeatureCache:
         }
 
     def put(self, key: Hashable, features: Mapping[Site, Features], run: object, offload: torch.device) -> None:
-        """Keeps the features of more sites under a key if they all fit beside what `run` already has here."""
+        """Keeps the features of more sites under a key, on the `offload` device, if they all fit beside what `run`
+        already has here."""
         entry = self._entries.get(key) or _Entry({}, 0, run)
         new = {site: parts for site, parts in features.items() if site not in entry.features}
         size = sum(t.numel() * t.element_size() for parts in new.values() for t in parts.values())
@@ -75,12 +76,8 @@ class FeatureCache:
             self._size -= self._entries.pop(foreign.pop(0)).size
         if self._size + size > self.max_bytes:
             return
-        moved = self._size + size > self.large
         for site, parts in new.items():
-            entry.features[site] = {
-                name: tensor.detach().to(offload if moved else tensor.device, copy=True)
-                for name, tensor in parts.items()
-            }
+            entry.features[site] = {name: tensor.detach().to(offload, copy=True) for name, tensor in parts.items()}
         entry.size += size
         entry.run = run
         self._entries[key] = entry
