@@ -9,6 +9,16 @@ from comfy.hooks import HookGroup, HookKeyframe, HookKeyframeGroup
 from torch import Tensor
 
 
+def loaded_of(hooks: HookGroup, model_options: Mapping[str, Any], model: Any) -> HookGroup:
+    """Those of a given conditioning's hooks that the host has loaded: it loads what the run's own prompts have. It
+    prepares the keyframes of these only, so that a copy of the others begins anew here."""
+    loaded = hooks.new_with_common_hooks(model_options.get("registered_hooks") or HookGroup())
+    for hook in loaded.hooks:
+        hook.hook_keyframe = hook.hook_keyframe.clone()
+        hook.initialize_timesteps(model)
+    return loaded
+
+
 class HeldHooks:
     """Copies of hooks for the passes of one run that are at another noise level than the sampler's. The host's
     keyframes follow the levels that it is told and never go back: a nearly clean pass would take the picture's own to

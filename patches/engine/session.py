@@ -24,7 +24,7 @@ from .companion import acting_on_companions
 from .conditionings import of_the_stream
 from .edit import Edit, Request
 from .heeding import Heeding
-from .hooks import HeldHooks
+from .hooks import HeldHooks, loaded_of
 from .recording import Recording
 from .streams import UNCONDITIONAL, Denoising, Features, Stream
 from .tally import Tally
@@ -300,6 +300,17 @@ class Session:
                 return entry
         return entries[0]
 
+    def _loaded(self, hooks: Any) -> Any:
+        """What of a given conditioning's hooks can act; None for none of them."""
+        loaded = loaded_of(hooks, self.guider.model_options, self.guider.inner_model)
+        if len(loaded) < len(hooks):
+            self.warn_once(
+                "A conditioning given to a node of Subject Patches has hooks that are on none of the sampler's own "
+                "prompts, and ComfyUI loads only those; set the hooks on the positive prompt too, or load the LoRA "
+                "into the MODEL."
+            )
+        return loaded if len(loaded) else None
+
     def _shown(self, stream: Stream) -> dict[str, Any]:
         """What the encoding is given besides a conditioning; of a branch, what the host gives it of the generation."""
         if isinstance(stream, Denoising):
@@ -312,6 +323,8 @@ class Session:
         self, stream: Stream, source: Mapping[str, Any], given: bool
     ) -> tuple[list[dict[str, Any]], str | None]:
         entry = of_the_stream(stream, source, given, self._entries(conditioned=True), self.latent)
+        if given and entry.get("hooks") is not None:
+            entry["hooks"] = self._loaded(entry["hooks"])
         entry.update(model_conds={}, uuid=object())
         noise = torch.zeros(stream.shape)
         encoded = comfy.samplers.encode_model_conds(

@@ -246,6 +246,32 @@ def test_keyframes_of_hooks_are_those_of_the_step(noise_level: str, lora: str, m
     assert lent[1] == alone
 
 
+def test_a_given_conditioning_has_hooks_that_the_prompts_have(
+    lora: str, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (hooks,) = CreateHookLora().create_hook(lora, 1.0, 0.0)
+    own, other = scheduled(hooks, 1.0, 0.4), scheduled(hooks, 0.7, 0.0)
+    run = {"positive": hooked(1, own), "steps": 4, "size": (8, 16)}
+    ((_, alone),) = weights_in(model, **run).items()
+    ((_, theirs),) = weights_in(model, **{**run, "positive": hooked(1, other)}).items()
+    for noise_level in ("current", NEARLY_CLEAN):
+        patched = recycled(model, reference_conditioning=hooked(3, other), noise_level=noise_level)
+        picture, lent = sorted(weights_in(patched, **run).items(), reverse=True)
+        assert (picture[1], lent[1]) == (alone, theirs)
+    assert not caplog.records
+
+
+def test_hooks_of_a_given_conditioning_alone_are_named(lora: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """And its features are kept, since nothing of the hooks is in them."""
+    (hooks,) = CreateHookLora().create_hook(lora, 1.0, 0.0)
+    who = subject()
+    result = sample(recycled(model, (who,), reference_conditioning=hooked(3, hooks)))
+    (told,) = {record.getMessage() for record in caplog.records}
+    assert "hooks that are on none of the sampler's own prompts" in told
+    assert torch.equal(result, sample(recycled(model, reference_conditioning=prompt(3))))
+    assert len(who.cache) > 0
+
+
 @pytest.mark.parametrize("on", ["positive", "both"])
 def test_with_lora_hooks(on: str, lora: str, model: Any) -> None:
     (hooks,) = CreateHookLora().create_hook(lora, 0.6, 0.0)
