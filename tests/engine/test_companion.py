@@ -15,6 +15,7 @@ from comfy.ldm.supir.supir_patch import SUPIRPatch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_tomesd import TomePatchModel
 from subject_patches.patches.engine.companion import owner_of, silenced
+from subject_patches.patches.engine.passes import own_randomness
 from subject_patches.patches.mechanisms.semantic_injection import injected
 from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
@@ -183,6 +184,20 @@ def test_an_error_that_is_no_misfit_ends_the_run(model: Any) -> None:
         clone.set_model_attn1_patch(fail)
         with pytest.raises((comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException)):
             sample(recycled(clone))
+
+
+def test_a_pass_gives_every_generator_that_it_seeds_its_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU it seeds no other device: PyTorch's own function seeds each that there is."""
+    seeded: list[int] = []
+    for module, name in ((torch.cuda, "manual_seed_all"), (torch.mps, "manual_seed"), (torch.xpu, "manual_seed_all")):
+        monkeypatch.setattr(module, name, seeded.append)
+    state, drawn = torch.get_rng_state(), []
+    for _ in range(2):
+        with own_randomness(torch.device("cpu")):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
 
 
 def test_context_windows_do_not_cut_a_companion(model: Any) -> None:
