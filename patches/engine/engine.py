@@ -79,11 +79,7 @@ def _sample(
     edits = options.get(KEY, ())
     if not edits or SESSION in options:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-    if noise.ndim == 5 and noise.shape[2] > 1:
-        raise ValueError(
-            f"This run makes {noise.shape[2]} frames, but Subject Patches' nodes work on pictures; set the length of "
-            "the latent to 1, or take the nodes out of the model's way."
-        )
+    _check(guider, noise)
     prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
     for edit in edits:
         try:
@@ -109,6 +105,22 @@ def _sample(
     finally:
         del options[SESSION]
         session.close()
+
+
+def _check(guider: Any, noise: Tensor) -> None:
+    """Raises ValueError for a run in which edits cannot act."""
+    if noise.ndim == 5 and noise.shape[2] > 1:
+        raise ValueError(
+            f"This run makes {noise.shape[2]} frames, but Subject Patches' nodes work on pictures; set the length of "
+            "the latent to 1, or take the nodes out of the model's way."
+        )
+    # So the host's MultiGPU CFG Split names its copies of the model.
+    copies = guider.model_patcher.get_additional_models_with_key("multigpu")
+    if copies:
+        raise ValueError(
+            f"This model's prompts are split over {1 + len(copies)} GPUs, but Subject Patches' nodes need them on one; "
+            "bypass MultiGPU CFG Split, or take the nodes out of the model's way."
+        )
 
 
 def _start(guider: Any, noise: Tensor, latents: Tensor, sigmas: Tensor, mask: Tensor | None) -> Start:

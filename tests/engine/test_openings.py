@@ -204,6 +204,14 @@ def test_videos_are_refused(name: str) -> None:
         )
 
 
+def test_prompts_on_several_gpus_are_refused() -> None:
+    """A copy of the model on each, as MultiGPU CFG Split hangs them on it where there are several."""
+    split = dit_model("FLUX.1")
+    split.set_additional_models("multigpu", [split.clone()])
+    with pytest.raises(ValueError, match=r"prompts are split over 2 GPUs, but .* on one; bypass MultiGPU CFG Split"):
+        sample(recycled(split, (subject_for(split),)))
+
+
 def test_a_mask_of_truth_values_is_a_bias_of_the_queries_type() -> None:
     query = torch.zeros(1, 2, 4, dtype=torch.float16)
     attention = Attention(torch.add, None, (query, query, query, 1), {"mask": torch.tensor([[True, False]])})
