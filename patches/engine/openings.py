@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..parts.sites import Site
 from .attention import OVERRIDE, Attention
 from .call import BATCH, PLACES, AttentionCall, Extension
 from .execution import Attend, execute, extended, prompt_only
-from .rearranging import Rearranging
+from .rearranging import Joined, Rearranging
 from .recording import Recording
 from .session import Forward, Session
 
@@ -66,19 +66,22 @@ class Opening:
     ahead: int = 0
     block: tuple[str, int] | None = None
     calls: int = 0
+    joined: Joined = field(default_factory=Joined, init=False)
     around: Rearranging = field(init=False)
 
     def __post_init__(self) -> None:
-        self.around = Rearranging(math.prod(self.family.grid(self.latent)), self.context)
+        self.around = Rearranging(math.prod(self.family.grid(self.latent)), self.context, self.joined)
 
     def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The forward's options with this opening in them."""
         made = {**options, OVERRIDE: self}
         if self.family.tells:
             patches = made.get("patches", {})
-            others = patches.get("attn1_patch", ())
+            others, joining = patches.get("attn1_patch", ()), patches.get("post_input", ())
             watched = [self.around.first, *others] if others else []
             made["patches"] = {**patches, "attn1_patch": [*watched, self.around.last]}
+            if joining:
+                made["patches"]["post_input"] = [self.joined.first, *joining, self.joined.last]
         if self.family.told == "replacement":
             slots = {name: dict(slot) for name, slot in made.get("patches_replace", {}).items()}
             replaced = slots.setdefault("dit", {})
@@ -151,11 +154,13 @@ class Opening:
         if around.lost:
             return None
         if around.change is None:
+            begins = self.joined.begins
             counts = Counts(
-                attention.count("q"), attention.count("k"), math.prod(grid), self.context, references, around.begins,
-                self.ahead,
+                attention.count("q"), attention.count("k"), math.prod(grid), 0 if begins is None else self.context,
+                references, around.begins, self.ahead + (begins or 0),
             )  # fmt: skip
-            return self.family.tokens(site.kind, counts)
+            tokens = self.family.tokens(site.kind, counts)
+            return replace(tokens, prompt=None) if begins is None and tokens is not None else tokens
         queries, keys, prompts = around.change.queries, around.change.keys, set(around.change.prompts)
         prompt = self._prompt(prompts.pop()) if len(prompts) == 1 else None
         return Tokens(slice(queries, queries + around.count), slice(keys, keys + around.count), prompt)

@@ -1,4 +1,5 @@
-"""What other packs' patches made of a joint attention's rows and tokens, before it is called.
+"""What other packs' patches made of a joint attention's rows and tokens, before it is called, and of a prompt's tokens
+behind the model's inputs.
 
 The host lets them change queries and keys and does not tell what became of them: a couple repeats rows, once for each
 of its regions, with another prompt each; others put tokens before the prompt or between it and the picture. A row or a
@@ -8,7 +9,7 @@ token is known again by its contents, as in a U-Net's layers (`widening.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,13 +40,38 @@ class Change:
 
 
 @dataclass
+class Joined:
+    """Two patches around those of other packs behind the inputs of one forward, where some put tokens beside the
+    prompt's (the host's USO Style Reference). `begins` is where the prompt's own begin among them all; None where
+    these are fewer, or more and not the prompt's before or behind others."""
+
+    begins: int | None = 0
+    _text: Tensor | None = None
+
+    def first(self, streams: dict[str, Any]) -> dict[str, Any]:
+        """The patch before all others: its text is (rows, tokens, channels)."""
+        self._text = streams["txt"]
+        return streams
+
+    def last(self, streams: dict[str, Any]) -> dict[str, Any]:
+        """The patch behind all others."""
+        given, text, self._text = self._text, streams["txt"], None
+        count, more = given.shape[1], text.shape[1] - given.shape[1]
+        places = (0, more) if more > 0 else ()
+        found = (place for place in places if torch.equal(text[:, place : place + count], given))
+        self.begins = 0 if more == 0 else next(found, None)
+        return streams
+
+
+@dataclass
 class Rearranging:
     """Two patches around those of other packs, of one forward whose pictures have `count` tokens and whose context has
-    `context`. `begins` is where the host says that the picture begins; `change` is None where nothing was moved, and
-    `lost` where something was that cannot be told."""
+    `context`, which others may have `joined`. `begins` is where the host says that the picture begins; `change` is None
+    where nothing was moved, and `lost` where something was that cannot be told."""
 
     count: int
     context: int
+    joined: Joined = field(default_factory=Joined)
     begins: int | None = None
     change: Change | None = None
     lost: bool = False
@@ -106,9 +132,11 @@ class Rearranging:
         else:
             return None
         prompts: list[int | None] = [None] * len(origins)
-        for start in {0, max(key.shape[2] - before.shape[2], 0), max(keys - self.begins, 0)}:
+        own = self.joined.begins
+        texts = {0, max(key.shape[2] - before.shape[2], 0), max(keys - self.begins, 0)} if own is not None else ()
+        for start in (text + own for text in texts):
             if start + self.context <= keys:
-                same = key[:, :, start : start + self.context] == before[:, :, : self.context]
+                same = key[:, :, start : start + self.context] == before[:, :, own : own + self.context]
                 prompts = [
                     start if known else other for known, other in zip(same.flatten(1).all(1), prompts, strict=True)
                 ]

@@ -42,7 +42,7 @@ class Tokens:
 class Counts:
     """How many `queries` and `keys` an attention has, and how many tokens its `picture`, its `context` and the host's
     reference latents (`references`) have; `begins` is where the host says that the picture begins, if it does, and
-    `ahead` what `Transformer.tokens_ahead` gives."""
+    `ahead` how many tokens of the text come before the context's."""
 
     queries: int
     keys: int
@@ -102,8 +102,9 @@ class Transformer(Family):
     def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
         """Where tokens lie in an attention; None where another pack changed them.
 
-        A joint attention's tokens are here the context, what others put behind it, the picture, the references."""
-        count, context = counts.picture, counts.context
+        A joint attention's tokens are here the context, what others put before and behind it, the picture, the
+        references."""
+        count, context, ahead = counts.picture, counts.context, counts.ahead
         if kind == "self":
             return Tokens(slice(0, count), None, None) if counts.queries == count else None
         if kind == "cross":
@@ -112,9 +113,9 @@ class Transformer(Family):
             prompt = slice(0, context) if counts.keys == context else None
             return Tokens(slice(0, count), None, prompt) if known else None
         start = counts.queries - counts.references - count if counts.begins is None else counts.begins
-        if start < context or start + count > min(counts.queries, counts.keys):
+        if start < ahead + context or start + count > min(counts.queries, counts.keys):
             return None
-        return Tokens(slice(start, start + count), slice(start, start + count), slice(0, context))
+        return Tokens(slice(start, start + count), slice(start, start + count), slice(ahead, ahead + context))
 
     def context_length(self, context: Tensor | None, given: Mapping[str, Any]) -> int:
         """How many tokens the context of one forward has, by the model's arguments: `context`, and by name what else it

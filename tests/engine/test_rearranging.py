@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosting.random_models import SMALL_CONTEXT
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.engine.rearranging import Rearranging
 from subject_patches.patches.families import attention_sites
@@ -15,7 +16,7 @@ from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
-from subject_patches.tests.shared.models import difference, generator, sample, subject_for
+from subject_patches.tests.shared.models import difference, generator, known_prompt, randn, sample, subject_for
 from torch import Tensor
 
 FEW = 1e-3
@@ -26,6 +27,12 @@ Patch = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["FLUX.1", "Krea 2"])
 def model(request: pytest.FixtureRequest) -> Any:
+    return dit_model(request.param)
+
+
+@pytest.fixture(scope="module", params=["FLUX.1", "Qwen-Image"])
+def longer(request: pytest.FixtureRequest) -> Any:
+    """A model whose prompt may have more tokens behind the inputs. The host counts Krea 2's before."""
     return dit_model(request.param)
 
 
@@ -130,6 +137,50 @@ def test_beside_more_tokens(mechanism: Mechanism, before: bool, model: Any, capl
         assert call.prompt.start == 3 * before
         assert call.own.start >= call.prompt.stop
         assert call.key.shape[1] >= call.own.stop + (0 if before else 3)
+
+
+def behind_the_inputs(model: Any, join: Callable[[Tensor], Tensor]) -> Any:
+    """Another text, as the host's USO Style Reference makes one, whose tokens have no places."""
+
+    def patch(streams: dict[str, Any]) -> dict[str, Any]:
+        text, ids = join(streams["txt"]), streams["txt_ids"]
+        return {**streams, "txt": text, "txt_ids": ids.new_zeros(len(ids), text.shape[1], ids.shape[2])}
+
+    clone = model.clone()
+    clone.set_model_post_input_patch(patch)
+    return clone
+
+
+def style(text: Tensor) -> Tensor:
+    more = torch.randn((1, 3, text.shape[2]), generator=generator(7))
+    return more.expand(len(text), -1, -1)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["behind", "before"])
+def test_the_prompt_is_found_beside_tokens_behind_the_inputs(before: bool, longer: Any) -> None:
+    """The keys that change with the prompt are its own."""
+    keys = []
+    for seed in (1, 2):
+        look = Look(frozenset(attention_sites(longer)), Window())
+        joined = behind_the_inputs(
+            add_edit(longer, look),
+            lambda text: torch.cat([style(text), text] if before else [text, style(text)], 1),
+        )
+        ((_, values),) = known_prompt()
+        sample(joined, positive=[[randn(1, 7, SMALL_CONTEXT, seed=seed), values]], cfg=1.0, steps=1)
+        keys.append(look.seen[0].call.key)
+    (found,) = {(each.call.prompt.start, each.call.prompt.stop) for each in look.seen}
+    changed = (keys[0] != keys[1]).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == list(range(*found))
+    assert all(each.call.own.start == 10 for each in look.seen)
+
+
+def test_a_prompt_that_is_cut_behind_the_inputs(longer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    layout = next(each for each in CHOSEN if "layout" in each.name)
+    results = [sample(behind_the_inputs(each, lambda text: text[:, 1:])) for each in (layout.on(longer), longer)]
+    assert torch.equal(*results)
+    (told,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+    assert f"Layout Bias in {len(attention_sites(longer))} (the tokens of its prompt changed)" in told
 
 
 def test_a_prompt_that_grew_before_its_projection(caplog: pytest.LogCaptureFixture) -> None:
