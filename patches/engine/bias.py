@@ -41,9 +41,15 @@ class Bias:
         return [each for each in (before, behind and behind.moved(more)) if each is not None]
 
     def at(self, places: Tensor | None, device: torch.device) -> Tensor:
-        """Its values (rows or 1, queries or 1, n or 1) on a device, for some queries; None are all."""
-        values = self.values.expand(*(1,) * (3 - self.values.ndim), *self.values.shape).to(device)
+        """Its values (rows or 1, queries or 1, n or 1) on a device, for some queries; None are all. One number on the
+        CPU stays there: a copy would wait for a GPU, and tensors of every device take it as it is."""
+        values = self.values.expand(*(1,) * (3 - self.values.ndim), *self.values.shape)
+        values = values if _is_number(values) else values.to(device)
         return values if places is None or values.shape[1] == 1 else values[:, places]
+
+
+def _is_number(values: Tensor) -> bool:
+    return values.numel() == 1 and values.device.type == "cpu"
 
 
 def summed(biases: Sequence[Bias], keys: int, device: torch.device) -> Tensor | None:
@@ -64,5 +70,5 @@ def mask_of(biases: Sequence[tuple[Bias, Tensor | None]], keys: int, like: Tenso
     dtype = torch.float32 if overlap else like.dtype
     mask = torch.zeros(rows, queries, -(-keys // _ALIGNED) * _ALIGNED, dtype=dtype, device=like.device)
     for each, values in parts:
-        mask[..., each.start : each.stop] += values
+        mask[..., each.start : each.stop] += float(values) if _is_number(values) else values
     return mask.to(like.dtype)[..., :keys]

@@ -19,7 +19,9 @@ from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
 from subject_patches.tests.shared.models import difference, generator, sample, small_model
+from subject_patches.tests.shared.second_device import DEVICE, SecondDevice
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (1, 1, 1), (1, 1, 3), (1, 4, 3), (2, 4, 3), (2, 1, 1)]
@@ -44,6 +46,30 @@ def test_a_mask_is_the_sum_of_biases_at_their_keys(shape: tuple[int, ...]) -> No
 
 def test_one_vector_over_keys_stays_one() -> None:
     assert mask_of([(Bias(torch.ones(()), 0, 5), None)], 70, torch.empty(0)).shape == (1, 1, 70)
+
+
+class Copies(TorchFunctionMode):
+    """Counts what is copied to a device."""
+
+    count = 0
+
+    def __torch_function__(self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "to" and torch.device in map(type, args):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_is_not_copied_to_a_device(dtype: torch.dtype) -> None:
+    """As the strength of references is: a copy waits until a GPU has done all that it was given."""
+    number = torch.tensor(0.3).log().view(1, 1, 1)
+    with SecondDevice(), Copies() as copies:
+        mask = mask_of([(Bias(number, 2, 4), None)], 5, torch.empty(0, dtype=dtype, device=DEVICE))
+        assert mask.device == DEVICE
+        assert copies.count == 0
+    right = torch.zeros(5, dtype=dtype)
+    right[2:4] = number.flatten()
+    assert torch.equal(mask.flatten(), right)
 
 
 def test_keys_come_and_go_with_their_biases() -> None:
