@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.hooks import HookKeyframe, HookKeyframeGroup, create_hook_lora
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.dual_branch import BRANCH_KEY
@@ -102,6 +103,32 @@ def test_a_lora_on_the_model(model: Any) -> None:
     assert watch.looks == 2
     assert difference(changed, plain) > 1e-3
     assert torch.equal(again, plain)
+
+
+def test_keyframes_of_hooks_are_those_of_the_step(model: Any) -> None:
+    """In the picture's calls and its references', which are looked at without noise."""
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    factors = {f"{name}.lora_up.weight": randn(64, 2, seed=90), f"{name}.lora_down.weight": randn(2, 64, seed=91)}
+    hooks, keyframes = create_hook_lora(factors, 1.0, 0.0), HookKeyframeGroup()
+    for number, strength in enumerate((1.0, 0.4, 0.0)):
+        keyframes.add(HookKeyframe(strength, number / 3))
+    hooks.set_keyframes_on_hooks(keyframes)
+    seen: dict[int, list[float]] = {}
+
+    def look(layer: Any, given: Any) -> None:
+        seen.setdefault(given[0].shape[1], []).append(float(layer.weight.double().sum()))
+
+    handle = model.model.diffusion_model.double_blocks[0].img_attn.proj.register_forward_pre_hook(look)
+    try:
+        sample(model, positive=prompt(hooks=hooks), steps=6)
+        ((places, alone),) = seen.items()
+        seen.clear()
+        sample(told(model, settings()), positive=prompt(hooks=hooks), steps=6)
+    finally:
+        handle.remove()
+    assert len(set(alone)) == 3
+    # References are of 6 x 8 latent pixels.
+    assert (seen[places], seen[12]) == (alone, alone)
 
 
 def _known_prompt() -> list[list[Any]]:
