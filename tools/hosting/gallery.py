@@ -16,7 +16,7 @@ from .sheet import Group, fit
 
 # The workflows from what most people look for to what looks inside.
 ORDER = (
-    *("emblem_in_a_scene_dit", "emblem_in_a_scene", "two_emblems_by_masks"),
+    *("emblem_in_a_scene_dit", "two_emblems_by_masks_dit", "emblem_in_a_scene", "two_emblems_by_masks"),
     *("emblem_by_a_trained_encoder", "emblem_by_a_tuned_model"),
     *("layout_by_boxes", "retouch_a_picture", "train_a_residual_token"),
     *("concept_and_the_prompt", "emblem_in_a_painted_region", "repaint_around_an_emblem", "layout_and_retouch"),

@@ -28,6 +28,8 @@ _NEAREST = {
     "retouch": "retouch_a_picture",
     "anystory": "emblem_by_a_trained_encoder",
 }
+# The same for the small transformer, of those for transformers.
+_NEAREST_DIT = {"reference": "emblem_in_a_scene_dit", "two_subjects": "two_emblems_by_masks_dit"}
 
 
 def workflow_files() -> list[Path]:
@@ -45,8 +47,12 @@ def borrowed_pictures() -> dict[Path, Path]:
     the nearest workflow for the small model."""
     drawn = {path.stem for path in complete_workflows()}
     others = [path for path in (*workflow_files(), *real_workflow_files()) if path.stem not in drawn]
-    nearest = {path: _NEAREST[path.stem.rsplit("_", 1)[0]] for path in others}
-    return {path.with_suffix(".jpg"): FOLDER / f"{stem}.jpg" for path, stem in nearest.items()}
+    return {path.with_suffix(".jpg"): FOLDER / f"{_nearest(path.stem)}.jpg" for path in others}
+
+
+def _nearest(name: str) -> str:
+    kind = name.rsplit("_", 1)[0]
+    return _NEAREST[kind] if name.endswith(_CHECKPOINTS) else _NEAREST_DIT.get(kind, _NEAREST[kind])
 
 
 def complete_workflows() -> list[Path]:
