@@ -83,10 +83,13 @@ def test_layout_bias_brings_things_into_their_boxes(request: pytest.FixtureReque
     assert sum(score.inside for score in after) > sum(score.inside for score in before)
 
 
-def test_routed_references_carry_each_emblem_to_its_own_place(given: Given) -> None:
+@pytest.mark.parametrize(("which", "number"), [("given", SCENES), ("dit", 5)])
+def test_routed_references_carry_each_emblem_to_its_own_place(
+    request: pytest.FixtureRequest, which: str, number: int
+) -> None:
     """With routes by masks, what is in each box is more like that box's own emblem than without, by more than
-    chance."""
-    scenes = [Scene(given, 2, 1000 + number) for number in range(SCENES)]
+    chance; on both toys."""
+    scenes = [Scene(request.getfixturevalue(which), 2, 1000 + each) for each in range(number)]
     before, after = ([s for scene in scenes for s in scene.placed(name)[0]] for name in (ALONE, "and routed by masks"))
     rise = [patched.identity - plain.identity for plain, patched in zip(before, after, strict=True)]
     assert np.mean(rise) > 2 * np.std(rise, ddof=1) / len(rise) ** 0.5

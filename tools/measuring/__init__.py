@@ -58,7 +58,12 @@ DIT_STUDIES = {
         f"layout of {things} things": partial(layout.study, things=things, settings_of=layout.DIT_SETTINGS)
         for things in (2, 3)
     },
-    **{f"routed references of {count} emblems": partial(routed_reference.study, emblems=count) for count in (2, 3)},
+    **{
+        f"routed references of {count} emblems": partial(
+            routed_reference.study, emblems=count, ways=(*routed_reference.WAYS, routed_reference.UNMOVED)
+        )
+        for count in (2, 3)
+    },
     "dual branch beside a reference": referenced_branch.study,
     "inversion": given_back.study,
 }

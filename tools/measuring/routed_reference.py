@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .emblems import Likeness, at_boxes, known, matched
@@ -19,24 +19,23 @@ WAYS = (
     "routed by attention maps, running mean",
     "routed by attention maps, preceding layer",
 )
-# Free placement: the model draws the emblems where it likes, unless masks are given.
-FREE = (UNPATCHED, *WAYS)
-# With a layout bias in the same layers.
-PLACED = (ALONE, *(f"and {way}" for way in WAYS))
+# Of a transformer: not moved to the subjects' places.
+UNMOVED = "routed by masks, references in their own places"
 # Each emblem's word with the one after it, by which a layout tells the emblems of one prompt apart.
 PHRASES_OF = {2: ("emblem and", "emblem on"), 3: ("emblem,", "emblem and", "emblem on")}
 
 
-def study(given: Given, emblems: int, masked: bool = True) -> None:
-    """Prints two tables, over `given.count` scenes of so many emblems; references that are not `masked` are whole
-    pictures of them, each on a plain ground of its own."""
-    free: dict[str, list[Likeness]] = {name: [] for name in FREE}
-    placed: dict[str, list[Likeness]] = {name: [] for name in PLACED}
-    grounds: dict[str, list[bool]] = {name: [] for name in (*FREE, *PLACED)}
+def study(given: Given, emblems: int, masked: bool = True, ways: Sequence[str] = WAYS) -> None:
+    """Prints two tables, over `given.count` scenes of so many emblems, where the model draws them where it likes and
+    with a layout bias in the same layers; references that are not `masked` are whole pictures of them, each on a plain
+    ground of its own."""
+    free: dict[str, list[Likeness]] = {name: [] for name in (UNPATCHED, *ways)}
+    placed: dict[str, list[Likeness]] = {name: [] for name in (ALONE, *(f"and {way}" for way in ways))}
+    grounds: dict[str, list[bool]] = {name: [] for name in (*free, *placed)}
     for number in range(given.count):
         case = Case(given, emblems, number, masked)
-        for names, sample, likeness in ((FREE, case.free, free), (PLACED, case.placed, placed)):
-            for name in names:
+        for sample, likeness in ((case.free, free), (case.placed, placed)):
+            for name in likeness:
                 found, ground = sample(name)
                 likeness[name] += found
                 grounds[name].append(ground)
@@ -109,6 +108,8 @@ class Case:
         from subject_patches.patches.families import family_of
         from subject_patches.patches.mechanisms.map_router import MapRouter
         from subject_patches.patches.mechanisms.mask_router import MaskRouter
+        from subject_patches.patches.mechanisms.positions import SAME
+        from subject_patches.patches.parts.sites import USUAL
 
         if name in (UNPATCHED, ALONE):
             return model
@@ -117,7 +118,8 @@ class Case:
             level = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
             return RecycledSelfAttentionNode.execute(model, self.subjects, noise_level=level).args[0]
         router = MapRouter(running_mean="running mean" in name) if "maps" in name else MaskRouter(self.masks)
-        return RoutedReferenceAttentionNode.execute(model, self.subjects, router).args[0]
+        positions = SAME if UNMOVED in name else USUAL
+        return RoutedReferenceAttentionNode.execute(model, self.subjects, router, positions=positions).args[0]
 
 
 def table(scores: dict[str, list[Likeness]], grounds: dict[str, list[bool]]) -> None:
