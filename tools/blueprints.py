@@ -23,6 +23,8 @@ FOLDER = ROOT / "subgraphs"
 # Where the page lists the boxes among blueprints.
 CATEGORY = "Subject Patches"
 _TEXT = "PrimitiveString"
+# A box goes with models of pictures of 512 and of 1024 pixels.
+_SUBJECT, _SIZE = "SubjectPatchesSubject", 512
 _NAMESPACE = uuid.UUID("8f0c3f0e-11ba-4c8e-9c3e-6f1f5a6c1f0b")
 
 
@@ -104,11 +106,15 @@ def main() -> int:
 
 
 def _typed(workflow: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The workflow with words on the nodes of these kinds that come to them from a Text node which is not one."""
+    """The workflow with words on the nodes of these kinds that come to them from a Text node which is not one, and
+    references of one size."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = {link[0]: link for link in workflow["links"]}
     for node in workflow["nodes"]:
         widgets = [entry for entry in node["inputs"] if "widget" in entry]
+        if node["type"] == _SUBJECT:
+            # The phrase comes first.
+            node["widgets_values"][1] = _SIZE
         for entry in widgets if node["type"] in kinds else ():
             source = nodes[links[entry["link"]][1]] if entry.get("link") in links else None
             if source is not None and source["type"] == _TEXT and _TEXT not in kinds:

@@ -29,14 +29,17 @@ nodes there between its model and its sampler."""
 
 @dataclass(frozen=True)
 class Family:
-    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance, and the
-    longer side of references."""
+    """What workflows for a family of checkpoints have: a usual checkpoint, the side of its pictures, guidance."""
 
     name: str
     checkpoint: str
     side: int
     cfg: float
-    subject: int = 512
+
+    @property
+    def subject(self) -> int:
+        """The longer side of references: that did best on both small models (docs/EFFECTS.md)."""
+        return self.side * 3 // 4
 
 
 FAMILIES = {
@@ -51,9 +54,8 @@ FLUX_NOTE = """
 into Load Checkpoint in their place. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is
 followed. **{title}** says how big the picture is; it stands nowhere else. This pack's defaults on transformers were
 chosen on its second small model, not on FLUX: try more and less of them."""
-# A transformer shows best references of 3/4 of the picture's side (docs/EFFECTS.md).
-DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0, subject=768)}
-FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0, subject=768)}
+DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
+FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0)}
 
 
 class Graph:
@@ -85,7 +87,10 @@ class Graph:
 
     def told_of_sizes(self) -> str:
         """What the note says of how big references are."""
-        return ""
+        return (
+            f" *size* of Subject Reference, {self.family.subject}, is 3/4 of the picture's side: on the pack's small "
+            "models, larger references lost subject and ground, and smaller ones showed less."
+        )
 
     def noun(self, title: str, value: str) -> Link:
         """What a subject is called, in the one place where it stands; `filled` puts it where else it is needed."""
@@ -162,12 +167,6 @@ class DistilledGraph(Graph):
     def negative(self, positive: Link, text: str = "") -> Link:
         """Nothing asks for it at CFG 1, but the sampler's input wants to be connected."""
         return [self.add("ConditioningZeroOut", "No negative prompt at CFG 1", conditioning=positive), 0]
-
-    def told_of_sizes(self) -> str:
-        return (
-            f" *size* of Subject Reference, {self.family.subject}, is 3/4 of the picture's side: on the pack's small "
-            "model, larger references lost subject and ground, and smaller ones showed less."
-        )
 
     def sampling(self) -> dict[str, Any]:
         """Those of the host's own template."""
