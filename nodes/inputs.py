@@ -207,10 +207,9 @@ def positions_input() -> io.Combo.Input:
         "positions",
         options=[USUAL, SAME, CENTRED, BESIDE, DAMPED],
         default=USUAL,
-        tooltip="For transformers: where the picture sees a reference. 'same': in its own places, from the top left. "
-        "'centred': in the middle of the places that see it. 'beside': left of the picture, as AnyStory's on FLUX. "
-        "'damped': in its own places, of which fine differences count less. 'usual' is 'centred' for routed subjects "
-        "and with a region mask, else 'same'.",
+        tooltip="For transformers: where a reference is seen. 'same': from the picture's top left. 'centred': in the "
+        "middle of what sees it. 'beside': left of the picture, as AnyStory's on FLUX. 'damped': as 'same', fine "
+        "differences count less. 'usual' is 'centred' for routed subjects and region masks, else 'same'.",
         **ADVANCED,
     )
 
