@@ -38,14 +38,14 @@ def positions_for(model: Any, choice: str, placed: bool) -> Positions | None:
         return None
     family = family_of(model)
     rope = family.rope(model.model.diffusion_model) if isinstance(family, Transformer) else None
-    if rope is None and choice == USUAL:
-        return None
+    if choice == USUAL:
+        return None if rope is None else Positions(CENTRED, family, rope)
     if rope is None:
         raise ValueError(
             f"positions is '{choice}', but the keys of {family.name} have no places that they could be moved from; set "
             f"it to '{USUAL}'."
         )
-    return Positions(CENTRED if choice == USUAL else choice, family, rope)
+    return Positions(choice, family, rope)
 
 
 def reference_streams(

@@ -4,11 +4,13 @@ only."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..parts.brought import Brought
 
 
 def frequencies(sizes: Sequence[int], theta: float | Sequence[float]) -> Tensor:
@@ -37,18 +39,24 @@ class Rope:
 
     rates: Tensor
     halves: bool = False
+    _brought: Brought = field(default_factory=Brought, init=False, repr=False)
+
+    def rates_at(self, key: Tensor) -> Tensor:
+        """The rates in float32 where a key is."""
+        (rates,) = self._brought.to(key.new_empty(0, dtype=torch.float32), (self.rates,))
+        return rates
 
     def rotated(self, key: Tensor, heads: int, shift: Sequence[float]) -> Tensor:
         """Keys (rows, n, channels) as they would be `shift` steps further along each axis, wherever they are: rotations
         add, R(d) R(p) k = R(p + d) k. Exact but for rounding."""
-        angles = (torch.tensor(tuple(shift), dtype=torch.float64) @ self.rates).float()
-        cosine, sine = (part.to(key.device) for part in (angles.cos(), angles.sin()))
+        angles = sum(steps * rates for steps, rates in zip(shift, self.rates_at(key), strict=True))
+        cosine, sine = angles.cos(), angles.sin()
         first, second = self._pairs(key, heads)
         return self._joined(first * cosine - second * sine, first * sine + second * cosine, key)
 
     def weighted(self, key: Tensor, heads: int, weights: Tensor) -> Tensor:
-        """Keys (rows, n, channels) with each pair of channels multiplied by its weight (pairs)."""
-        weights = weights.to(key.device, torch.float32)
+        """Keys (rows, n, channels) with each pair of channels multiplied by its weight (pairs), which is where they
+        are."""
         first, second = self._pairs(key, heads)
         return self._joined(first * weights, second * weights, key)
 

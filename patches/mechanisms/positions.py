@@ -49,7 +49,7 @@ class Positions:
         """A reference's keys (rows, n, channels), as the picture of a call should see them; `taken` columns of tokens
         beside the picture are other references', and `route` (1 or rows, queries) says which queries see them."""
         if self.mode == DAMPED:
-            return self.rope.weighted(key, call.heads, damping(self.rope.rates, max(call.grid)))
+            return self.rope.weighted(key, call.heads, damping(self.rope.rates_at(key), max(call.grid)))
         theirs = self.grid(reference)
         first, own = self.family.first(call.grid), self.family.first(theirs)
         if self.mode == BESIDE:
@@ -80,10 +80,12 @@ def corners(grid: tuple[int, int], theirs: tuple[int, int], route: Tensor | None
     """The row and column of a picture's grid (height, width) where a reference of the tokens `theirs` begins, so that
     its middle is where the middle of the places that see it is, for each row of `route` (1 or rows, queries of the
     grid) of bool; without one the picture's. Whole steps: keys between two places are none that a model knows."""
-    route = torch.ones(1, math.prod(grid), dtype=torch.bool) if route is None else route
+    if route is None:
+        middles = [[(side - 1) / 2 for side in grid]]
+    else:
+        middles = [places.nonzero().double().mean(0).tolist() for places in route.unflatten(-1, grid)]
     found = []
-    for places in route.unflatten(-1, grid):
-        middle = places.nonzero().double().mean(0).tolist()
+    for middle in middles:
         starts = [each - (side - 1) / 2 for each, side in zip(middle, theirs, strict=True)]
         found.append(tuple(math.ceil(start - 0.5) if math.isfinite(start) else 0 for start in starts))
     return found
