@@ -15,7 +15,7 @@ from host import Host
 from measuring.given import Given
 from measuring.layout import UNPATCHED, Case
 from measuring.recycled_attention import Pair
-from measuring.routed_reference import ALONE
+from measuring.routed_reference import ALONE, UNMOVED, WAYS
 from measuring.routed_reference import Case as Scene
 from subject_patches.toy.judge import load_judge
 from subject_patches.toy.sampling import DIT_CHECKPOINT, Toy
@@ -92,4 +92,12 @@ def test_routed_references_carry_each_emblem_to_its_own_place(
     scenes = [Scene(request.getfixturevalue(which), 2, 1000 + each) for each in range(number)]
     before, after = ([s for scene in scenes for s in scene.placed(name)[0]] for name in (ALONE, "and routed by masks"))
     rise = [patched.identity - plain.identity for plain, patched in zip(before, after, strict=True)]
+    assert np.mean(rise) > 2 * np.std(rise, ddof=1) / len(rise) ** 0.5
+
+
+def test_a_transformer_shows_more_of_references_that_lie_where_their_subjects_are(dit: Given) -> None:
+    """Than of the same in their own places, by more than chance."""
+    scenes = [Scene(dit, 2, 1000 + number) for number in range(6)]
+    own, moved = ([s for scene in scenes for s in scene.placed(f"and {way}")[0]] for way in (UNMOVED, WAYS[1]))
+    rise = [after.identity - before.identity for before, after in zip(own, moved, strict=True)]
     assert np.mean(rise) > 2 * np.std(rise, ddof=1) / len(rise) ** 0.5
