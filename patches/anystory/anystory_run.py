@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import comfy.conds
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..engine.call import AttentionCall
-from ..engine.edit import Edit
+from ..engine.edit import Edit, Request
 from ..engine.engine import SESSION, add_edit, wrap
 from ..engine.session import UNCONDITIONED, Session
 from ..engine.streams import Features, Stream
@@ -27,7 +28,7 @@ from ..parts.sites import Site
 from ..parts.window import Window
 from .anystory import step_at, steps_of
 from .anystory_loras import Loras
-from .anystory_references import CleanReference, References
+from .anystory_references import PARTS, CleanReference, References
 from .anystory_router import RouterStream, router_stream
 
 KEY = MARK = "subject_patches_anystory"
@@ -198,6 +199,9 @@ class AnyStoryAttention(Edit):
         references = References(self.settings.references, sites, self.settings.loras)
         return replace(self, run=AnyStoryRun(self.settings, references))
 
+    def keeps(self, sigma: float) -> Iterable[Request]:
+        return [(stream, self.sites, PARTS) for stream in self.settings.references]
+
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         self.run.amend(call)
 
@@ -206,7 +210,12 @@ def add_anystory(model: Any, sites: frozenset[Site], settings: AnyStorySettings)
     """A clone of MODEL with AnyStory; the given MODEL stays as it is."""
     patched = add_edit(model, AnyStoryAttention(sites, Window(), settings), (settings.weights,))
     patched.set_injections(KEY, [*(patched.get_injections(KEY) or ()), settings.loras.injection()])
-    wrap(patched, KEY, _sample, _predict_noise, _apply_model)
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: _sample,
+        WrappersMP.PREDICT_NOISE: _predict_noise,
+        WrappersMP.APPLY_MODEL: _apply_model,
+    }
+    wrap(patched, KEY, wrappers)
     return patched
 
 

@@ -72,6 +72,14 @@ class Edit:
         """The streams to run at a noise level, and what to record of them. None by default."""
         return ()
 
+    def keeps(self, sigma: float) -> Iterable[Request]:
+        """What of streams it keeps on the model's device at a noise level: by default what it requests."""
+        return self.requests(sigma)
+
+    def brings(self) -> Iterable[Tensor]:
+        """What it brings to the model's device for the run. Nothing by default."""
+        return ()
+
     def wants(self, chunk: Chunk) -> bool:
         """Whether the edit acts on a chunk; by default on those of the generation that a prompt conditions."""
         return chunk.conditioned

@@ -1,7 +1,8 @@
 """Hangs edits on the host, by its wrappers.
 
-At node time a MODEL is cloned and an edit is appended to it. While it samples, three wrappers do the rest:
-OUTER_SAMPLE opens a session and closes it whatever happens; PREDICT_NOISE runs the companion streams at the
+At node time a MODEL is cloned and an edit is appended to it. While it samples, four wrappers do the rest:
+OUTER_SAMPLE opens a session and closes it whatever happens; PREPARE_SAMPLING tells the host what memory the run takes
+besides the picture's, before it loads the model (`memory.py`); PREDICT_NOISE runs the companion streams at the
 sampler's noise level; APPLY_MODEL puts replacements in the attention slots of a U-Net for one forward (`slots.py`), or
 opens the attentions of a transformer (`openings.py`). Nothing is kept outside the model's options and the run's
 session.
@@ -25,6 +26,7 @@ from ..parts.window import Levels
 from .companion import companion_call, companion_options, silenced
 from .edit import Edit, Start
 from .guidance import guidance_of, guide_branch, looks_beside
+from .memory import announced, size_kept
 from .openings import opened
 from .passes import RECORDING, run_stream
 from .recording import Recording
@@ -47,17 +49,18 @@ def add_edit(model: Any, edit: Edit, models: Sequence[Any] = ()) -> Any:
     wanted = {id(each.model) for each in models}
     others = [each for each in patched.get_additional_models_with_key(KEY) if id(each.model) not in wanted]
     patched.set_additional_models(KEY, [*others, *models])
-    wrap(patched, KEY, _sample, _predict_noise, _apply_model)
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: _sample,
+        WrappersMP.PREPARE_SAMPLING: _prepare,
+        WrappersMP.PREDICT_NOISE: _predict_noise,
+        WrappersMP.APPLY_MODEL: _apply_model,
+    }
+    wrap(patched, KEY, wrappers)
     return patched
 
 
-def wrap(patched: Any, key: str, sample: Wrapper, predict_noise: Wrapper, apply_model: Wrapper) -> None:
-    """Registers the wrappers of a run of a MODEL under a key, where they are not yet."""
-    wrappers = {
-        WrappersMP.OUTER_SAMPLE: sample,
-        WrappersMP.PREDICT_NOISE: predict_noise,
-        WrappersMP.APPLY_MODEL: apply_model,
-    }
+def wrap(patched: Any, key: str, wrappers: Mapping[str, Wrapper]) -> None:
+    """Registers the wrappers of a run of a MODEL under a key, by the host's kinds of them, where they are not yet."""
     for kind, wrapper in wrappers.items():
         if not patched.get_wrappers(kind, key):
             patched.add_wrapper_with_key(kind, key, wrapper)
@@ -105,6 +108,24 @@ def _sample(
     finally:
         del options[SESSION]
         session.close()
+
+
+def _prepare(
+    executor: Any,
+    model: Any,
+    noise_shape: Sequence[int],
+    conds: Mapping[str, Any],
+    model_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    session: Session | None = (model_options or {}).get("transformer_options", {}).get(SESSION)
+    if session is None:
+        return executor(model, noise_shape, conds, model_options=model_options, **kwargs)
+    inner = model.model
+    size = size_kept(session.edits, session.levels, session.family, inner.diffusion_model, inner.get_dtype_inference())
+    taking = announced(conds, KEY, size)
+    prepared, _, models = executor(model, noise_shape, taking, model_options=model_options, **kwargs)
+    return prepared, conds, models
 
 
 def _check(guider: Any, noise: Tensor) -> None:

@@ -21,6 +21,9 @@ class Cosmos(Transformer):
     def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
         return ("self", "cross")
 
+    def width(self, network: Any) -> int:
+        return network.model_channels
+
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.blocks[0].cross_attn.context_dim
 

@@ -48,6 +48,14 @@ class Family(ABC):
         height, width) are `known`: an inpainting model is told that nothing of them is hidden. `inner` is the host's
         model."""
 
+    @abstractmethod
+    def grid_at(self, network: Any, site: Site, latent: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) of the picture's tokens in a layer, of latents (height, width)."""
+
+    @abstractmethod
+    def channels(self, network: Any, site: Site, part: str) -> int:
+        """How many channels a layer's "query", "key", "value" or "output" has, as a stream records it."""
+
     def looks_nearly_clean(self) -> bool:
         """Whether the model usually looks at routed references at the schedule's last noise level, in one pass: where
         the features of every step of a usual run at the family's own size would be more than a subject's cache

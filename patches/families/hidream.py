@@ -25,6 +25,9 @@ class HiDream(Transformer):
     )
     told: str = "order"
 
+    def width(self, network: Any) -> int:
+        return network.inner_dim
+
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.caption_projection[-1].linear.in_features
 

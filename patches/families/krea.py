@@ -18,6 +18,9 @@ class Krea(Transformer):
     blocks: tuple[Blocks, ...] = (Blocks("block", "single", "blocks"),)
     tells: bool = True
 
+    def width(self, network: Any) -> int:
+        return network.first.out_features
+
     def context_width(self, model: Any) -> int:
         network = model.model.diffusion_model
         return network.txtlayers * network.txtdim

@@ -19,6 +19,9 @@ class Lumina(Transformer):
     blocks: tuple[Blocks, ...] = (Blocks("block", "double", "layers"),)
     multiple: int = 1
 
+    def width(self, network: Any) -> int:
+        return network.dim
+
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.cap_embedder[1].in_features
 

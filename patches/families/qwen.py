@@ -17,6 +17,9 @@ class Qwen(Transformer):
     blocks: tuple[Blocks, ...] = (Blocks("block", "double", "transformer_blocks"),)
     tells: bool = True
 
+    def width(self, network: Any) -> int:
+        return network.inner_dim
+
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.txt_in.in_features
 

@@ -99,6 +99,16 @@ class Transformer(Family):
         """The (height, width) of the picture's tokens, of latents (height, width)."""
         return (-(-latent[0] // self.patch), -(-latent[1] // self.patch))
 
+    def grid_at(self, network: Any, site: Site, latent: tuple[int, int]) -> tuple[int, int]:
+        return self.grid(latent)
+
+    def width(self, network: Any) -> int:
+        """How many channels the tokens of a picture have."""
+        return network.hidden_size
+
+    def channels(self, network: Any, site: Site, part: str) -> int:
+        return self.width(network) // (self.repeats(network) if part in ("key", "value") else 1)
+
     def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
         """Where tokens lie in an attention; None where another pack changed them.
 

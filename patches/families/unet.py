@@ -47,6 +47,14 @@ class UNet(Family):
         layer = layer_at(network, site)
         return layer.to_k(tokens), layer.to_v(tokens)
 
+    def grid_at(self, network: Any, site: Site, latent: tuple[int, int]) -> tuple[int, int]:
+        finer = 2 ** scales(network)[site.block, site.number]
+        return (-(-latent[0] // finer), -(-latent[1] // finer))
+
+    def channels(self, network: Any, site: Site, part: str) -> int:
+        layer = layer_at(network, site)
+        return layer.heads * layer.dim_head
+
     def heads(self, network: Any, site: Site) -> int:
         """How many heads a layer has."""
         return layer_at(network, site).heads

@@ -25,6 +25,9 @@ class Wan(Transformer):
     def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
         return ("self", "cross")
 
+    def width(self, network: Any) -> int:
+        return network.dim
+
     def context_width(self, model: Any) -> int:
         return model.model.diffusion_model.text_embedding[0].in_features
 

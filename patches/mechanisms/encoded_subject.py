@@ -5,7 +5,7 @@ Neither the noise level nor the prompt decides it, so it is made once, by a node
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -33,6 +33,10 @@ class KeptReference:
     def begin(self) -> KeptReference:
         """The same for one run, which holds what it has brought to the run's device."""
         return replace(self)
+
+    def tensors(self, sites: Iterable[Site]) -> list[Tensor]:
+        """Those for some layers."""
+        return [tensor for site in sites for tensor in self.ready.get(site, ())]
 
     def check(self, channels: Mapping[Site, int]) -> None:
         """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""

@@ -117,6 +117,9 @@ class RecycledSelfAttention(Edit):
         sites = [self.sites if each.how.serves_several else kept for each in self.references]
         return [(each, own, ("key", "value")) for each, own in zip(self.references, sites, strict=True) if kept]
 
+    def brings(self) -> Iterable[Tensor]:
+        return [tensor for each in self.kept for tensor in each.tensors(self.sites)]
+
     def wants(self, chunk: Chunk) -> bool:
         return chunk.conditioned or (self.unconditioned_too and chunk.generated)
 

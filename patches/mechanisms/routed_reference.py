@@ -101,6 +101,9 @@ class RoutedReference(Edit):
     def requests(self, sigma: float) -> Iterable[Request]:
         return [(reference, self.sites, ("key", "value")) for reference in self.references]
 
+    def brings(self) -> Iterable[Tensor]:
+        return [tensor for each in self.kept for tensor in each.tensors(self.sites)]
+
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         route = self.routing.route(call)
         if call.grid is None:
