@@ -20,9 +20,10 @@ from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..engine.call import AttentionCall
+from ..engine.chunks import UNCONDITIONED
 from ..engine.edit import Edit, Request
 from ..engine.engine import SESSION, add_edit, wrap
-from ..engine.session import UNCONDITIONED, Session
+from ..engine.session import Session
 from ..engine.streams import Features, Stream
 from ..parts.sites import Site
 from ..parts.window import Window

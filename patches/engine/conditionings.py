@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .chunks import UNCONDITIONED
 from .streams import Denoising, Stream
 
 # What a conditioning says of the generation's picture alone, and a companion's must not take over.
@@ -39,6 +40,14 @@ _OF_THE_PICTURE = frozenset({"concat_latent_image", "concat_mask", "noise_concat
 _BESIDE_THE_PICTURE = frozenset({"reference_latents", "reference_latents_method"})
 # What SDXL is told of a picture's size.
 _SIZES = frozenset({"width", "height", "crop_w", "crop_h", "target_width", "target_height"})
+
+
+def entries_of(guider: Any, conditioned: bool) -> list[dict[str, Any]]:
+    """The generation's conditionings, or its negative ones; those of the usual list first."""
+    lists = [listed for name, listed in guider.conds.items() if (name in UNCONDITIONED) != conditioned]
+    usual = guider.conds.get("positive" if conditioned else "negative")
+    lists.sort(key=lambda listed: listed is not usual)
+    return [entry for listed in lists for entry in listed or ()]
 
 
 def of_the_stream(

@@ -24,13 +24,14 @@ from ..parts.process import Process
 from ..parts.sites import Site
 from ..parts.window import Levels
 from .companion import companion_call, companion_options, silenced
+from .conditionings import entries_of
 from .edit import Edit, Start
 from .guidance import guidance_of, guide_branch, looks_beside
 from .memory import announced, size_kept
 from .openings import opened
 from .passes import RECORDING, run_stream
 from .recording import Recording
-from .session import UNCONDITIONED, Forward, Session
+from .session import Forward, Session
 from .slots import composed, editor, plain, recorder, watched
 from .streams import Denoising, Kept
 from .widening import Widening
@@ -83,7 +84,7 @@ def _sample(
     if not edits or SESSION in options:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     _check(guider, noise)
-    prompts = [each for name, listed in guider.conds.items() if name not in UNCONDITIONED for each in listed or ()]
+    prompts = entries_of(guider, conditioned=True)
     for edit in edits:
         try:
             edit.check(prompts)

@@ -10,23 +10,23 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
 from ..families import Family
-from ..parts.identity import Same, digest_of, foreign_patches
+from ..parts.identity import Same, foreign_patches
 from ..parts.sites import Site
 from ..parts.window import Levels
 from .call import AttentionCall
 from .chunk import BRANCH, Chunk
 from .chunks import UNCONDITIONED, chunks_of
 from .companion import acting_on_companions
-from .conditionings import of_the_stream
+from .conditionings import entries_of
 from .edit import Edit, Request
 from .heeding import Heeding
-from .hooks import HeldHooks, loaded_of
+from .hooks import HeldHooks
+from .preparing import Prepared, Preparing
 from .recording import Recording
-from .streams import UNCONDITIONAL, Denoising, Features, Stream
+from .streams import UNCONDITIONAL, Features, Stream
 from .tally import Tally
 
 
@@ -58,7 +58,7 @@ class Session:
         self.recordings: dict[tuple[int, tuple[str, ...]], Recording] = {}
         # Those of the noise level before that may serve this one too.
         self._earlier: dict[tuple[int, tuple[str, ...]], Recording] = {}
-        self._conditionings: dict[Any, tuple[list[dict[str, Any]], str | None]] = {}
+        self._preparing = Preparing(family, self.warn_once)
         self._held = HeldHooks()
         self._model_key: tuple[Any, ...] | None = None
         self._warned: set[str] = set()
@@ -79,7 +79,7 @@ class Session:
         self.active = ()
         self.recordings.clear()
         self._earlier.clear()
-        self._conditionings.clear()
+        self._preparing.clear()
         self._held.clear()
         self._model_key = None
 
@@ -249,9 +249,8 @@ class Session:
             self._model_key = (weights, foreign_patches(acting, self.own_key))
         return (self._model_key, digest, self.level(stream), identity)
 
-    def stream_conditioning(self, stream: Stream) -> tuple[list[dict[str, Any]], str | None]:
-        """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents; the digest
-        is None where hooks change the model with the conditioning, which no key can tell."""
+    def stream_conditioning(self, stream: Stream) -> Prepared:
+        """A stream's conditioning, prepared as the host prepares its own, and a digest of its contents."""
         source = stream.conditioning
         if source is None or source is UNCONDITIONAL:
             source = self._of_the_guider(conditioned=source is None)
@@ -270,27 +269,15 @@ class Session:
         """An entry of the guider's lists, prepared for a stream."""
         return self._prepared(stream, entry)[0]
 
-    def _prepared(self, stream: Stream, source: Any) -> tuple[list[dict[str, Any]], str | None]:
-        place = (id(stream), id(source))
-        if place not in self._conditionings:
-            given = not isinstance(source, dict)
-            (raw,) = convert_cond(source)[:1] if given else [source]
-            self._conditionings[place] = self._encode(stream, raw, given)
-        return self._conditionings[place]
+    def _prepared(self, stream: Stream, source: Any) -> Prepared:
+        return self._preparing.prepared(stream, source, self.guider, self.latent)
 
     def _of_the_guider(self, conditioned: bool) -> dict[str, Any]:
         """The generation's conditioning, or its negative one, that is in force at this noise level."""
-        entries = self._entries(conditioned)
+        entries = entries_of(self.guider, conditioned)
         if not entries:
             raise ValueError("The sampler has no positive conditioning; connect a reference conditioning to this node.")
         return self.in_force(entries)
-
-    def _entries(self, conditioned: bool) -> list[dict[str, Any]]:
-        """The generation's conditionings, or its negative ones; those of the usual list first."""
-        lists = [listed for name, listed in self.guider.conds.items() if (name in UNCONDITIONED) != conditioned]
-        usual = self.guider.conds.get("positive" if conditioned else "negative")
-        lists.sort(key=lambda listed: listed is not usual)
-        return [entry for listed in lists for entry in listed or ()]
 
     def in_force(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The first of a prompt's entries whose part of the schedule this noise level is in."""
@@ -299,40 +286,3 @@ class Session:
             if (start is None or self.sigma <= start) and (end is None or self.sigma >= end):
                 return entry
         return entries[0]
-
-    def _loaded(self, hooks: Any) -> Any:
-        """What of a given conditioning's hooks can act; None for none of them."""
-        loaded = loaded_of(hooks, self.guider.model_options, self.guider.inner_model)
-        if len(loaded) < len(hooks):
-            self.warn_once(
-                "A conditioning given to a node of Subject Patches has hooks that are on none of the sampler's own "
-                "prompts, and ComfyUI loads only those; set the hooks on the positive prompt too, or load the LoRA "
-                "into the MODEL."
-            )
-        return loaded if len(loaded) else None
-
-    def _shown(self, stream: Stream) -> dict[str, Any]:
-        """What the encoding is given besides a conditioning; of a branch, what the host gives it of the generation."""
-        if isinstance(stream, Denoising):
-            latents, mask = stream.picture or (torch.zeros(stream.shape), None)
-            return {"latent_image": latents, "denoise_mask": mask}
-        known = stream.known()
-        return {} if known is None else self.family.shown(self.guider.inner_model, known)
-
-    def _encode(
-        self, stream: Stream, source: Mapping[str, Any], given: bool
-    ) -> tuple[list[dict[str, Any]], str | None]:
-        entry = of_the_stream(stream, source, given, self._entries(conditioned=True), self.latent)
-        if given and entry.get("hooks") is not None:
-            entry["hooks"] = self._loaded(entry["hooks"])
-        entry.update(model_conds={}, uuid=object())
-        noise = torch.zeros(stream.shape)
-        encoded = comfy.samplers.encode_model_conds(
-            self.guider.inner_model.extra_conds, [entry], noise, self.guider.model_patcher.load_device, "positive",
-            **{"latent_image": noise, "denoise_mask": None, "seed": None, **self._shown(stream)},
-        )  # fmt: skip
-        if encoded[0].get("hooks") is not None:
-            return encoded, None
-        # What only cross-attention reads decides nothing in a pass without it.
-        unread = {"c_crossattn"} if stream.how.without_cross_attention else set()
-        return encoded, digest_of({k: v for k, v in encoded[0]["model_conds"].items() if k not in unread})
