@@ -68,7 +68,8 @@ class AnyStorySubjectNode(io.ComfyNode):
                 AnyStoryType.Input("anystory", tooltip="From Load AnyStory, the same for the model and its subjects."),
                 io.Image.Input(
                     "image",
-                    tooltip="One picture of the subject. Without a mask, a transparent picture's opacity is the mask.",
+                    tooltip="One picture of the subject. Without a mask, a transparent picture's opacity is the mask; "
+                    "Load Image leaves it out, so connect its mask through Invert Mask.",
                 ),
                 vae_input(),
                 io.ClipVision.Input(
@@ -178,7 +179,9 @@ def _given(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[Any, Any]:
         raise ValueError(f"There are {len(image)} pictures; AnyStory takes one a subject.")
     image, mask = composite(image, mask)
     if mask is None:
-        raise ValueError("There is no mask; connect one, or give a picture with a transparent background.")
+        raise ValueError(
+            "There is no mask; connect one. That of a transparent picture in Load Image goes through Invert Mask."
+        )
     if len(mask) != 1:
         raise ValueError(f"There are {len(mask)} masks; AnyStory takes one a subject.")
     tell_upside_down("subject's mask", mask[0])

@@ -221,8 +221,8 @@ def _check_finite(name: str, tensor: torch.Tensor, what: str) -> None:
 
 
 def _checked_values(name: str, tensor: torch.Tensor, what: str) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        tensor = tensor.float()
+    # The host may give half precision, which not every operation of a CPU knows.
+    tensor = tensor.float()
     _check_finite(name, tensor, what)
     least, most = float(tensor.min()), float(tensor.max())
     if least < -OVERSHOOT or most > 1 + OVERSHOOT:

@@ -111,6 +111,9 @@ class EncodeImagePromptNode(io.ComfyNode):
         empty = adapter.keys_and_values(adapter.tokens(_empty(adapter, clip_vision)))
         shown = []
         for each in subject:
+            if not each.references:
+                shown.append(each)
+                continue
             pictures = [_picture(reference, background == REMOVED) for reference in each.references]
             seen = [_seen(adapter, clip_vision.encode_image(picture, crop=crop == "center")) for picture in pictures]
             states = None if any(state is None for state in seen) else torch.cat(seen)

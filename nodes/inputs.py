@@ -146,8 +146,8 @@ def seed_input() -> io.Int.Input:
         min=0,
         max=2**63 - 1,
         control_after_generate=False,
-        tooltip="Fixes what this node itself draws by chance; a sampler has its own seed. While this one stays, what "
-        "is kept of references serves every picture.",
+        tooltip="Fixes what this node itself draws by chance; a sampler has its own seed. Where the node shows "
+        "references, what is kept of them serves every picture while this one stays.",
         **ADVANCED,
     )
 

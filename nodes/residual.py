@@ -122,12 +122,12 @@ class SaveResidualToken(io.ComfyNode):
     @classmethod
     def execute(cls, residual: ResidualToken, filename_prefix: str) -> io.NodeOutput:
         import folder_paths
-        from safetensors.torch import save_file
+
+        from ..training.files import save_whole
 
         top = Path(folder_paths.get_folder_paths(RESIDUAL_TOKENS.name)[0])
         file = next_file(filename_prefix, top)
-        tensors, about = file_contents(residual)
-        save_file(tensors, file, about)
+        save_whole(file, *file_contents(residual))
         shown = file.relative_to(top).as_posix()
         return io.NodeOutput(shown, ui={"text": (shown,)})
 

@@ -43,7 +43,8 @@ class MultiSourceSwapNode(io.ComfyNode):
                     "layout",
                     optional=True,
                     tooltip="From Invert to Trajectory: the picture to retouch, of the size that you sample at. Start "
-                    "sampling from its last latent with DisableNoise.",
+                    "sampling from its last latent with DisableNoise; with a flow model from its noise and an empty "
+                    "latent.",
                 ),
                 TrajectoryType.Input(
                     "reference",

@@ -57,7 +57,8 @@ class SubjectNode(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     tooltip="One or more pictures of the same subject, as a batch or a list. Transparent pictures are "
-                    "put on white, and without a mask their opacity is the mask.",
+                    "put on white, and without a mask their opacity is the mask; Load Image leaves it out, so connect "
+                    "its mask through Invert Mask.",
                 ),
                 vae_input(),
                 io.String.Input(
@@ -72,8 +73,8 @@ class SubjectNode(io.ComfyNode):
                     min=SIZES[0],
                     max=SIZES[1],
                     step=8,
-                    tooltip="Pixels on the longer side after cropping; the aspect ratio is kept. About the size the "
-                    "subject should have in the result works best.",
+                    tooltip="Pixels on the longer side after cropping; the aspect ratio is kept. About 3/4 of the new "
+                    "picture's side works best: 384 for SD 1.5, 768 for SDXL and FLUX.",
                 ),
                 io.Float.Input(
                     "margin",

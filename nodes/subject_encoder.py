@@ -122,7 +122,8 @@ def _encoded(
         if not reference.cut_out:
             raise ValueError(
                 f"Picture {picture} of subject {number} has no mask, but the encoder looks at what is cut out of its "
-                "ground only; connect a mask to Subject Reference, or give it a picture with a transparent ground."
+                "ground only; connect a mask to Subject Reference. That of a transparent picture in Load Image goes "
+                "through Invert Mask."
             )
     references, prompt, routing = (), None, None
     if parts != TOKENS:

@@ -234,18 +234,22 @@ class TrainConceptNode(io.ComfyNode):
             "pictures": digest(pictures),
             "precision": str(compute_dtype(precision, model.load_device)),
         }
+        if clip.layer_idx is not None:
+            about |= {"CLIP layer": str(clip.layer_idx)}
         if others:
             about |= {"regularisation": digest(others), "captions of that": "; ".join(captions)}
         weights = fingerprint(model, clip.patcher)
+        seen = fingerprint(vae.patcher) if hasattr(vae, "patcher") else ""
+        weights = {"model, CLIP and VAE": f"{weights} {seen}".strip()}
         state = None
         if resumed := resume_name.strip():
-            state = StateFile(resumed, {"training": KIND, **about, "model and CLIP": weights})
-        seen = fingerprint(vae.patcher) if hasattr(vae, "patcher") else ""
-        about |= {**told({"steps": taken.steps, "rank": rank}), "model, CLIP and VAE": f"{weights} {seen}".strip()}
+            state = StateFile(resumed, {"training": KIND, **about, **weights})
+        about |= {**told({"steps": taken.steps, "rank": rank}), **weights}
         concept = files.load(about)
         if concept is None:
             if place is not None:
                 check_unwritten(files, place)
+            files.check_folders()
             source = torch.Generator().manual_seed(seed)
             versions = [varied(each, VERSIONS, smallest_crop, image_noise, source) for each in pictures]
             twice = words.mirrored == CHOICES["mirrored"][0]

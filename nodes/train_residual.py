@@ -192,9 +192,12 @@ class TrainResidualToken(io.ComfyNode):
             "precision": str(dtype),
             "seed": str(seed),
         }
+        if clip.layer_idx is not None:
+            about["CLIP layer"] = str(clip.layer_idx)
         state = None
         if resumed:
-            state = StateFile(resumed, {**about, "model and CLIP": fingerprint(model, clip.patcher)})
+            patchers = [model, clip.patcher, *([vae.patcher] if hasattr(vae, "patcher") else [])]
+            state = StateFile(resumed, {**about, "model, CLIP and VAE": fingerprint(*patchers)})
         with with_gradients():
             latents = latents_of(vae, squares, model.model.latent_format.latent_channels)
         plan = Plan(

@@ -7,11 +7,11 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
 from ..patches.mechanisms.inversion import CACHE_MEGABYTES, Inversion, read_trajectory, to_file
+from ..training.files import save_whole
 from .checks import MEGABYTES_MAX, check_number
 from .inputs import cache_input
 from .saved_files import next_file
@@ -50,8 +50,7 @@ class SaveTrajectoryNode(io.ComfyNode):
         # Elsewhere it could be saved but never be chosen.
         inside = posixpath.normpath(filename_prefix.replace("\\", "/")).removeprefix(f"{FOLDER}/")
         file = next_file(inside, output / FOLDER)
-        tensors, metadata = to_file(trajectory)
-        comfy.utils.save_torch_file(tensors, str(file), metadata=metadata)
+        save_whole(file, *to_file(trajectory))
         return io.NodeOutput(ui={"text": (file.relative_to(output).as_posix(),)})
 
 

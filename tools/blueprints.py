@@ -75,7 +75,8 @@ BLUEPRINTS = (
     Blueprint(
         "Retouch (Subject Patches)",
         "Gives the subject of a picture the details of another picture. Both have to be of one size; the sampler gets "
-        "the MODEL, the same SIGMAS, and the latent to begin with.",
+        "the MODEL, the same SIGMAS, the latent to begin with, and a prompt by Encode Prompt with Subjects that has "
+        "the phrase among its phrases. For SD 1.x, SD 2.x and SDXL.",
         ("MasaCtrl", "attention swap", "details", "Layout-and-Retouch"),
         "retouch_sd15",
         (

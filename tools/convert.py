@@ -110,13 +110,14 @@ def convert_residual(source: Path, target: Path, noun: str) -> str:
 
 
 def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata)
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ToolError(f"{target} cannot be written ({error}); give another path with --to.") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from hosting.client import ApiPrompt, Progress
 from hosting.command import Parser, replace_process, run
 from hosting.errors import ServerError, ToolError, WorkflowError, WorkflowInterrupted
 from hosting.location import Host, find_host
+from hosting.lock import held_alone
 from hosting.paths import ROOT, cache_folder
 from hosting.private import ensure_client
 from hosting.server import Server, check_port
@@ -94,7 +95,8 @@ def _python(host: Host, arguments: list[str]) -> None:
 def _serve(host: Host, port: int) -> None:
     base = cache_folder() / "serve"
     print("Starting ComfyUI ...", file=sys.stderr, flush=True)
-    with Server(host, port=port, base=base) as server:
+    alone = held_alone(base.with_suffix(".lock"), f"Another `host.py serve` is at work in {base}; stop that one first.")
+    with alone, Server(host, port=port, base=base) as server:
         print(f"{server.url}  (Ctrl-C stops it; pictures go to {base / 'output'})", flush=True)
         while server.running:
             time.sleep(0.5)

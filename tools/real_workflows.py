@@ -58,8 +58,7 @@ def main() -> int:
                 if options.names and name not in options.names:
                     continue
                 graph = graph_for(family)
-                title = "Size of the picture" if kind == "reference" else "Side of the picture"
-                note = make(graph) + graph.note(title)
+                note = make(graph) + graph.note(kind)
                 page.load_api(_complete(graph.prompt, server.object_info()), name)
                 saved = save(page, _with_boxes(page.export()[1]), name, note)
                 target = FOLDER / f"{name}.json"

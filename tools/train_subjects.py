@@ -12,7 +12,9 @@ kind `anystory` trains a subject encoder beside a U-Net that stays as it is, and
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,11 @@ def main() -> int:
     parser.add_argument("--detached", action="store_true", help="let no gradient go through the reference's pass")
     parser.add_argument("--average", type=float, default=0.9999, help="decay of the weights' moving average")
     parser.add_argument("--save-every", type=int, default=500, help="steps from one save to the next")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    # Other ways of starting a process would have to find the pack anew in it.
+    forks = multiprocessing.get_start_method() == "fork"
+    parser.add_argument(
+        "--workers", type=int, default=2 if forks else 0, help="processes that read pictures (on Linux)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     options = parser.parse_args()
@@ -71,6 +77,8 @@ def main() -> int:
             parser.error(f"--{name}: there is no file {path}")
     if options.encoder is not None and options.encoder.resolve().parent == options.folder.resolve():
         parser.error(f"--folder is where {options.encoder} lies; give another, in which the same name is free")
+    if options.workers and not forks:
+        parser.error(f"--workers is {options.workers}, but this system cannot start such processes; leave it out")
     if options.size % 64:
         parser.error(f"--size is {options.size}; give a multiple of 64")
     host = find_host(installed=True)
@@ -116,7 +124,12 @@ def _train(options: Any) -> list[float]:
         # Denormal numbers slow a CPU down several times, and mean nothing here.
         torch.set_flush_denormal(True)
     torch.manual_seed(options.seed)
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint))
+    try:
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint))
+    except RuntimeError as error:
+        raise ToolError(f"--checkpoint: {options.checkpoint} is none that ComfyUI knows ({error}).") from error
+    if None in (model, clip, vae):
+        raise ToolError(f"--checkpoint: {options.checkpoint} needs a U-Net, a text encoder and a VAE in one file.")
     if options.vae is not None:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(options.vae)))
     encoder = None if options.encoder is None else read_subject_encoder(options.encoder)
@@ -145,9 +158,10 @@ def vision_of(path: Path) -> Any:
 
     found = comfy.clip_vision.load(str(path))
     if found is None:
-        found = read_semantic_maps(path).vision
+        with suppress(ValueError):
+            found = read_semantic_maps(path).vision
     if found is None:
-        raise ToolError(f"--vision: {path} holds no vision model that ComfyUI knows; give a DINOv2's.")
+        raise ToolError(f"--vision: {path} holds no vision model that ComfyUI knows; give a DINOv2's or a CLIP's.")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..patches.parts.writing import NAME_LIMIT, NAME_MAX, shortened
+from .embedding_files import named_embeddings
 from .files import save_whole
 from .loop import LossMap
 
@@ -48,6 +50,14 @@ class ConceptFiles:
         for path in self.paths:
             if path.exists() and _metadata(path).get("training") != KIND:
                 raise ValueError(f"There is already another file {path}; give the concept another name.")
+        lora = folder_paths.get_full_path("loras", self.lora.name)
+        others = [Path(lora)] if lora else []
+        for other in (*others, *named_embeddings(self.name)):
+            if not any(_is_one(other, path) for path in self.paths):
+                raise ValueError(
+                    f"There is another file {other}, which ComfyUI would take in the place of the concept's own; give "
+                    "the concept another name, or move that file away."
+                )
 
     @property
     def embedding(self) -> Path:
@@ -61,6 +71,18 @@ class ConceptFiles:
     @property
     def paths(self) -> tuple[Path, Path]:
         return (self.embedding, self.lora)
+
+    def check_folders(self) -> None:
+        """Raises ValueError where the files could not be written, before hours of training."""
+        for path in self.paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    pass
+            except OSError as error:
+                raise ValueError(
+                    f"The concept cannot be saved in {path.parent} ({error}); make that folder writable."
+                ) from error
 
     def about(self) -> dict[str, str] | None:
         """What the training was that made both files; None where one is missing, or they are of two trainings."""
@@ -98,6 +120,13 @@ class ConceptFiles:
             (self.embedding, concept.embedding, losses),
         ):
             save_whole(path, tensors, {**metadata, **more})
+
+
+def _is_one(found: Path, path: Path) -> bool:
+    """Whether the host takes `path` though another file of its name was found: of a folder's it takes the ending
+    .safetensors before others."""
+    beside = bool(found.suffix) and found.with_suffix(path.suffix) == path
+    return beside or (path.exists() and found.samefile(path))
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:

@@ -53,7 +53,8 @@ def _copied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def fingerprint(*patchers: Any) -> str:
-    """Tells models apart by how each of their weights begins, and by the patches (LoRA) on them."""
+    """Tells models apart by how each of their weights begins, and by the patches on them: of weights (LoRA), and of
+    objects, such as a sampling of another kind."""
     digest = hashlib.blake2b(digest_size=8)
 
     def add(name: str, values: Any) -> None:
@@ -73,6 +74,9 @@ def fingerprint(*patchers: Any) -> str:
                 add(name, strength)
                 for value in getattr(patch, "weights", patch):
                     add(name, value)
+        for name, made in sorted(patcher.object_patches.items()):
+            levels = [float(getattr(made, end, 0.0)) for end in ("sigma_min", "sigma_max")]
+            add(name, ([each.__name__ for each in type(made).__mro__], levels))
     return digest.hexdigest()
 
 

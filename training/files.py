@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file."""
+    """Writes a safetensors file. Raises ValueError where it cannot be written."""
     whole = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
     _whole(path, lambda partial: save_file(whole, partial, metadata and dict(metadata)))
 
@@ -28,7 +29,12 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be written ({error}); see that its folder may be written to and that there is room."
+        ) from error

@@ -8,8 +8,11 @@ the step and the number of processes alone, so a training that goes on reads wha
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
+# Of shards that are no files of this machine.
+_ELSEWHERE = re.compile(r"\w+://|pipe:")
 Raw = Mapping[str, Path | bytes]
 # The darkest that a subject's mask may be where it is brightest: less is next to nothing.
 SEEN = 0.1
@@ -221,8 +226,20 @@ class Shards:
 
 
 def source_of(data: str) -> Folder | Shards:
-    """The samples at a path: a folder, or WebDataset shards."""
-    return Folder(Path(data)) if Path(data).is_dir() else Shards(data)
+    """The samples at a path: a folder, or WebDataset shards. Raises ValueError where neither is there, or what reads
+    shards is not."""
+    if Path(data).is_dir():
+        return Folder(Path(data))
+    if importlib.util.find_spec("webdataset") is None:
+        raise ValueError(
+            f"There is no folder {data}, and for shards webdataset is not installed; give the folder of the samples, "
+            f"or run {sys.executable} -m pip install webdataset."
+        )
+    shards = Shards(data)
+    missing = [name for name in shards.names if not (_ELSEWHERE.match(name) or Path(name).is_file())]
+    if missing:
+        raise ValueError(f"There is no folder and no file {missing[0]}; give the folder of the samples, or its shards.")
+    return shards
 
 
 class Batches(IterableDataset):
@@ -264,9 +281,26 @@ class Batches(IterableDataset):
                 yield [self.decode(raw, self.size, key) for key, raw in found]
 
 
+class _Telling(IterableDataset):
+    """Batches, and in the place of one that cannot be made the ValueError that says why: thrown, it would come out of a
+    worker process wrapped in the worker's own trace."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Any] | ValueError]:
+        try:
+            yield from self.batches
+        except ValueError as error:
+            yield error
+
+
 def loader(batches: Batches, workers: int) -> Iterator[list[Any]]:
     """The batches, decoded by so many worker processes, or in this one."""
-    return iter(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_they_are))
+    for made in DataLoader(_Telling(batches), batch_size=None, num_workers=workers, collate_fn=_as_they_are):
+        if isinstance(made, ValueError):
+            raise made
+        yield made
 
 
 def _as_they_are(batch: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from .companion import companion_call, companion_options, silenced
 from .conditionings import entries_of
 from .edit import Edit, Start
 from .guidance import guidance_of, guide_branch, looks_beside
-from .memory import announced, size_kept
+from .memory import announced, longest, size_kept
 from .openings import opened
 from .passes import RECORDING, run_stream
 from .recording import Recording
@@ -122,11 +122,11 @@ def _prepare(
     session: Session | None = (model_options or {}).get("transformer_options", {}).get(SESSION)
     if session is None:
         return executor(model, noise_shape, conds, model_options=model_options, **kwargs)
-    inner = model.model
-    size = size_kept(session.edits, session.levels, session.family, inner.diffusion_model, inner.get_dtype_inference())
+    network, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
+    size = size_kept(session.edits, session.levels, session.family, network, dtype, longest(conds))
     taking = announced(conds, KEY, size)
-    prepared, _, models = executor(model, noise_shape, taking, model_options=model_options, **kwargs)
-    return prepared, conds, models
+    prepared, conds, models = executor(model, noise_shape, taking, model_options=model_options, **kwargs)
+    return prepared, {name: listed for name, listed in conds.items() if name != KEY}, models
 
 
 def _check(guider: Any, noise: Tensor) -> None:

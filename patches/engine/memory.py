@@ -6,6 +6,7 @@ rest. What streams record is no part of that: of a reference of 768 pixels on FL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,10 +38,19 @@ def announced(conds: Mapping[str, Any], key: str, size: int) -> dict[str, Any]:
     return {**conds, key: [{"control": Memory(size)}]}
 
 
-def size_kept(edits: Sequence[Edit], levels: Levels, family: Family, network: Any, dtype: torch.dtype) -> int:
+def longest(conds: Mapping[str, Any]) -> int:
+    """How many tokens the longest prompt of a guider's lists of conditionings has."""
+    given = (entry.get("cross_attn") for listed in conds.values() for entry in listed or ())
+    return max((tokens.shape[1] for tokens in given if tokens is not None), default=0)
+
+
+def size_kept(
+    edits: Sequence[Edit], levels: Levels, family: Family, network: Any, dtype: torch.dtype, prompt: int
+) -> int:
     """How many bytes the edits of a run keep on the model's device at most, with features of a `dtype`: what streams
-    record at a noise level of the run's steps, and what the edits bring there."""
-    measured = _Measured(family, network, dtype)
+    record at a noise level of the run's steps, and what the edits bring there. `prompt` is how many tokens the
+    generation's longest prompt has."""
+    measured = _Measured(family, network, dtype, prompt)
     streams = (measured.size(edits, levels, sigma) for sigma in dict.fromkeys(levels.sigmas[:-1]))
     brought = {id(tensor): tensor.numel() for edit in edits for tensor in edit.brings()}
     return max(streams, default=0) + sum(brought.values()) * dtype_size(dtype)
@@ -49,8 +59,8 @@ def size_kept(edits: Sequence[Edit], levels: Levels, family: Family, network: An
 class _Measured:
     """The sizes of what streams keep of a network's layers, each worked out once."""
 
-    def __init__(self, family: Family, network: Any, dtype: torch.dtype) -> None:
-        self.family, self.network, self.dtype = family, network, dtype
+    def __init__(self, family: Family, network: Any, dtype: torch.dtype, prompt: int) -> None:
+        self.family, self.network, self.dtype, self.prompt = family, network, dtype, prompt
         self._sizes: dict[tuple[int, Site, tuple[str, ...]], int] = {}
 
     def size(self, edits: Iterable[Edit], levels: Levels, sigma: float) -> int:
@@ -69,11 +79,12 @@ class _Measured:
     def _of(self, stream: Stream, site: Site, parts: tuple[str, ...]) -> int:
         """A stream's own choice among features of the form that the layer's have, without their numbers."""
         grid = self.family.grid_at(self.network, site, tuple(stream.shape[-2:]))
-        features = {
-            part: torch.empty(
-                stream.shape[0], grid[0] * grid[1], self.family.channels(self.network, site, part),
-                dtype=self.dtype, device="meta",
-            )
-            for part in parts
-        }  # fmt: skip
+        given = stream.conditioning
+        prompt = given[0][0].shape[1] if isinstance(given, list) else self.prompt
+        of_prompt = {"prompt_key"} | ({"key", "value"} if site.kind == "cross" else set())
+        features = {}
+        for part in parts:
+            tokens = prompt if part in of_prompt else math.prod(grid)
+            shape = (stream.shape[0], tokens, self.family.channels(self.network, site, part))
+            features[part] = torch.empty(shape, dtype=self.dtype, device="meta")
         return sum(tensor.numel() for tensor in stream.keep(site, grid, features).values()) * dtype_size(self.dtype)

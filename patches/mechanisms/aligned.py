@@ -67,7 +67,7 @@ def aligned(
     places = (rows.clamp(0, height - 1), columns.clamp(0, width - 1))
     placed = _resized(planes, (height, width), *places).clamp(0, 1)
     known = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
-    return placed[:, :-1].movedim(1, -1), placed[:, -1] * known
+    return placed[:, :-1].movedim(1, -1), placed[:, -1] * known.to(placed.device)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], rows: Tensor, columns: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _resized(planes: Tensor, size: tuple[int, int], rows: Tensor, columns: Tenso
         return planes[:, :, rows][..., columns]
     # Where pixels of the resized planes lie among those of the given ones.
     down, across = (
-        (wanted.to(planes.device).double() + 0.5) * given / whole - 0.5
+        (wanted.double() + 0.5) * given / whole - 0.5
         for wanted, given, whole in zip((rows, columns), planes.shape[2:], size, strict=True)
     )
     return _cubic(_cubic(planes, across).mT, down).mT

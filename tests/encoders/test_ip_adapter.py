@@ -214,6 +214,12 @@ def test_a_published_file_computes_what_its_authors_do(form: str, model: Any, vi
     assert difference(ours, expected) < 1e-5
 
 
+def test_a_subject_without_pictures_is_left_as_it_is(model: Any, vision: Any, load: Any) -> None:
+    """As Subject Reference makes one of no picture."""
+    empty = Subject((), "subject", silent().cache, Share())
+    assert encoded(load(file_of(model, "plain")), vision, (empty,)) == (empty,)
+
+
 def test_it_shows_in_the_subjects_places(model: Any, vision: Any, load: Any) -> None:
     adapter = load(file_of(model, "plus"))
     two = encoded(adapter, vision, (silent(), silent(seed=1, phrase="scene")))

@@ -14,6 +14,7 @@ from comfy.sampler_helpers import convert_cond
 from comfy.supported_models_base import ClipTarget
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from safetensors.torch import save_file
+from subject_patches.nodes.embeddings import embeddings_state
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
 from subject_patches.patches.mechanisms.subject import Subject
 from subject_patches.patches.parts.prompt import SPANS_KEY
@@ -165,3 +166,15 @@ def test_tokens_that_another_pack_puts_twice(clip: comfy.sd.CLIP) -> None:
         assert doubled[1][SPANS_KEY][phrase] == tuple((2 * start, 2 * stop) for start, stop in spans)
         for start, stop in spans:
             assert torch.equal(doubled[0][:, 2 * start : 2 * stop : 2], plain[0][:, start:stop])
+
+
+def test_embeddings_that_a_prompt_depends_on(host_folders: Path) -> None:
+    """In subfolders, too, where the host looks; what no file can be called is none."""
+    file = host_folders / "embeddings" / "people" / "anna.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"one")
+    before = embeddings_state("a embedding:anna on grass")
+    assert [path for path, *_ in before] == [str(file)] == [path for path, *_ in embeddings_state(None)]
+    file.write_bytes(b"other")
+    assert embeddings_state("a embedding:anna on grass") != before
+    assert embeddings_state("a dog", f"embedding:{'x' * 300}", "embedding:berta") == []

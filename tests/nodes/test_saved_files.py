@@ -14,6 +14,7 @@ from subject_patches.nodes.trajectory_files import SaveTrajectoryNode
 from subject_patches.patches.mechanisms.residual import ResidualToken
 from subject_patches.patches.parts.writing import NAME_MAX
 from subject_patches.tests.shared.models import randn, trajectory
+from subject_patches.training.files import save_whole
 
 
 def test_each_save_is_a_new_file(tmp_path: Path) -> None:
@@ -66,3 +67,12 @@ def test_the_nodes_that_save(host_folders: Path, monkeypatch: pytest.MonkeyPatch
     for prefix in ("trajectories/dog", "./trajectories//dog", "dog"):
         SaveTrajectoryNode.execute(trajectory(randn(1, 4, 8, 8)), prefix)
     assert {each.name for each in folder.glob("dog_*")} == {f"dog_0000{number}_.safetensors" for number in (1, 2, 3)}
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    """Where a folder stands in the file's place, or a file in the folder's."""
+    (tmp_path / "dog.safetensors" / "x").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "dog.safetensors", tmp_path / "file" / "dog.safetensors"):
+        with pytest.raises(ValueError, match=r"dog.safetensors cannot be written [(].*; see that its folder may be"):
+            save_whole(path, {"x": torch.zeros(1)})

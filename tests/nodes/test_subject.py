@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from subject_patches.nodes.align import AlignReferenceNode
 from subject_patches.nodes.subject import SubjectNode
 from subject_patches.patches.mechanisms.subject import (
     Reference,
@@ -159,3 +160,11 @@ def test_the_background_is_removed_before_the_encoding() -> None:
     assert torch.equal(cut.mask, kept.mask)
     with pytest.raises(ValueError, match="background is 'red'; choose one of keep, white, gray"):
         references(image, mask=mask, background="red")
+
+
+def test_pictures_in_half_precision() -> None:
+    """As the host gives them with --fp16-intermediates; not every operation of a CPU knows them."""
+    image, mask = pictures(1, 200, 160).half(), painted(200, 160, 20, 180, 10, 150).half()
+    (half,), (whole,) = (references(each, mask=mask.to(each)) for each in (image, image.float()))
+    assert torch.equal(half.latents, whole.latents)
+    assert AlignReferenceNode.execute(image, mask).args[0].dtype == torch.float32

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from hosting.random_models import generator
+from subject_patches.nodes.align import AlignReferenceNode
 from subject_patches.nodes.attention_inspector import AttentionInspectorNode, RecordAttentionNode
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.nodes.encode_prompt import EncodePromptWithSubjects
@@ -111,6 +112,9 @@ def picture_by_all(toy: Toy, device: torch.device) -> Tensor:
     picture = torch.rand(1, 128, 128, 3, generator=generator(2)).to(device)
     mask = torch.ones(1, 128, 128).to(device)
     mask[:, :, 70:] = 0
+    # Smaller and larger than it is.
+    for size in (96, 128):
+        picture, mask, *_ = AlignReferenceNode.execute(picture, mask, mask.new_ones(1, size, size)).args
     (one,) = SubjectNode.made([picture], toy.vae, "emblem", 128, 0.1, [mask]).args
     prompts = AuxiliaryPromptNode.execute(toy.clip, "an emblem on grass", "emblem", noun="star").args
     latent = {"samples": toy.vae.encode(picture).to(device)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from safetensors.torch import load_file, save_file
 from subject_patches.nodes.auxiliary_prompt import AuxiliaryPromptNode
 from subject_patches.tests.shared.clips import small_clip
@@ -16,7 +19,7 @@ from subject_patches.tests.shared.concepts import latents, made, matching_clip, 
 from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, difference, sample, small_model
 from subject_patches.tests.shared.other_families import OTHERS
-from subject_patches.tests.shared.small_vaes import small_vae
+from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
 from subject_patches.training.concept import as_lora
 from subject_patches.training.concept_files import ConceptFiles
 from subject_patches.training.concept_run import Settings, train_concept
@@ -146,8 +149,26 @@ def test_a_training_is_not_resumed_on_another_model(host_folders: Path) -> None:
         (small_model(), matching_clip(1)),
         (tuned, matching_clip()),
     ):
-        with pytest.raises(ValueError, match="'shield' was begun with another model and CLIP"):
+        with pytest.raises(ValueError, match="'shield' was begun with another model, CLIP and VAE"):
             made(model, clip, resume_name="shield")
+    with pytest.raises(ValueError, match="'shield' was begun with another model, CLIP and VAE"):
+        made(small_model(), matching_clip(), vae=noting_vae(seed=1), resume_name="shield")
+    deeper = matching_clip()
+    deeper.clip_layer(-2)
+    with pytest.raises(ValueError, match="'shield' was begun with another CLIP layer"):
+        made(small_model(), deeper, resume_name="shield")
+
+
+def test_a_concept_of_another_sampling_or_layer_is_trained_anew(host_folders: Path) -> None:
+    """What stands before the node is no weight, and decides the training all the same."""
+    words = [made(small_model(), matching_clip()) and ConceptFiles("my_dog").about()]
+    as_v = ModelSamplingDiscrete().patch(small_model(), "v_prediction", zsnr=False)[0]
+    deeper = matching_clip()
+    deeper.clip_layer(-2)
+    for model, clip in ((as_v, matching_clip()), (small_model(), deeper)):
+        made(model, clip)
+        words.append(ConceptFiles("my_dog").about())
+    assert len({str(each) for each in words}) == 3
 
 
 def test_the_hosts_loaders_take_the_files(host_folders: Path) -> None:
@@ -244,3 +265,29 @@ def test_a_cancel_ends_it(host_folders: Path) -> None:
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         trained(3)
+
+
+def test_a_file_that_the_host_would_take_in_its_place(host_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes the first LoRA of a name, and of embeddings, subfolders and all, whichever it comes upon."""
+    loras = host_folders / "loras"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(loras)], {".safetensors"}))
+    ConceptFiles("my_dog")
+    for path in (
+        loras / "my_dog.safetensors",
+        host_folders / "embeddings" / "pets" / "my_dog.pt",
+        host_folders / "embeddings" / "my_dog",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with pytest.raises(ValueError, match=f"There is another file {re.escape(str(path))}, which ComfyUI would take"):
+            ConceptFiles("my_dog")
+        path.unlink()
+    # Beside the concept's own words this is never read.
+    (host_folders / "embeddings" / "my_dog.bin").touch()
+    ConceptFiles("my_dog")
+
+
+def test_folders_are_tried_before_the_training(host_folders: Path) -> None:
+    (host_folders / "output").touch()
+    with pytest.raises(ValueError, match=r"The concept cannot be saved in .*; make that folder writable"):
+        made(small_model(), matching_clip())

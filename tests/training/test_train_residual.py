@@ -26,7 +26,7 @@ from subject_patches.patches.parts.prompt import SPANS_KEY
 from subject_patches.tests.shared.clips import FAMILIES, SMALL, small_clip
 from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, sample, small_model
-from subject_patches.tests.shared.small_vaes import small_vae
+from subject_patches.tests.shared.small_vaes import noting_vae, small_vae
 from subject_patches.toy.family import UNET, ToyDiffusion
 from subject_patches.training import images as pictures
 from subject_patches.training import residual
@@ -120,7 +120,7 @@ def test_a_resumed_training_ends_where_a_whole_one_does() -> None:
     assert losses == same
     with pytest.raises(ValueError, match=r"'dog' was begun with another noun \(dog, now cat\)"):
         train(steps=4, resume_name="dog", noun="cat")
-    with pytest.raises(ValueError, match="'dog' was begun with another model and CLIP"):
+    with pytest.raises(ValueError, match="'dog' was begun with another model, CLIP and VAE"):
         train(small_model(seed=1), steps=4, resume_name="dog")
     # As many of them, and others.
     train(steps=2, resume_name="sentences", more_templates="a {} in a hat")
@@ -159,6 +159,12 @@ def test_a_state_knows_what_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
 
     first = about()
     assert about(steps=9, gradient_checkpointing=False) == first
+    clip.clip_layer(-2)
+    assert about() == {**first, "CLIP layer": "-2"}
+    clip.clip_layer(None)
+    vae = noting_vae(seed=1)
+    assert {name for name, value in about().items() if value != first[name]} == {"model, CLIP and VAE"}
+    vae = small_vae()
     for setting, (value, called) in CHANGES.items():
         other = about(**{setting: value})
         different = {name for name in first if other[name] != first[name]}

@@ -27,7 +27,7 @@ from subject_patches.tests.shared.samples import png
 from subject_patches.tests.shared.semantics import VISION, contents, told, vision
 from subject_patches.tests.shared.small_vaes import small_vae
 from subject_patches.toy.sampling import CHECKPOINT
-from subject_patches.training.samples import Batches, Folder, Shards, decoded, parted, source_of
+from subject_patches.training.samples import Batches, Folder, Shards, decoded, loader, parted, source_of
 
 COUNT = 5
 
@@ -153,6 +153,19 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
         next(iter(Batches(Folder(tmp_path), 32, 1, 0, 0, 1, 0)))
     with pytest.raises(ValueError, match="A process has no samples of its own"):
         next(iter(Batches(Folder(folder), 32, 1, 0, 9, 10, 0)))
+    pytest.importorskip("webdataset", reason="the extra `train` is not installed")
+    with pytest.raises(ValueError, match=r"There is no folder and no file .*data-000.tar; give the folder of the"):
+        source_of(str(tmp_path / "data-{000..001}.tar"))
+
+
+def test_workers_tell_what_is_wrong_as_one_process_does(tmp_path: Path) -> None:
+    (tmp_path / "a.picture.png").write_bytes(files_of(0)["picture.png"])
+    said = []
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="a has no txt") as error:
+            next(loader(Batches(Folder(tmp_path), 32, 1, 0, 0, 1, 0), workers))
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 # What is trained

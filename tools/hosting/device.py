@@ -11,5 +11,5 @@ def use_cpu_without_gpu() -> None:
     import torch
     from comfy.cli_args import args
 
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
         args.cpu = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, ClassVar
 
 from .client import ApiPrompt
 
@@ -14,14 +14,13 @@ NEGATIVE = "blurry, low quality, watermark, text"
 CHECKPOINT_NOTE = """
 
 **Choose your checkpoint** in Load Checkpoint first: this workflow has the size, steps and guidance of {family}, and
-any checkpoint of that family works. **{title}** says how big the picture is; it stands nowhere else."""
+any checkpoint of that family works. **{title}** says how big {what}; it stands nowhere else."""
 DISTILLED_NOTE = """
 
 **Choose your files** in Load Diffusion Model, Load CLIP and Load VAE first. {family} needs three, under
 *models*: *diffusion_models/z_image_turbo_bf16.safetensors*, its text encoder *text_encoders/qwen_3_4b.safetensors*
 (type lumina2) and FLUX.1's VAE, *vae/ae.safetensors*. It is distilled: CFG stays 1, so there is no negative prompt, and
-8 steps are enough. **{title}** says how big the picture is; it stands nowhere else. The defaults of references and
-layouts on transformers were chosen on the pack's second small model: try more and less of them.
+8 steps are enough. **{title}** says how big {what}; it stands nowhere else.{chosen}
 
 **Another transformer** (Qwen-Image, SD 3.5, Chroma, Krea 2 and so on): begin with its own template, and put this pack's
 nodes there between its model and its sampler."""
@@ -51,15 +50,20 @@ FLUX_NOTE = """
 **Choose your files** in Load Diffusion Model, Load CLIP (Dual) and Load VAE first. FLUX.1 dev needs four, under
 *models*: *diffusion_models/flux1-dev.safetensors*, its text encoders *text_encoders/clip_l.safetensors* and
 *text_encoders/t5xxl_fp16.safetensors*, and its VAE, *vae/ae.safetensors*. A checkpoint that has all in one file goes
-into Load Checkpoint in their place. It is distilled: CFG stays 1, Flux Guidance says how closely the prompt is
-followed. **{title}** says how big the picture is; it stands nowhere else. This pack's defaults on transformers were
-chosen on its second small model, not on FLUX: try more and less of them."""
+into Load Checkpoint in their place. It is distilled: CFG stays 1, FluxGuidance says how closely the prompt is
+followed. **{title}** says how big {what}; it stands nowhere else.{chosen}"""
+_CHOSEN = """ The defaults of references and
+layouts on transformers were chosen on the pack's second small model: try more and less of them."""
+# Recipes whose nodes have such defaults.
+_WITH_CHOSEN = frozenset({"reference", "two_subjects", "layout"})
 DISTILLED = {"zimage": Family("Z-Image Turbo", "z_image_turbo_bf16.safetensors", 1024, 1.0)}
 FLUX = {"flux": Family("FLUX.1 dev", "flux1-dev.safetensors", 1024, 1.0)}
 
 
 class Graph:
     """A workflow for a checkpoint; `add` gives the new node's number."""
+
+    told: ClassVar[str] = CHECKPOINT_NOTE
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -71,9 +75,12 @@ class Graph:
         checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=self.family.checkpoint)
         return [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
 
-    def note(self, size: str) -> str:
-        """What the workflow's note says of the family; `size` is the title of the node with the picture's size."""
-        return CHECKPOINT_NOTE.format(family=self.family.name, title=size)
+    def note(self, kind: str) -> str:
+        """What the note of a recipe's workflow says of the family."""
+        title = "Size of the picture" if kind == "reference" else "Side of the picture"
+        what = "the region is generated" if kind == "small_region" else "the picture is"
+        chosen = _CHOSEN if kind in _WITH_CHOSEN else ""
+        return self.told.format(family=self.family.name, title=title, what=what, chosen=chosen)
 
     def add(self, kind: str, title: str = "", /, **inputs: Any) -> str:
         """A node of the host's or the pack's own; inputs that are not named keep what a new node has."""
@@ -155,14 +162,13 @@ class Graph:
 class DistilledGraph(Graph):
     """A workflow for Z-Image Turbo: three loaders, CFG 1 and no negative prompt."""
 
+    told: ClassVar[str] = DISTILLED_NOTE
+
     def loaded(self) -> tuple[Link, Link, Link]:
         model = self.add("UNETLoader", unet_name=self.family.checkpoint, weight_dtype="default")
         clip = self.add("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2", device="default")
         vae = self.add("VAELoader", vae_name="ae.safetensors")
         return [self.add("ModelSamplingAuraFlow", model=[model, 0], shift=3.0), 0], [clip, 0], [vae, 0]
-
-    def note(self, size: str) -> str:
-        return DISTILLED_NOTE.format(family=self.family.name, title=size)
 
     def negative(self, positive: Link, text: str = "") -> Link:
         """Nothing asks for it at CFG 1, but the sampler's input wants to be connected."""
@@ -179,14 +185,13 @@ class DistilledGraph(Graph):
 class FluxGraph(DistilledGraph):
     """A workflow for FLUX.1 dev, which is told its guidance. Being a flow, it begins with nothing but noise."""
 
+    told: ClassVar[str] = FLUX_NOTE
+
     def loaded(self) -> tuple[Link, Link, Link]:
         model = self.add("UNETLoader", unet_name=self.family.checkpoint, weight_dtype="default")
         names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors"}
         clip = self.add("DualCLIPLoader", **names, type="flux", device="default")
         return [model, 0], [clip, 0], [self.add("VAELoader", vae_name="ae.safetensors"), 0]
-
-    def note(self, size: str) -> str:
-        return FLUX_NOTE.format(title=size)
 
     def guided(self, positive: Link, guidance: float = 3.5) -> Link:
         return [self.add("FluxGuidance", conditioning=positive, guidance=guidance), 0]

@@ -10,7 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .errors import ToolError
+
 _POLL_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def held_alone(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path` for the time of a `with` block. Raises ToolError with `refusal` where another process
+    holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if not _try_lock(file):
+            raise ToolError(refusal)
+        try:
+            yield
+        finally:
+            _unlock(file)
 
 
 @contextlib.contextmanager

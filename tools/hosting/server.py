@@ -16,6 +16,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -291,16 +292,17 @@ def has_gpu(host: Host) -> bool:
     if sys.platform == "linux" and not _has_driver():
         # To ask torch takes two seconds.
         return False
-    question = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+    kinds = " or ".join(f"torch.{kind}.is_available()" for kind in ("cuda", "xpu", "backends.mps"))
+    question = f"import torch; print({kinds})"
     command = [str(host.python), "-c", question]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
     return done.returncode == 0 and done.stdout.split()[-1:] == ["True"]
 
 
 def _has_driver() -> bool:
-    """Whether a Linux has what CUDA or ROCm begin with: NVIDIA's library, AMD's device."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Path("/dev/kfd").exists()
-    return True
+    """Whether a Linux has what CUDA, XPU or ROCm begin with: NVIDIA's or Intel's library, AMD's device."""
+    for library in ("libcuda.so.1", "libze_loader.so.1"):
+        with suppress(OSError):
+            ctypes.CDLL(library)
+            return True
+    return Path("/dev/kfd").exists()
