@@ -172,8 +172,8 @@ def noise_level_input() -> io.Combo.Input:
         options=[USUAL, CURRENT, FIXED, NEARLY_CLEAN],
         default=USUAL,
         tooltip="At which noise level the model looks at a reference. 'current': the picture's own, one pass a step. "
-        "'nearly clean': the schedule's last, one pass in all. 'fixed': that of fixed_level, one pass in all. 'usual' "
-        "is 'nearly clean', for routed subjects on SD 1.x and 2.x 'current'.",
+        "One pass in all: 'nearly clean', the schedule's last, and 'fixed'. 'usual': of transformers 'nearly clean', "
+        "of U-Nets 'fixed' at 0.9, for routed subjects 'current' (SDXL: 'nearly clean').",
         **ADVANCED,
     )
 

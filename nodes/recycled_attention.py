@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..patches.engine.edit import Edit
 from ..patches.engine.engine import add_edit
-from ..patches.families import attention_sites, chosen_sites
+from ..patches.families import attention_sites, chosen_sites, family_of
 from ..patches.mechanisms.image_prompt import AdaptedPrompt
 from ..patches.mechanisms.recycled_attention import RecycledSelfAttention
 from ..patches.mechanisms.routed_reference import EmptyTokens
@@ -137,7 +137,7 @@ class RecycledSelfAttentionNode(io.ComfyNode):
             region_mask = masks_in("region_mask", region_mask).cpu()
         prompt_in("reference_conditioning", reference_conditioning, model)
         placed = positions_for(model, positions, placed=region_mask is not None)
-        how = looked_at(noise_level, fixed_level, refresh_steps)
+        how = looked_at(noise_level, fixed_level, refresh_steps, family_of(model).reference_level())
         references = [r for s in subject for r in reference_streams(model, s, seed, reference_conditioning, how)]
         kept = tuple(each for s in subject for each in kept_references(model, s))
         tokens = [s.encoded.prompt for s in subject if s.encoded is not None and s.encoded.prompt is not None]

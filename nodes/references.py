@@ -17,15 +17,18 @@ from .inputs import CURRENT, FIXED, NEARLY_CLEAN, REFRESH_MAX
 AS_THE_PICTURE = Pass()
 
 
-def looked_at(noise_level: str, fixed_level: float, refresh_steps: int, without_cross_attention: bool = False) -> Pass:
-    """How the model runs on references; usual is nearly clean. Raises ValueError for another choice of the noise level,
-    and for numbers that are out of their bounds."""
+def looked_at(
+    noise_level: str, fixed_level: float, refresh_steps: int, usual: float = 1.0, without_cross_attention: bool = False
+) -> Pass:
+    """How the model runs on references; `usual` is a share of its schedule. Raises ValueError for another choice of the
+    noise level, and for numbers that are out of their bounds."""
     check_choice("noise_level", noise_level, (USUAL, CURRENT, FIXED, NEARLY_CLEAN))
     check_number("fixed_level", fixed_level, 0.0, 1.0)
     check_number("refresh_steps", refresh_steps, 1, REFRESH_MAX)
     if noise_level == CURRENT:
         return Pass(None, refresh_steps, without_cross_attention)
-    return Pass(fixed_level if noise_level == FIXED else 1.0, 1, without_cross_attention)
+    levels = {USUAL: usual, FIXED: fixed_level, NEARLY_CLEAN: 1.0}
+    return Pass(levels[noise_level], 1, without_cross_attention)
 
 
 def positions_for(model: Any, choice: str, placed: bool) -> Positions | None:

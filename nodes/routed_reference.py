@@ -221,7 +221,7 @@ class RoutedReferenceAttentionNode(io.ComfyNode):
         routing = router.routing(subjects, order, acting, window)
         usual = NEARLY_CLEAN if family_of(model).looks_nearly_clean() else CURRENT
         level = usual if noise_level == USUAL else noise_level
-        how = looked_at(level, fixed_level, refresh_steps, cross_attention == SKIPPED)
+        how = looked_at(level, fixed_level, refresh_steps, without_cross_attention=cross_attention == SKIPPED)
         placed = positions_for(model, positions, placed=True)
         shares: list[Edit] = []
         adapted: list[RoutedTokens] = []

@@ -62,6 +62,11 @@ class Family(ABC):
         holds."""
         return True
 
+    def reference_level(self) -> float:
+        """The share of the schedule at which the model usually looks at recycled references, in one pass: 1 is nearly
+        clean."""
+        return 1.0
+
     def dci_gain_grows(self) -> bool:
         """Whether DCI's gain grows with the picture's places, as is right for every family but the one that its
         authors' number is made for."""

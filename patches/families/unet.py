@@ -37,6 +37,10 @@ class UNet(Family):
         # MB at 512 pixels and 63 at 768.
         return self.description in ("SDXL", "SDXLRefiner")
 
+    def reference_level(self) -> float:
+        # At 1 the toy lost emblems, at 0.9 none (docs/EFFECTS.md).
+        return 0.9
+
     def dci_gain_grows(self) -> bool:
         return self.description != "SD15"
 

@@ -18,7 +18,7 @@ from .given import PHRASES, Given, Shape, heading, mean, paired, row, share
 from .recycled_attention import UNPATCHED, Pair
 
 SIBLINGS = 9
-UNTRAINED = "untrained, the node's default, nearly clean"
+UNTRAINED = "untrained, nearly clean"
 # Of each row, the parts that an encoder gives the subject; None: it is not encoded.
 ROWS: dict[str, str | None] = {
     UNTRAINED: None,
@@ -59,13 +59,14 @@ class Case(Pair):
 
     def shown(self, encoder: Any, parts: str | None) -> Shown:
         """The score of a row."""
+        from subject_patches.nodes.inputs import NEARLY_CLEAN
         from subject_patches.nodes.recycled_attention import RecycledSelfAttentionNode
         from subject_patches.nodes.subject_encoder import EncodeSubjectsNode
 
         who = self.subject
         if parts is not None:
             who = EncodeSubjectsNode.execute(who, encoder, self.toy.vae, parts).args[0]
-        return self.seen(RecycledSelfAttentionNode.execute(self.toy.model, who).args[0])
+        return self.seen(RecycledSelfAttentionNode.execute(self.toy.model, who, noise_level=NEARLY_CLEAN).args[0])
 
     def seen(self, model: Any) -> Shown:
         """The score of a picture of the prompt by a model; None is the unpatched one."""
