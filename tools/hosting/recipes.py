@@ -240,7 +240,9 @@ def anystory(graph: FluxGraph) -> str:
         "latent_image": graph.empty(sizes["width"]),
     }
     conditioning = graph.guided(positive)
-    patched = graph.add("SubjectPatchesAnyStory", model=[shift, 0], **links, subjects=subjects["others"])
+    # The authors' window for several subjects.
+    window = {"reference_start": 0.09}
+    patched = graph.add("SubjectPatchesAnyStory", model=[shift, 0], **links, subjects=subjects["others"], **window)
     for title, model, prefix in (
         ("Without AnyStory", [shift, 0], "anystory_without"),
         ("With both subjects", [patched, 0], "anystory"),
