@@ -114,6 +114,18 @@ def test_two_set_ups_at_once_do_the_work_once(tmp_path: Path) -> None:
     assert len(ran) == 1
 
 
+def test_what_is_held_alone_is_refused_to_others(tmp_path: Path) -> None:
+    """Two servers in one folder would write over each other."""
+    with (
+        lock.held_alone(tmp_path / "lock", "One is at work."),
+        pytest.raises(ToolError, match=r"One is at work\."),
+        lock.held_alone(tmp_path / "lock", "One is at work."),
+    ):
+        pass
+    with lock.held_alone(tmp_path / "lock", "One is at work."):
+        pass
+
+
 def test_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     """Killing its holder lets a lock go."""
     held = tmp_path / "held"
