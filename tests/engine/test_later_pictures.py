@@ -13,6 +13,7 @@ from subject_patches.patches.engine.engine import KEY
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.subject import Subject
 from subject_patches.patches.parts.sites import select_sites
+from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.models import (
     POOLED,
     counted,
@@ -23,6 +24,7 @@ from subject_patches.tests.shared.models import (
     sample,
     small_model,
     subject,
+    subject_for,
 )
 
 STEPS = 5
@@ -78,9 +80,10 @@ def test_later_pictures_of_sdxl_cost_what_they_do_without_a_subject(mechanism: s
 
 
 def test_what_is_usual(sdxl: Any) -> None:
-    """Nearly clean, one pass in all; of routed references where those of all steps would not fit the cache."""
-    for model, level in ((sdxl, 1), (small_model(), None)):
-        patched = recycled(model, noise_level="usual"), routed(model, (subject(),), noise_level="usual")
+    """With little noise, one pass in all; of routed references where those of all steps would not fit the cache."""
+    for model, recycling, level in ((sdxl, 0.9, 1), (small_model(), 0.9, None), (dit_model("FLUX.1"), 1, 1)):
+        one = (subject_for(model),)
+        patched = recycled(model, one, noise_level="usual"), routed(model, one, noise_level="usual")
         edits = [each.model_options["transformer_options"][KEY][0] for each in patched]
-        assert edits[0].references[0].how.level == 1
+        assert edits[0].references[0].how.level == recycling
         assert edits[1].shares[0].references[0].how.level == level
