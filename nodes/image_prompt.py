@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 
 from ..encoders.ip_adapter import ImagePromptAdapter, read_adapter
-from ..patches.families import attention_sites, family_of
-from ..patches.families.unet import UNet, layer_at
+from ..patches.families import family_of
+from ..patches.families.unet import UNet
 from ..patches.mechanisms.image_prompt import AdaptedPrompt, ImagePrompt, ReadyPrompt, TokenPrompt
 from ..patches.mechanisms.subject import Reference, Subject
 from ..patches.parts.sites import Site
@@ -202,5 +202,4 @@ def layer_channels(model: Any, kind: str) -> dict[Site, int]:
             "of the subject's way."
         )
     network = model.model.diffusion_model
-    layers = {site: layer_at(network, site) for site in attention_sites(model) if site.kind == kind}
-    return {site: layer.heads * layer.dim_head for site, layer in layers.items()}
+    return {site: family.channels(network, site, "key") for site in family.sites(network) if site.kind == kind}

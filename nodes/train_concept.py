@@ -194,7 +194,7 @@ class TrainConceptNode(io.ComfyNode):
         from ..training.concept_files import KIND, ConceptFiles, size_of
         from ..training.concept_run import Settings, train_concept
         from ..training.concept_words import SCHEMES
-        from ..training.copies import fingerprint
+        from ..training.copies import told_of
         from ..training.images import varied, version_latents
         from ..training.loop import compute_dtype
         from ..training.regularisation import Regularisation
@@ -234,17 +234,13 @@ class TrainConceptNode(io.ComfyNode):
             "pictures": digest(pictures),
             "precision": str(compute_dtype(precision, model.load_device)),
         }
-        if clip.layer_idx is not None:
-            about |= {"CLIP layer": str(clip.layer_idx)}
         if others:
             about |= {"regularisation": digest(others), "captions of that": "; ".join(captions)}
-        weights = fingerprint(model, clip.patcher)
-        seen = fingerprint(vae.patcher) if hasattr(vae, "patcher") else ""
-        weights = {"model, CLIP and VAE": f"{weights} {seen}".strip()}
+        about |= told_of(model, clip, vae)
         state = None
         if resumed := resume_name.strip():
-            state = StateFile(resumed, {"training": KIND, **about, **weights})
-        about |= {**told({"steps": taken.steps, "rank": rank}), **weights}
+            state = StateFile(resumed, {"training": KIND, **about})
+        about |= told({"steps": taken.steps, "rank": rank})
         concept = files.load(about)
         if concept is None:
             if place is not None:

@@ -151,7 +151,7 @@ class TrainResidualToken(io.ComfyNode):
         resume_name: str = "",
     ) -> io.NodeOutput:
         """`execute`, of the values themselves and a sequence of IMAGE batches."""
-        from ..training.copies import fingerprint, with_gradients
+        from ..training.copies import told_of, with_gradients
         from ..training.images import latents_of
         from ..training.loop import compute_dtype
         from ..training.residual import Plan, filled, shipped_templates, train_residual_token
@@ -192,12 +192,7 @@ class TrainResidualToken(io.ComfyNode):
             "precision": str(dtype),
             "seed": str(seed),
         }
-        if clip.layer_idx is not None:
-            about["CLIP layer"] = str(clip.layer_idx)
-        state = None
-        if resumed:
-            patchers = [model, clip.patcher, *([vae.patcher] if hasattr(vae, "patcher") else [])]
-            state = StateFile(resumed, {**about, "model, CLIP and VAE": fingerprint(*patchers)})
+        state = StateFile(resumed, about | told_of(model, clip, vae)) if resumed else None
         with with_gradients():
             latents = latents_of(vae, squares, model.model.latent_format.latent_channels)
         plan = Plan(

@@ -80,6 +80,13 @@ def fingerprint(*patchers: Any) -> str:
     return digest.hexdigest()
 
 
+def told_of(model: Any, clip: Any, vae: Any) -> dict[str, str]:
+    """What tells a training's model, CLIP and VAE from others, by what a person calls it."""
+    parts = [fingerprint(model, clip.patcher), *([fingerprint(vae.patcher)] if hasattr(vae, "patcher") else [])]
+    layer = {} if clip.layer_idx is None else {"CLIP layer": str(clip.layer_idx)}
+    return {**layer, "model, CLIP and VAE": " ".join(parts)}
+
+
 @contextmanager
 def loaded(*patchers: Any) -> Iterator[None]:
     """Loads private copies wholly onto their devices, and lets go of their memory in the end, however it comes."""

@@ -34,10 +34,6 @@ class KeptReference:
         """The same for one run, which holds what it has brought to the run's device."""
         return replace(self)
 
-    def tensors(self, sites: Iterable[Site]) -> list[Tensor]:
-        """Those for some layers."""
-        return [tensor for site in sites for tensor in self.ready.get(site, ())]
-
     def check(self, channels: Mapping[Site, int]) -> None:
         """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""
         wanted = {site: channels[site] for site in list(channels)[1:]}
@@ -53,6 +49,11 @@ class KeptReference:
         """Keys and values for a call, on its device and in its type; None where there are none for its layer."""
         ready = self.ready.get(call.site)
         return None if ready is None else self._brought.to(call.query, ready, call.site)
+
+
+def tensors_of(kept: Iterable[KeptReference], sites: Iterable[Site]) -> list[Tensor]:
+    """The keys and values of some references for some layers."""
+    return [tensor for each in kept for site in sites for tensor in each.ready.get(site, ())]
 
 
 def lend_kept(call: AttentionCall, kept: tuple[KeptReference, ...], bias: Tensor | None, route: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from ..engine.edit import Edit, Request, Start
 from ..engine.streams import Features, NoisedReference, Stream
 from ..parts.rows import check_rows
 from ..parts.sites import Site
-from .encoded_subject import KeptReference, lend_kept
+from .encoded_subject import KeptReference, lend_kept, tensors_of
 from .positions import Positions, placed_keys
 from .region import Regions
 
@@ -118,7 +118,7 @@ class RecycledSelfAttention(Edit):
         return [(each, own, ("key", "value")) for each, own in zip(self.references, sites, strict=True) if kept]
 
     def brings(self) -> Iterable[Tensor]:
-        return [tensor for each in self.kept for tensor in each.tensors(self.sites)]
+        return tensors_of(self.kept, self.sites)
 
     def wants(self, chunk: Chunk) -> bool:
         return chunk.conditioned or (self.unconditioned_too and chunk.generated)

@@ -20,7 +20,7 @@ from ..engine.call import AttentionCall
 from ..engine.chunk import Chunk
 from ..engine.edit import Edit, Request, Start
 from ..engine.streams import Features, NoisedReference, Stream
-from .encoded_subject import KeptReference, lend_kept
+from .encoded_subject import KeptReference, lend_kept, tensors_of
 from .image_prompt import ImagePrompt
 from .positions import Positions
 from .recycled_attention import flow_bias, lend
@@ -102,7 +102,7 @@ class RoutedReference(Edit):
         return [(reference, self.sites, ("key", "value")) for reference in self.references]
 
     def brings(self) -> Iterable[Tensor]:
-        return [tensor for each in self.kept for tensor in each.tensors(self.sites)]
+        return tensors_of(self.kept, self.sites)
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         route = self.routing.route(call)
