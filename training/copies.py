@@ -75,7 +75,7 @@ def fingerprint(*patchers: Any) -> str:
                 for value in getattr(patch, "weights", patch):
                     add(name, value)
         for name, made in sorted(patcher.object_patches.items()):
-            levels = [float(getattr(made, end, 0.0)) for end in ("sigma_min", "sigma_max")]
+            levels = [float(made.sigma_min), float(made.sigma_max)] if name == "model_sampling" else []
             add(name, ([each.__name__ for each in type(made).__mro__], levels))
     return digest.hexdigest()
 
