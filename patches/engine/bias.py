@@ -72,3 +72,15 @@ def mask_of(biases: Sequence[tuple[Bias, Tensor | None]], keys: int, like: Tenso
     for each, values in parts:
         mask[..., each.start : each.stop] += float(values) if _is_number(values) else values
     return mask.to(like.dtype)[..., :keys]
+
+
+def per_head(bias: Tensor) -> Tensor:
+    """A bias broadcastable to (rows, queries, keys), made broadcastable to (rows, heads, queries, keys)."""
+    return bias.float().expand(*(1,) * max(0, 3 - bias.ndim), *bias.shape).unsqueeze(1)
+
+
+def of_queries(bias: Tensor, queries: slice, dimension: int = 1) -> Tensor:
+    """A bias for some queries, of one that is the same for all or has each's."""
+    if bias.shape[dimension] == 1:
+        return bias
+    return bias[(slice(None),) * dimension + (queries,)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..parts.sites import Site
-from .bias import Bias, summed
+from .amendments import Blend, Extension, Note
+from .bias import Bias, of_queries, per_head, summed
 from .chunk import Chunk
 from .forms import Given, formed, head_split
 
@@ -24,49 +25,6 @@ BATCH = "the rows of its batch"
 # CPU 4 MB, which its caches hold, but not of so few queries that reading the keys anew for each lot would cost more.
 _HELD = 2**24
 _CACHED, _FEWEST = 2**20, 64
-
-
-@dataclass(frozen=True)
-class Extension:
-    """Keys and values (rows or 1, n, channels) that a call attends over besides its own.
-
-    `bias` is added to their logits, broadcastable to (rows, queries, n). `route`, of shape (rows or 1, queries), says
-    which queries see them at all; None is every query. A route is best on the CPU, where it can be looked at without
-    waiting for a GPU."""
-
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None = None
-    route: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Note:
-    """What an edit decided at a call, for whoever looks inside: `make` gives maps over the call's places, float,
-    (rows or 1, height, width) or (rows or 1, k, height, width); `labels` says what each of the k is, where that is
-    known."""
-
-    name: str
-    make: Callable[[], Tensor]
-    labels: tuple[str, ...] = ()
-
-    def maps(self) -> Tensor:
-        """The maps, made now: (rows or 1, k, height, width) in float32."""
-        made = self.make().detach().float()
-        made = made if made.ndim == 4 else made[:, None]
-        if made.ndim != 4 or len(self.labels) not in (0, made.shape[1]):
-            raise ValueError(
-                f"The note '{self.name}' made a tensor of shape {tuple(made.shape)} for {len(self.labels)} labels."
-            )
-        return made
-
-
-@dataclass(frozen=True)
-class Blend:
-    """A function of a call's output, or `of_prompt` of the part of it that the prompt's keys give."""
-
-    function: Callable[[Tensor], Tensor]
-    of_prompt: bool = False
 
 
 @dataclass(eq=False)
@@ -256,7 +214,7 @@ class AttentionCall:
 
         def scores(queries: slice) -> Tensor:
             logits = head_split(query[..., queries, :], self.heads) @ key
-            return logits if bias is None else logits + per_head(_of_queries(bias, queries))
+            return logits if bias is None else logits + per_head(of_queries(bias, queries))
 
         return scores
 
@@ -293,19 +251,12 @@ class AttentionCall:
         for extension, key in zip(self.extensions, keys, strict=True):
             logits = queries @ key
             if extension.bias is not None:
-                logits = logits + _of_queries(per_head(extension.bias), part, 2).to(logits.device)
+                logits = logits + of_queries(per_head(extension.bias), part, 2).to(logits.device)
             if extension.route is not None:
                 unseen = ~extension.route[:, part].to(logits.device)[:, None, :, None]
                 logits = logits.masked_fill(unseen, -torch.inf)
             shares.append(logits.logsumexp(-1))
         return 1 - torch.stack(shares).softmax(0)[0]
-
-
-def _of_queries(bias: Tensor, queries: slice, dimension: int = 1) -> Tensor:
-    """A bias for some queries, of one that is the same for all or has each's."""
-    if bias.shape[dimension] == 1:
-        return bias
-    return bias[(slice(None),) * dimension + (queries,)]
 
 
 def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
@@ -316,8 +267,3 @@ def prompt_keys(site: Site, key: Tensor, chunk: Chunk) -> slice | None:
     if site.kind != "cross" or "model_conds" not in chunk.conditioning or key.shape[1] % chunk.length:
         return None
     return slice(0, key.shape[1])
-
-
-def per_head(bias: Tensor) -> Tensor:
-    """A bias broadcastable to (rows, queries, keys), made broadcastable to (rows, heads, queries, keys)."""
-    return bias.float().expand(*(1,) * max(0, 3 - bias.ndim), *bias.shape).unsqueeze(1)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .chunks import UNCONDITIONED
-from .streams import Denoising, Stream
+from .denoising import Denoising
+from .streams import Stream
 
 # What a conditioning says of the generation's picture alone, and a companion's must not take over.
 _OF_THE_GENERATION = frozenset(

@@ -13,7 +13,8 @@ from ..parts.sites import Site
 from ..parts.window import Levels, Window
 from .call import AttentionCall
 from .chunk import Chunk
-from .streams import Features, Kept, Stream
+from .denoising import Kept
+from .streams import Features, Stream
 
 # Which features of which stream an edit needs, at which sites: ("key", "value"), say.
 Request = tuple[Stream, frozenset[Site], tuple[str, ...]]

@@ -25,6 +25,7 @@ from ..parts.sites import Site
 from ..parts.window import Levels
 from .companion import companion_call, companion_options, silenced
 from .conditionings import entries_of
+from .denoising import Denoising, Kept
 from .edit import Edit, Start
 from .guidance import guidance_of, guide_branch, looks_beside
 from .memory import announced, longest, size_kept
@@ -33,7 +34,6 @@ from .passes import RECORDING, run_stream
 from .recording import Recording
 from .session import Forward, Session
 from .slots import composed, editor, plain, recorder, watched
-from .streams import Denoising, Kept
 from .widening import Widening
 
 Wrapper = Callable[..., Any]

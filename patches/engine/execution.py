@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .amendments import Extension
 from .bias import Bias, mask_of
-from .call import AttentionCall, Extension
+from .call import AttentionCall
 from .forms import formed
 
 # (query, key, value, mask) -> output (rows, queries, channels). The first three are (rows, tokens, channels), or have

@@ -7,10 +7,10 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
+from .denoising import Denoising
 from .passes import predict
 from .recording import Recording
 from .session import Session
-from .streams import Denoising
 
 
 def looks_beside(guider: Any, model_options: dict[str, Any]) -> bool:

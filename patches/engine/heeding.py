@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import per_head
+from .bias import per_head
 from .execution import Attend
 from .forms import head_split
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..families import Counts, Tokens, Transformer
 from ..parts.sites import Site
+from .amendments import Extension
 from .attention import OVERRIDE, Attention
-from .call import BATCH, PLACES, AttentionCall, Extension
+from .call import BATCH, PLACES, AttentionCall
 from .execution import Attend, execute, extended, prompt_only
 from .rearranging import Joined, Rearranging
 from .recording import Recording

@@ -12,8 +12,9 @@ from comfy.sampler_helpers import convert_cond
 from ..families import Family
 from ..parts.identity import digest_of
 from .conditionings import entries_of, of_the_stream
+from .denoising import Denoising
 from .hooks import loaded_of
-from .streams import Denoising, Stream
+from .streams import Stream
 
 # A conditioning ready for the model, and a digest of its contents; None where hooks change the model with the
 # conditioning, which no key can tell.

@@ -23,8 +23,9 @@ from torch import Tensor
 from ..engine.bias import Bias
 from ..engine.call import AttentionCall
 from ..engine.chunk import Chunk
+from ..engine.denoising import Denoising
 from ..engine.edit import Edit, Request, Start
-from ..engine.streams import Denoising, Features, Stream
+from ..engine.streams import Features, Stream
 from ..parts.prompt import Spans, positions_of
 from ..parts.sites import Site
 from ..parts.window import Window

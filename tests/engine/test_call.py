@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
-from subject_patches.patches.engine.call import Extension
+from subject_patches.patches.engine.amendments import Extension
 from subject_patches.patches.engine.execution import Attend, execute
 from subject_patches.tests.shared import dense
 from subject_patches.tests.shared.calls import TOLERANCE, Counted, assert_exact, expected, make_call, with_heads_apart

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from subject_patches.patches.engine.streams import Denoising, NoisedReference, Pass, Trajectory
+from subject_patches.patches.engine.denoising import Denoising
+from subject_patches.patches.engine.streams import NoisedReference, Pass, Trajectory
 from subject_patches.patches.parts.masks import resize_mask, tokens_inside
 from subject_patches.patches.parts.sites import Site
 from subject_patches.tests.shared.models import randn

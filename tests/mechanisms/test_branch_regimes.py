@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_model_advanced import RescaleCFG
-from subject_patches.patches.engine.streams import step_by_the_unconditional
+from subject_patches.patches.engine.denoising import step_by_the_unconditional
 from subject_patches.tests.shared.models import (
     auxiliary_prompt,
     difference,

@@ -15,10 +15,10 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_sampling import ModelSamplingDiscrete
 from subject_patches.patches.engine.call import AttentionCall, prompt_keys
 from subject_patches.patches.engine.chunk import Chunk
+from subject_patches.patches.engine.denoising import Denoising
 from subject_patches.patches.engine.edit import Start
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.engine.execution import execute
-from subject_patches.patches.engine.streams import Denoising
 from subject_patches.patches.families import attention_sites
 from subject_patches.patches.mechanisms.dual_branch import (
     BRANCH_KEY,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from subject_patches.patches.engine.call import AttentionCall, Extension
+from subject_patches.patches.engine.amendments import Extension
+from subject_patches.patches.engine.call import AttentionCall
 from subject_patches.patches.engine.chunk import Chunk
 from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.engine.execution import execute

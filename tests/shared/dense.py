@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from subject_patches.patches.engine.call import Extension
+from subject_patches.patches.engine.amendments import Extension
 from torch import Tensor
 
 
