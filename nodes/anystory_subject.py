@@ -79,7 +79,8 @@ class AnyStorySubjectNode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is; everything else is left out, as AnyStory was trained.",
+                    tooltip="White where the subject is; everything else is left out, as AnyStory was trained. "
+                    "Needed unless the picture itself comes with opacity.",
                 ),
                 AnyStorySubjectType.Input("others", optional=True, tooltip="Subjects to pass along with this one."),
                 io.Combo.Input(

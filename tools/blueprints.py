@@ -47,7 +47,7 @@ BLUEPRINTS = (
     Blueprint(
         "Reference (Subject Patches)",
         "Shows the subject of a picture in new pictures, without training: put it between the checkpoint's MODEL and "
-        "the sampler.",
+        "the sampler. Set size to 3/4 of the picture's side.",
         ("ip adapter", "reference only", "character", "consistent"),
         "reference_sd15",
         ("SubjectPatchesSubject", "SubjectPatchesRecycledSelfAttention"),
@@ -56,8 +56,8 @@ BLUEPRINTS = (
     ),
     Blueprint(
         "Two Subjects in Boxes (Subject Patches)",
-        "Shows two subjects in one picture, each only in its own box. It holds the prompt, too: CONDITIONING is the "
-        "sampler's positive one.",
+        "Shows two subjects in one picture, each only in its own box. It holds the prompt, too: positive goes to the "
+        "sampler. Set both sizes to 3/4 of the picture's side.",
         ("regional", "multi subject", "several characters", "ip adapter"),
         "two_subjects_sd15",
         (
@@ -69,14 +69,16 @@ BLUEPRINTS = (
             *(("First noun", "value", "first noun"), ("Second noun", "value", "second noun")),
             *((NOUNS_IN_PROMPT, "f_string", "prompt"), ("PrimitiveStringMultiline", "value", "boxes")),
             *(("SubjectPatchesRoutedReferenceAttention", "strength"), ("SubjectPatchesLayoutBias", "guidance_weight")),
+            *(("First subject", "size", "first size"), ("Second subject", "size", "second size")),
         ),
         (("image", "first subject"), ("image_1", "second subject"), ("CONDITIONING", "positive")),
     ),
     Blueprint(
         "Retouch (Subject Patches)",
-        "Gives the subject of a picture the details of another picture. Both have to be of one size; the sampler gets "
-        "the MODEL, the same SIGMAS, the latent to begin with, and a prompt by Encode Prompt with Subjects that has "
-        "the phrase among its phrases. For SD 1.x, SD 2.x and SDXL.",
+        "Gives the subject of a picture the details of another picture, of any size. Sample at your picture's size and "
+        "without noise (DisableNoise, or add_noise off), with the MODEL, the same SIGMAS, the latent to begin with, "
+        "and a prompt by Encode Prompt with Subjects that has the phrase among its phrases. For SD 1.x, SD 2.x and "
+        "SDXL.",
         ("MasaCtrl", "attention swap", "details", "Layout-and-Retouch"),
         "retouch_sd15",
         (

@@ -5,7 +5,8 @@
     python tools/host.py path                print where the ComfyUI is
     python tools/host.py python ARGS         run its Python with this pack's folder as working directory
 
-Without COMFYUI_PATH the private ComfyUI lives in the user's cache folder (or in SUBJECT_PATCHES_CACHE).
+With --offline before the command nothing is fetched. Without COMFYUI_PATH the private ComfyUI lives in the user's cache
+folder (or in SUBJECT_PATCHES_CACHE).
 
 Other tools and the tests import this module:
 

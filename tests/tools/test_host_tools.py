@@ -72,7 +72,7 @@ def test_step_whose_product_is_gone_runs_again(tmp_path: Path) -> None:
 def test_offline_is_one_sentence(tmp_path: Path) -> None:
     """Where something is missing, --offline says so and makes nothing."""
     done = _run_tool("host.py", "--offline", "setup", SUBJECT_PATCHES_CACHE=str(tmp_path / "cache"), COMFYUI_PATH="")
-    _assert_one_sentence(done, 1, "--offline forbids", str(tmp_path / "cache"))
+    _assert_one_sentence(done, 1, "nothing may be fetched", str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 

@@ -50,7 +50,7 @@ FLUX_NOTE = """
 **Choose your files** in Load Diffusion Model, Load CLIP (Dual) and Load VAE first. FLUX.1 dev needs four, under
 *models*: *diffusion_models/flux1-dev.safetensors*, its text encoders *text_encoders/clip_l.safetensors* and
 *text_encoders/t5xxl_fp16.safetensors*, and its VAE, *vae/ae.safetensors*. A checkpoint that has all in one file goes
-into Load Checkpoint in their place. It is distilled: CFG stays 1, FluxGuidance says how closely the prompt is
+into Load Checkpoint in their place. It is distilled: {cfg}FluxGuidance says how closely the prompt is
 followed. **{title}** says how big {what}; it stands nowhere else.{chosen}"""
 _CHOSEN = """ The defaults of references and
 layouts on transformers were chosen on the pack's second small model: try more and less of them."""
@@ -80,7 +80,9 @@ class Graph:
         title = "Size of the picture" if kind == "reference" else "Side of the picture"
         what = "the region is generated" if kind == "small_region" else "the picture is"
         chosen = _CHOSEN if kind in _WITH_CHOSEN else ""
-        return self.told.format(family=self.family.name, title=title, what=what, chosen=chosen)
+        # AnyStory's graph samples without.
+        cfg = "" if kind == "anystory" else "CFG stays 1, "
+        return self.told.format(family=self.family.name, title=title, what=what, chosen=chosen, cfg=cfg)
 
     def add(self, kind: str, title: str = "", /, **inputs: Any) -> str:
         """A node of the host's or the pack's own; inputs that are not named keep what a new node has."""

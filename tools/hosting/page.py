@@ -162,6 +162,8 @@ class Page:
         self._profile = Path(tempfile.mkdtemp(prefix="subject-patches-browser-"))
         options = webdriver.ChromeOptions()
         options.binary_location = found[0]
+        # The driver is on this machine.
+        options.ignore_local_proxy_environment_variables()
         for option in (*_OPTIONS, f"--user-data-dir={self._profile}"):
             options.add_argument(option)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,6 @@ _NETWORK_SIGNS = (
     "ConnectTimeout",
     "Read timed out",
     "ProxyError",
-    "from versions: none",
 )
 
 
@@ -57,6 +57,12 @@ def run_pip(environment: Path, arguments: Sequence[str], what: str) -> None:
         raise ToolError(
             f"{what} could not be fetched because the package index was not reached; check the network or pip's "
             "configuration and run the command again: it goes on where it stopped."
+        )
+    if "from versions: none" in text:
+        raise ToolError(
+            f"The package index has no {what} for Python {platform.python_version()} on {platform.system()} "
+            f"{platform.machine()}, or does not answer; run the command with another Python, or set COMFYUI_PATH to a "
+            f"ComfyUI that is there ({log} says more)."
         )
     raise ToolError(f"pip could not fetch or install {what} (exit code {code}); {log} says why.")
 

@@ -113,7 +113,8 @@ def concept(graph: Graph) -> str:
         "the noun stays what it was.\n\n**Change first:** the pictures (one loader each, or Load Image (from Folder) "
         "in their place), the noun and the *name* of Train ICO Concept, then the prompt: {a} in it stands for the "
         "concept's words, the embedding and the noun. Steps and rates are 0, which takes the authors' for this "
-        f"checkpoint; the log says what was taken. *use_a_concept* loads both again: they are called {NAME}."
+        f"checkpoint; the log says what was taken. The workflow *use_a_concept_sd15* or *use_a_concept_sdxl* loads "
+        f"both again: they are called {NAME}."
     )
 
 
@@ -129,8 +130,8 @@ def use_a_concept(graph: Graph) -> str:
     graph.save("The picture", graph.sampled("", model, positive, negative, graph.empty(side)), "concept_again")
     return (
         "## A concept that was trained before\nTrain ICO Concept leaves an embedding, which the prompt names, and a "
-        f"LoRA of the same name: here **{NAME}**, which the workflow *concept* makes. None of this pack's nodes "
-        "is needed.\n\n"
+        f"LoRA of the same name: here **{NAME}**, which the workflow *concept_sd15* or *concept_sdxl* makes. None of "
+        "this pack's nodes is needed.\n\n"
         "**Change first:** the concept's name, in the LoRA's list and in the prompt, and the noun behind it."
     )
 
@@ -170,7 +171,8 @@ def retouch(graph: Graph) -> str:
         "## Give a picture's subject the details of another\n**Your picture** keeps its structure; its subject takes "
         f"the look of **The details** ({graph.steps()['steps']} steps; lambda2 0.2 and the mask from 0.6 are the "
         "paper's).\n\n**Change first:** the two pictures, then the noun of what both show, which stands nowhere else. "
-        "More *lambda2* keeps more of the picture. Connect a painted mask to Adaptive Swap Mask to say where."
+        "More *lambda2* keeps more of the picture. A painted mask, connected to Adaptive Swap Mask, says where; a "
+        "picture that is not square has to be cropped before it is painted, since the graph takes its middle."
     )
 
 

@@ -54,8 +54,8 @@ def run_steps(folder: Path, steps: Sequence[Step], offline: bool) -> None:
         return
     if offline:
         raise ToolError(
-            f"{folder} is not fully set up and --offline forbids fetching what is missing; run the same command "
-            "once without --offline."
+            f"{folder} is not fully set up, and nothing may be fetched; run the same command once without --offline or "
+            "SUBJECT_PATCHES_OFFLINE."
         )
     try:
         with exclusive(folder.with_name(f"{folder.name}.lock")):
