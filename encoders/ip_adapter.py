@@ -36,6 +36,11 @@ class ImagePromptAdapter:
     features: int
     layers: tuple[tuple[Tensor, Tensor], ...]
 
+    @property
+    def context(self) -> int:
+        """The channels of a token: those of the model's prompts."""
+        return self.layers[0][0].shape[1]
+
     @torch.inference_mode()
     def tokens(self, seen: Tensor | None) -> Tensor:
         """The tokens (1, pictures * n, context) of what the vision model gave of some pictures of one subject: its

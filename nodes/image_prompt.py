@@ -117,7 +117,7 @@ class EncodeImagePromptNode(io.ComfyNode):
             pictures = [_picture(reference, background == REMOVED) for reference in each.references]
             seen = [_seen(adapter, clip_vision.encode_image(picture, crop=crop == "center")) for picture in pictures]
             states = None if any(state is None for state in seen) else torch.cat(seen)
-            kept = AdaptedPrompt(adapter.name, adapter.keys_and_values(adapter.tokens(states)), empty)
+            kept = AdaptedPrompt(adapter.name, adapter.context, adapter.keys_and_values(adapter.tokens(states)), empty)
             shown.append(replace(each, share=replace(each.share, prompt=kept)))
         return io.NodeOutput(tuple(shown))
 
@@ -170,7 +170,7 @@ def token_prompt(name: str, conditioning: Any, last: int = 0) -> TokenPrompt | N
 def at_model(prompt: TokenPrompt | AdaptedPrompt | None, model: Any, name: str) -> ImagePrompt | None:
     """An image prompt as the layers of a MODEL take it. Raises ValueError, calling it `name`, where it does not fit."""
     if isinstance(prompt, AdaptedPrompt):
-        return prompt.at(layer_channels(model, "cross"))[0]
+        return _at_layers(prompt, model)[0]
     width = family_of(model).context_width(model)
     if prompt is not None and prompt.tokens.shape[-1] != width:
         raise ValueError(
@@ -188,7 +188,11 @@ def empty_prompt(prompts: Sequence[TokenPrompt | AdaptedPrompt | None], model: A
             f"The subjects' image prompts come from different adapters ({', '.join(sorted(adapted))}), but the "
             "unconditional pass can show the empty picture of one only; encode all subjects with one adapter."
         )
-    return next((prompt.at(layer_channels(model, "cross"))[1] for prompt in adapted.values()), None)
+    return next((_at_layers(prompt, model)[1] for prompt in adapted.values()), None)
+
+
+def _at_layers(prompt: AdaptedPrompt, model: Any) -> tuple[ReadyPrompt, ReadyPrompt]:
+    return prompt.at(layer_channels(model, "cross"), family_of(model).context_width(model))
 
 
 def layer_channels(model: Any, kind: str) -> dict[Site, int]:

@@ -87,7 +87,7 @@ def kept_references(model: Any, subject: Subject) -> tuple[KeptReference, ...]:
     others."""
     kept = () if subject.encoded is None else subject.encoded.references
     for each in kept:
-        each.check(layer_channels(model, "self"))
+        each.check(layer_channels(model, "self"), family_of(model).context_width(model))
     return kept
 
 

@@ -135,7 +135,7 @@ def _encoded(
         # What stands for no picture is all zero, as what is cut out.
         own, empty = encoder.seen(vision, torch.cat(cut)), encoder.seen(vision, torch.zeros_like(cut[0]))
         if told:
-            prompt = AdaptedPrompt(encoder.name, encoder.prompts(own), encoder.prompts(empty))
+            prompt = AdaptedPrompt(encoder.name, encoder.form.context, encoder.prompts(own), encoder.prompts(empty))
         if encoder.router is not None:
             routing = RoutingFeature(encoder.name, encoder.routing(own), encoder.routing(empty))
     return EncodedSubject(references, prompt, routing)
@@ -152,4 +152,4 @@ def _kept(reference: Reference, encoder: SubjectEncoder, vae: Any) -> KeptRefere
         )
     small = resize_mask(mask, tuple(latents.shape[-2:]))
     made = encoder.references(latents * encoder.form.scale, small)
-    return KeptReference(encoder.name, encoder.family, made)
+    return KeptReference(encoder.name, encoder.family, encoder.form.context, made)

@@ -84,6 +84,12 @@ class Accelerated:
         return {**about, **self.kind.settings, **self.kind.frozen.fingerprints}
 
     def _resume(self, state: dict[str, Any]) -> None:
+        missing = {"about", "step", "losses", *self._parts()} - state.keys()
+        if missing:
+            raise ValueError(
+                f"{self.plan.folder / STATE} is no state of a training, it lacks {', '.join(sorted(missing))}; take "
+                "another folder, or delete it to begin anew."
+            )
         for name, value in self._about().items():
             if state["about"].get(name) != value:
                 raise ValueError(
@@ -133,7 +139,7 @@ class Accelerated:
         for part in range(plan.accumulation):
             number = self.step * plan.accumulation + part
             place = number * self.accelerator.num_processes + self.accelerator.process_index
-            generator = torch.Generator().manual_seed(plan.seed * 2**40 + place)
+            generator = torch.Generator().manual_seed((plan.seed * 2**40 + place) % 2**63)
             with self.accelerator.autocast():
                 loss = self.kind.loss(next(batches), generator) / plan.accumulation
             self.accelerator.backward(loss)

@@ -72,7 +72,7 @@ class AnyLogoTuning(Kind):
         cells = resize_mask(inside, tuple(reference.shape[-2:])).to(self.frozen.device)
 
         def extract(slots: Slots) -> None:
-            denoiser.denoised(noisy_reference, sigmas, context, pooled, **slots)
+            denoiser.denoised(noisy_reference, sigmas, context, pooled, reference, **slots)
 
         behind = [whole for _, whole in self._seen(pictures, 1 - masks)]
         slots = self.passes.slots(

@@ -45,7 +45,11 @@ class ConceptPrompts:
             self.vectors[name] = vectors.clone().requires_grad_()
         length = len(next(iter(self.noun.values()))) + scheme.before + scheme.after + scheme.concept
         if length + max(map(len, self.words.values()), default=0) > PLACES - 2:
-            raise ValueError(f"The noun '{shortened(noun)}' is too long for a prompt; write one or two words.")
+            learnt = scheme.before + scheme.after + scheme.concept
+            raise ValueError(
+                f"The noun '{shortened(noun)}' and the {learnt} learnt words are too long for a prompt together; write "
+                "a noun of one or two words, and let fewer words be learnt."
+            )
 
     def tokens(self, number: int) -> Tokens:
         """Eq. 2 for a picture, as the host's tokens."""

@@ -12,6 +12,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock, forwar
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..patches.families.unet import shown_whole
 from .copies import private_copy
 
 
@@ -61,31 +62,42 @@ class Denoiser:
         return self.patcher.model.model_sampling.noise_scaling(sigmas, noise, clean)
 
     def denoised(
-        self, noisy: Tensor, sigmas: Tensor, context: Tensor, pooled: Tensor | None, **replaced: Mapping[Any, Any]
+        self,
+        noisy: Tensor,
+        sigmas: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        known: Tensor | None = None,
+        **replaced: Mapping[Any, Any],
     ) -> Tensor:
-        """The clean latents that the model predicts; `replaced` stands in the host's slots for its attentions."""
+        """The clean latents that the model predicts; `replaced` stands in the host's slots for its attentions. An
+        inpainting U-Net is shown the clean latents `known` besides, all of them, else nothing of the picture."""
         options = {**self.options, **({"patches_replace": replaced} if replaced else {})}
-        conditions = self._conditions(noisy, context, pooled)
+        conditions = self._conditions(noisy, context, pooled, known)
         return self.patcher.model.apply_model(noisy, sigmas, transformer_options=options, **conditions)
 
     def errors(self, denoised: Tensor, clean: Tensor, sigmas: Tensor) -> Tensor:
         """The square error (n, channels, h, w) of what the model predicts."""
         # What the host gives is the clean picture, in which an error of the prediction is this many times as large.
         if self.as_v:
-            unit = (sigmas / (sigmas.square() + 1).sqrt())[:, None, None, None]
+            spread = self.patcher.model.model_sampling.sigma_data
+            unit = (sigmas * spread / (sigmas.square() + spread**2).sqrt())[:, None, None, None]
         else:
             sampling = self.patcher.model.model_sampling
             unit = sampling.calculate_denoised(sigmas, torch.ones_like(clean), torch.zeros_like(clean))
         return ((denoised.float() - clean) / unit).square()
 
-    def _conditions(self, noise: Tensor, context: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+    def _conditions(
+        self, noise: Tensor, context: Tensor, pooled: Tensor | None, known: Tensor | None
+    ) -> dict[str, Tensor]:
         """The conditioning as the host's own encoding of it gives it to the model."""
         entry: dict[str, Any] = {"cross_attn": context, "model_conds": {}}
+        shown = {} if known is None else shown_whole(known)
         if pooled is not None:
             entry["pooled_output"] = pooled
         (encoded,) = comfy.samplers.encode_model_conds(
             self.patcher.model.extra_conds, [entry], noise, self.device, "positive",
-            latent_image=torch.zeros_like(noise), denoise_mask=None, seed=None,
+            **{"latent_image": torch.zeros_like(noise), "denoise_mask": None, "seed": 0, **shown},
         )  # fmt: skip
         conditions = encoded["model_conds"].items()
         return {name: each.process_cond(batch_size=len(noise), area=None).cond for name, each in conditions}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,16 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of an earlier run, or None when there is none."""
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+    """The state of an earlier run, or None when there is none. Raises ValueError for a file that cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The training state {path} cannot be read; delete it to begin anew.") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no state of a training; take another folder, or delete it to begin anew.")
+    return state
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 
@@ -67,12 +68,17 @@ class Frozen:
         """The family as files are called."""
         return self.family.name.lower().replace(" ", "").replace(".", "")
 
+    def _load_again(self) -> None:
+        """Loads what trains where the host moved it away, to make room on a small GPU for the part that it loaded."""
+        comfy.model_management.load_models_gpu([self.denoiser.patcher], force_full_load=True)
+
     @torch.no_grad()
     def prompts(self, captions: Sequence[str], apart: Tensor) -> tuple[Tensor, Tensor | None]:
         """The context (n, tokens, width) and pooled output of captions, empty in rows (n, bool) that are `apart`; of
         prompts of several lengths what all of them have."""
         shown = ["" if alone else caption for caption, alone in zip(captions, apart.tolist(), strict=True)]
         made = [self.clip.encode_from_tokens(self.clip.tokenize(each), return_pooled=True) for each in shown]
+        self._load_again()
         least = min(context.shape[1] for context, _ in made)
         context = torch.cat([context[:, :least] for context, _ in made]).to(self.device)
         pooled = [each for _, each in made if each is not None]
@@ -103,5 +109,6 @@ class Frozen:
         """Pictures (n, height, width, 3) of 0 to 1 in the model's latent space. Raises ValueError where the VAE is none
         of the model's kind."""
         latents = self.vae.encode(pictures)
+        self._load_again()
         check_latents(latents, self.denoiser.patcher.model.latent_format.latent_channels)
         return self.denoiser.clean(latents)

@@ -72,7 +72,7 @@ def scene_of(raw: Raw, numbers: Sequence[str], size: int, key: str) -> tuple[Ten
                 f"{key} has no {name}; each needs picture and txt, and for every subject mask and subject (see "
                 "docs/TRAINING.md)."
             )
-    picture = opened(raw["picture"], "RGB", key)
+    picture = on_white(opened(raw["picture"], "RGBA", key))
     named = {f"mask{each}": opened(raw[f"mask{each}"], "L", key) for each in numbers}
     masks = torch.cat([fitted(mask, picture.shape[-2:], f"{key} has a {name}") for name, mask in named.items()])
     for number, mask in zip(numbers, masks, strict=True):
@@ -97,7 +97,7 @@ def subject_of(raw: Raw, number: str, size: int, key: str) -> Tensor:
     subject, mask = opened(raw[f"subject{number}"], "RGBA", key), f"subject_mask{number}"
     own = opened(raw[mask], "L", key) if mask in raw else subject[3:]
     own = fitted(own, subject.shape[-2:], f"{key} has a {mask}")
-    made = squared(torch.cat([subject[:3], own]), size)
+    made = squared(torch.cat([on_white(subject), own]), size)
     if float(made[3].max()) <= 0.5:
         raise ValueError(f"{key} has a subject{number} that is cut out to nothing; mend its mask or its opacity.")
     return made
@@ -121,6 +121,12 @@ def opened(value: Path | bytes, mode: str, key: str) -> Tensor:
         raise ValueError(f"{key} has a picture that cannot be read ({error}); replace it.") from error
     planes = torch.from_numpy(pixels).float() / 255
     return planes[None] if planes.ndim == 2 else planes.movedim(-1, 0)
+
+
+def on_white(picture: Tensor) -> Tensor:
+    """A picture (4, height, width) on white where it is transparent, as the nodes show it: (3, height, width)."""
+    colours, opacity = picture[:3], picture[3:]
+    return colours * opacity + 1 - opacity
 
 
 def fitted(mask: Tensor, size: Sequence[int], what: str) -> Tensor:
@@ -160,12 +166,13 @@ def _from(places: Tensor, side: int) -> int:
 
 
 def squared(planes: Tensor, size: int) -> Tensor:
-    """All of some planes (4, h, w) in a square, filled up with their edge, and the mask with nothing."""
+    """All of some planes (4, h, w) in the middle of a square, filled up with their edge, and the mask with nothing."""
     height, width = planes.shape[-2:]
     scale = size / max(height, width)
     inner = (max(round(height * scale), 1), max(round(width * scale), 1))
     planes = functional.interpolate(planes[None], inner, mode="bicubic", antialias=scale < 1).clamp(0, 1)
-    more = (0, size - inner[1], 0, size - inner[0])
+    top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
+    more = (left, size - inner[1] - left, top, size - inner[0] - top)
     filled = functional.pad(planes, more, mode="replicate")[0]
     filled[3] = functional.pad(planes[0, 3], more)
     return filled

@@ -42,6 +42,11 @@ class SubjectEncoderTraining(Kind):
     def __init__(self, frozen: Frozen, size: int, tokens: int = TOKENS) -> None:
         self.frozen, self.settings = frozen, {"tokens": tokens}
         inner = frozen.denoiser.patcher.model
+        if getattr(inner.latent_format, "latents_mean", None) is not None:
+            raise ValueError(
+                "This checkpoint's latents are shifted, not only scaled, which an encoder's file cannot say; take "
+                "another checkpoint than one of Playground v2.5."
+            )
         channels = inner.latent_format.latent_channels
         width = frozen.context
         self.form = Form(

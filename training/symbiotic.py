@@ -7,7 +7,7 @@ host's own openings for patches and on forward hooks: the network's weights stay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,13 +176,20 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tenso
     return functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
-def recording(sites: Iterable[Site], delivered: dict[Site, KeysAndValues]) -> Slots:
-    """The signature extraction: each self-attention of `sites` puts its keys and values into `delivered`."""
+def recording(sites: Collection[Site], delivered: dict[Site, KeysAndValues]) -> Slots:
+    """The signature extraction: each self-attention of `sites` puts its keys and values into `delivered`. What the
+    model computes after the last of them keeps no gradients: nothing asks for them, and torch does not free all of a
+    graph that no backward pass went through."""
+    count = len(frozenset(sites))
 
     def at(site: Site) -> Callable[..., Tensor]:
         def record(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
             # Once: a layer that is computed again in the backward pass has been read by then.
-            delivered.setdefault(site, (k, v))
+            if site not in delivered:
+                delivered[site] = (k, v)
+                if len(delivered) == count:
+                    # Until the pass ends: whoever runs it sets it back.
+                    torch.set_grad_enabled(False)
             return attention(q, k, v, extra["n_heads"])
 
         return record

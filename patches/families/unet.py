@@ -30,7 +30,7 @@ class UNet(Family):
         return choice
 
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
-        return {"latent_image": known, "denoise_mask": torch.zeros((known.shape[0], 1, *known.shape[2:]))}
+        return shown_whole(known)
 
     def looks_nearly_clean(self) -> bool:
         # Of a 1,024 pixel subject SDXL's decoder stores 272 MB a step: 2 GB hold 7 of 30 steps. SD 1.x and 2.x store 28
@@ -62,6 +62,11 @@ class UNet(Family):
     def heads(self, network: Any, site: Site) -> int:
         """How many heads a layer has."""
         return layer_at(network, site).heads
+
+
+def shown_whole(known: Tensor) -> dict[str, Tensor]:
+    """What tells an inpainting U-Net that nothing of clean latents (rows, channels, height, width) is hidden."""
+    return {"latent_image": known, "denoise_mask": torch.zeros((known.shape[0], 1, *known.shape[2:]))}
 
 
 def transformer_blocks(network: Any) -> dict[tuple[str, int, int], Any]:

@@ -19,10 +19,12 @@ from .image_prompt import AdaptedPrompt, KeysAndValues
 @dataclass(frozen=True, eq=False)
 class KeptReference:
     """Eq. 6's keys and values (1, n, channels) of one picture by site, as the file `encoder` made them: of every
-    self-attention of a U-Net but the first, at the places that are the subject's."""
+    self-attention of a U-Net but the first, at the places that are the subject's. The U-Net's prompts have tokens of
+    `context` channels."""
 
     encoder: str
     family: str
+    context: int
     ready: Mapping[Site, KeysAndValues]
     _brought: Brought = field(default_factory=Brought, init=False, repr=False)
 
@@ -34,15 +36,17 @@ class KeptReference:
         """The same for one run, which holds what it has brought to the run's device."""
         return replace(self)
 
-    def check(self, channels: Mapping[Site, int]) -> None:
-        """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order."""
+    def check(self, channels: Mapping[Site, int], context: int) -> None:
+        """Raises ValueError unless it is for a U-Net whose self-attentions have these `channels`, in their order, and
+        whose prompts have tokens of `context` channels."""
         wanted = {site: channels[site] for site in list(channels)[1:]}
         given = {site: key.shape[-1] for site, (key, _) in self.ready.items()}
-        if given != wanted:
+        if self.context != context or given != wanted:
             raise ValueError(
                 f"The subject was encoded by '{self.encoder}' for {self.family}, {len(given)} layers of up to "
-                f"{max(given.values())} channels, but this model has {len(wanted)} of up to {max(wanted.values())}; "
-                "encode it with the subject encoder for this model's family."
+                f"{max(given.values())} channels and prompts of {self.context}, but this model has {len(wanted)} of up "
+                f"to {max(wanted.values())} and prompts of {context}; encode it with the subject encoder for this "
+                "model's family."
             )
 
     def keys_and_values(self, call: AttentionCall) -> KeysAndValues | None:

@@ -58,22 +58,26 @@ class ReadyPrompt:
 @dataclass(frozen=True, eq=False)
 class AdaptedPrompt:
     """What the file `adapter` made of a subject's pictures, and of an empty picture, which stands in the unconditional
-    pass: keys and values (1, n, channels) for all cross-attention layers of a U-Net, in the published order."""
+    pass: keys and values (1, n, channels) for all cross-attention layers of a U-Net whose prompts have tokens of
+    `context` channels, in the published order."""
 
     adapter: str
+    context: int
     subject: tuple[KeysAndValues, ...]
     empty: tuple[KeysAndValues, ...]
 
-    def at(self, channels: Mapping[Site, int]) -> tuple[ReadyPrompt, ReadyPrompt]:
-        """The subject's and the empty picture's, by site; `channels` has every cross-attention site of a model.
+    def at(self, channels: Mapping[Site, int], context: int) -> tuple[ReadyPrompt, ReadyPrompt]:
+        """The subject's and the empty picture's, by site; `channels` has every cross-attention site of a model, whose
+        prompts have tokens of `context` channels.
 
         Raises ValueError when the model is not one that the adapter is for."""
         sites = in_file_order(channels)
-        if [channels[site] for site in sites] != [key.shape[-1] for key, _ in self.subject]:
+        given = [key.shape[-1] for key, _ in self.subject]
+        if self.context != context or given != [channels[site] for site in sites]:
             raise ValueError(
-                f"The adapter '{self.adapter}' has {len(self.subject)} layers of up to "
-                f"{max(key.shape[-1] for key, _ in self.subject)} channels and this model {len(sites)} of up to "
-                f"{max(channels.values())}; take the adapter for this model's family."
+                f"The adapter '{self.adapter}' is for prompts of {self.context} channels and has {len(given)} layers "
+                f"of up to {max(given)}; this model's prompts have {context}, and it has {len(sites)} layers of up to "
+                f"{max(channels.values())}. Take the adapter for this model's family."
             )
         subject, empty = (dict(zip(sites, pairs, strict=True)) for pairs in (self.subject, self.empty))
         return ReadyPrompt(subject), ReadyPrompt(empty)

@@ -48,23 +48,25 @@ def inverted(
     model's.
 
     Each step is a fixed point: the latents above are asked for the step that leads to those below. `rounds` more turns
-    come nearer to it than plain inversion (0); a step whose turns lead away goes back to the nearest and ends."""
+    come nearer to it than plain inversion (0); a row whose turns lead away goes back to the nearest and stays."""
     states = [clean]
     for sigma, following in pairwise(reversed(sigmas.tolist())):
         below = states[-1]
-        at, nearest, miss = process.first_guess(below, sigma, following), below, math.inf
+        at, nearest = process.first_guess(below, sigma, following), below
+        miss = torch.full((len(below), *[1] * (below.ndim - 1)), math.inf, device=below.device)
+        nearing = torch.ones_like(miss, dtype=torch.bool)
         for turn in range(rounds + 1):
             prediction = predict(at, following)
             told(prediction, at)
             result = inverted_step(below, prediction, at, sigma, following)
-            # By how much the step from `at` misses `below`; the guess is no candidate.
-            missed = float((result - at).square().mean())
-            if turn > 0 and missed >= miss:
-                at = nearest
-                break
             if turn > 0:
-                nearest, miss = at, missed
-            at = result
+                # By how much the step from `at` misses `below`; the guess is no candidate.
+                missed = (result - at).square().flatten(1).mean(1).view_as(miss)
+                nearing = nearing & ~(missed >= miss)
+                nearest, miss = torch.where(nearing, at, nearest), torch.where(nearing, missed, miss)
+            at = torch.where(nearing, result, nearest)
+            if not bool(nearing.any()):
+                break
         states.append(at)
     return torch.stack(states[::-1])
 

@@ -83,7 +83,7 @@ def _box(item: Any, number: int, width: int, height: int) -> Box:
             place = (sides[0], sides[1], sides[2] - sides[0], sides[3] - sides[1])
         else:
             place = tuple(float(item[name]) for name in ("x", "y", "width", "height"))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(
             f"Box {number} is {item!r}; a box needs the numbers x, y, width and height, an element a bbox of four."
         ) from None

@@ -35,7 +35,7 @@ def route_of_logits(logits: Tensor, grid: tuple[int, int]) -> Tensor:
 class LearnedRouter:
     """Routes by the router in the file `encoder`: `patcher` holds its networks, for the host to move. `refined` takes
     the refined maps, else the coarse. From the share `learned_from` of the schedule on it decides; before that, where
-    every subject has a phrase, their attention maps by `early`, or where that is None it all the same."""
+    the prompt has a phrase of every subject, their attention maps by `early`, or where that is None it all the same."""
 
     encoder: str
     patcher: Any
@@ -99,7 +99,7 @@ class LearnedRouting(Routing):
     _brought: Brought = field(default_factory=Brought, init=False, repr=False)
     _logits: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _now: dict[str, Any] = field(
-        default_factory=lambda: {"levels": Levels(), "sigma": float("nan")}, init=False, repr=False
+        default_factory=lambda: {"levels": Levels(), "sigma": float("nan"), "early": False}, init=False, repr=False
     )
 
     def begin(self) -> LearnedRouting:
@@ -109,11 +109,13 @@ class LearnedRouting(Routing):
         self._now["levels"] = start.levels
 
     def amend(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        self._now["sigma"] = sigma
+        if sigma != self._now["sigma"]:
+            early = self.early is not None and self._now["levels"].lie_in(self.until, sigma)
+            self._now.update(sigma=sigma, early=early)
         super().amend(call, sigma, recorded)
 
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
-        if self._is_early():
+        if self._is_early(call):
             self.early.observe(call, sigma, recorded)
         if call.site not in self.read:
             return
@@ -126,11 +128,12 @@ class LearnedRouting(Routing):
         logits = maps[1 if self.router.refined else 0].unflatten(-1, call.grid)
         self._logits[_place(call, call.site)] = (sigma, logits)
 
-    def _is_early(self) -> bool:
-        return self.early is not None and self._now["levels"].lie_in(self.until, self._now["sigma"])
+    def _is_early(self, call: AttentionCall) -> bool:
+        """Whether the attention maps decide: of some phrases alone they would give the others' subjects no place."""
+        return self._now["early"] and self.early.knows_all(call)
 
     def _find(self, call: AttentionCall) -> Route | None:
-        route = self.early.route(call) if self._is_early() else None
+        route = self.early.route(call) if self._is_early(call) else None
         if route is not None:
             return route
         # Nothing of an earlier step, where another pack skipped the layer in this one.

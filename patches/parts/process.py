@@ -19,10 +19,12 @@ HIGHEST = 14.6146
 
 @dataclass(frozen=True)
 class Process:
-    """How latents get their noise: a diffusion's, or a `flow`'s, whose noise the host may multiply by `scale`."""
+    """How latents get their noise: a diffusion's, or a `flow`'s, whose noise the host may multiply by `scale`. `spread`
+    is the standard deviation that a diffusion's clean latents are taken to have."""
 
     flow: bool = False
     scale: float = 1.0
+    spread: float = 1.0
 
     @classmethod
     def of(cls, model_sampling: Any) -> Process:
@@ -31,7 +33,9 @@ class Process:
         from comfy.model_sampling import CONST
 
         flow = isinstance(model_sampling, CONST)
-        return cls(flow, float(getattr(model_sampling, "noise_scale", 1.0)) if flow else 1.0)
+        if flow:
+            return cls(True, float(getattr(model_sampling, "noise_scale", 1.0)))
+        return cls(spread=float(model_sampling.sigma_data))
 
     def ratio(self, sigma: float) -> float:
         """Noise over signal: what equations of diffusion call sigma. A flow's, sigma / (1 - sigma), is not let above
@@ -53,7 +57,10 @@ class Process:
         """Where DDIM inversion asks the model instead of at the unknown latents: what the network saw at `sigma` is
         taken for what it will see at `following`. A diffusion's network sees latents of unit variance, a flow's the
         latents themselves."""
-        return below if self.flow else below * math.sqrt((1 + following**2) / (1 + sigma**2))
+        if self.flow:
+            return below
+        own = self.spread**2
+        return below * math.sqrt((own + following**2) / (own + sigma**2))
 
 
 DIFFUSION = Process()

@@ -295,7 +295,7 @@ def test_a_model_or_vision_model_that_is_another(model: Any, vision: Any, load: 
     tensors = file_of(model, "plus")
     fewer = load(without(tensors, "ip_adapter.1."), "fewer.safetensors")
     shown = encoded(fewer, vision, (subject(),))
-    with pytest.raises(ValueError, match=r"The adapter 'fewer.safetensors' has .* layers"):
+    with pytest.raises(ValueError, match=r"The adapter 'fewer.safetensors' is for prompts of .* layers"):
         routed(model, shown)
     other = load(file_of(model, "plain"), "other.safetensors")
     both = (*encoded(other, vision, (subject(),)), *encoded(adapter, vision, (subject(),)))

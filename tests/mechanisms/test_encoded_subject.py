@@ -16,7 +16,7 @@ from subject_patches.tests.shared import dense
 from torch import Tensor
 
 from ..shared.dit_models import dit_model
-from ..shared.models import difference, map_router, prompt, recycled, routed, sample, small_model, subject
+from ..shared.models import CONTEXT, difference, map_router, prompt, recycled, routed, sample, small_model, subject
 from ..shared.subject_encoders import encoded_subject
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -172,11 +172,17 @@ def test_an_encoder_of_another_family_is_refused(model: Any) -> None:
     who = encoded_subject(model, subject())
     kept = who.encoded.references[0]
     fewer = replace(kept, ready=dict(list(kept.ready.items())[1:]))
-    wrong = replace(who, encoded=replace(who.encoded, references=(fewer,)))
+    # SD 2.x has the layers of SD 1.x, and prompts of another width.
+    newer = replace(kept, context=2 * CONTEXT)
+    wide = replace(who.encoded.prompt, context=2 * CONTEXT)
+    wrong = {
+        r"was encoded by 'encoder' for the tests, \d+ layers of up to 64 channels": {"references": (fewer,)},
+        rf"prompts of {2 * CONTEXT}, but this model .* and prompts of {CONTEXT}": {"references": (newer,)},
+        rf"is for prompts of {2 * CONTEXT} channels .* this model's prompts have {CONTEXT}": {"prompt": wide},
+    }
     for node in (recycled, routed):
-        with pytest.raises(
-            ValueError, match=r"was encoded by 'encoder' for the tests, \d+ layers of up to 64 channels"
-        ):
-            node(other, (wrong,))
+        for said, changed in wrong.items():
+            with pytest.raises(ValueError, match=said):
+                node(other, (replace(who, encoded=replace(who.encoded, **changed)),))
         with pytest.raises(ValueError, match="Take Encode Subjects or Encode Image Prompt out of the subject's way"):
             node(dit_model("FLUX.1"), (replace(who, encoded=replace(who.encoded, prompt=None)),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_rounds_that_lead_away_are_left_out() -> None:
     two, many = (inverted(steep, clean, sigmas, rounds, nothing) for rounds in (2, 10))
     assert torch.equal(two, many)
     assert many.abs().max() < 100 * clean.abs().max()
+
+
+def test_each_row_has_rounds_of_its_own() -> None:
+    """One whose fixed point repels beside one whose does not: both as alone."""
+
+    def predict(x: Tensor, sigma: float, steep: Tensor) -> Tensor:
+        return torch.where(steep, x - 3 * sigma * x, model_of_a_unit_gaussian(x, sigma))
+
+    sigmas, clean = torch.tensor([2.0, 1.0, 0.0]), randn(2, 4, 3, 3)
+    steep = torch.tensor([True, False]).view(2, 1, 1, 1)
+    both = inverted(partial(predict, steep=steep), clean, sigmas, 10, nothing)
+    for row in (0, 1):
+        at = slice(row, row + 1)
+        alone = inverted(partial(predict, steep=steep[at]), clean[at], sigmas, 10, nothing)
+        assert torch.equal(both[:, at], alone)
 
 
 def test_a_flows_path_is_euler_upwards() -> None:

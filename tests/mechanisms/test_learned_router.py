@@ -22,6 +22,7 @@ from subject_patches.patches.mechanisms.attention_maps import resized
 from subject_patches.patches.mechanisms.learned_router import LearnedRouter, route_of_logits
 from subject_patches.patches.mechanisms.map_router import MapRouter
 from subject_patches.patches.mechanisms.subject import Reference, Subject
+from subject_patches.patches.parts.prompt import SPANS_KEY
 from torch import Tensor
 
 from ..shared.models import (
@@ -308,7 +309,7 @@ def test_subjects_are_shown_where_the_router_says(model: Any, refined: bool) -> 
 
 def test_attention_maps_go_before_where_noise_is_high(model: Any) -> None:
     """Until `learned_from` as Route Subjects by Attention; never from 0 on; and without phrases, or where the prompt
-    does not know them, the learned maps from the first step."""
+    does not know each of them, the learned maps from the first step."""
     who = two(model)
     learned, by_maps = sample(routed(model, who, learned_router(model))), sample(routed(model, who, map_router()))
     assert difference(learned, by_maps) > 1e-3
@@ -324,8 +325,9 @@ def test_attention_maps_go_before_where_noise_is_high(model: Any) -> None:
     assert difference(between, by_maps) > 1e-4
     nameless = tuple(replace(each, phrase="") for each in who)
     assert torch.equal(result(1.0, nameless), learned)
-    untold = {"positive": prompt(1)}
-    assert torch.equal(result(1.0, **untold), sample(routed(model, who, learned_router(model)), **untold))
+    only_one = prompt(1, **{SPANS_KEY: {who[0].phrase: ((1, 2),)}})
+    for untold in ({"positive": prompt(1)}, {"positive": only_one}):
+        assert torch.equal(result(1.0, **untold), sample(routed(model, who, learned_router(model)), **untold))
 
 
 def test_a_route_at_another_grid_is_of_interpolated_logits() -> None:

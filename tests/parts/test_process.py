@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy.model_sampling import ModelSamplingDiscrete
+from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from subject_patches.patches.mechanisms.layout import eta
 from subject_patches.patches.parts.process import HIGHEST, Process
 from subject_patches.tests.shared.dit_models import dit_model
@@ -41,6 +42,20 @@ def test_process_of_the_hosts_models(name: str, process: Process) -> None:
 def test_process_of_a_diffusion() -> None:
     assert Process.of(small_model().get_model_object("model_sampling")) == DIFFUSION
     assert [DIFFUSION.ratio(sigma) for sigma in (0.0, 3.0, 20.0)] == [0.0, 3.0, 20.0]
+
+
+def test_the_first_guess_is_what_the_network_sees() -> None:
+    """Latents over what the host divides them by, also where that is of another spread (EDM)."""
+    (edm,) = ModelSamplingContinuousEDM().patch(small_model(), "edm", 120.0, 0.002)
+    for model in (small_model(), edm):
+        sampling = model.get_model_object("model_sampling")
+        below = randn(1, 4, 3, 3)
+        guess = Process.of(sampling).first_guess(below, 0.4, 2.0)
+        seen = [
+            sampling.calculate_input(torch.tensor(sigma), latents) for sigma, latents in ((0.4, below), (2.0, guess))
+        ]
+        torch.testing.assert_close(*seen)
+    assert Process.of(edm.get_model_object("model_sampling")).spread == 0.5
 
 
 @pytest.mark.parametrize("process", [FLOW, SCALED])

@@ -132,7 +132,8 @@ def _adapted(model: Any, subjects: tuple[Subject, ...], strength: float, window:
         return tuple((torch.randn(shape, generator=source), torch.randn(shape, generator=source)) for shape in shapes)
 
     own, empty = pairs(), pairs()
-    given = tuple(replace(each, share=Share(0.0, prompt=AdaptedPrompt("adapter", own, empty))) for each in subjects)
+    prompt = AdaptedPrompt("adapter", CONTEXT, own, empty)
+    given = tuple(replace(each, share=Share(0.0, prompt=prompt)) for each in subjects)
     start, end = window
     return routed(model, given, mask_router(1), eta=strength, start_percent=start, end_percent=end)
 

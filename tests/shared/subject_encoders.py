@@ -15,6 +15,7 @@ from subject_patches.encoders.router import ROUTER, ROUTER_ENTRY, RouterForm
 from subject_patches.encoders.subject_encoder import Form, SubjectModules, router_modules
 from subject_patches.encoders.weights import metadata
 from subject_patches.nodes.image_prompt import layer_channels
+from subject_patches.patches.families import family_of
 from subject_patches.patches.mechanisms.encoded_subject import EncodedSubject, KeptReference, RoutingFeature
 from subject_patches.patches.mechanisms.image_prompt import AdaptedPrompt, in_file_order
 from subject_patches.patches.mechanisms.learned_router import LearnedRouter
@@ -73,9 +74,10 @@ def encoded_subject(model: Any, subject: Subject, seed: int = 0, parts: str = "b
 
     own, cross = layer_channels(model, "self"), layer_channels(model, "cross")
     features = (torch.randn(1, ROUTER_FORM.width, generator=of) for of in (source, ground))
-    kept = KeptReference("encoder", "the tests", {site: pair(own[site], 5) for site in delivering(own)})
+    width = family_of(model).context_width(model)
+    kept = KeptReference("encoder", "the tests", width, {site: pair(own[site], 5) for site in delivering(own)})
     shown, empty = (tuple(pair(cross[site], 3, of) for site in in_file_order(cross)) for of in (source, ground))
-    prompt = None if parts == "references" else AdaptedPrompt("encoder", shown, empty)
+    prompt = None if parts == "references" else AdaptedPrompt("encoder", width, shown, empty)
     routing = RoutingFeature("encoder", *features)
     return replace(subject, encoded=EncodedSubject(() if parts == "tokens" else (kept,), prompt, routing))
 

@@ -90,6 +90,26 @@ def test_what_is_seen_and_drawn_depends_on_step_and_rank(source: Folder, plan: P
     assert not {seed for _, seed in other.seen} & {seed for _, seed in seen[0]}
 
 
+def test_a_seed_of_any_size(source: Folder, plan: Plan) -> None:
+    kind = Line()
+    Accelerated(kind, source, replace(plan, steps=1, seed=20_240_501), process()).run()
+    assert len({seed for _, seed in kind.seen}) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"nothing", "cannot be read; delete it"), ({"step": 1}, "lacks about, average, losses"), ([1], "is no state of")],
+)
+def test_another_file_is_no_state(content: Any, said: str, source: Folder, plan: Plan) -> None:
+    plan.folder.mkdir(parents=True)
+    if isinstance(content, bytes):
+        (plan.folder / STATE).write_bytes(content)
+    else:
+        torch.save(content, plan.folder / STATE)
+    with pytest.raises(ValueError, match=said):
+        Accelerated(Line(), source, plan, process())
+
+
 def test_a_step(source: Folder, plan: Plan) -> None:
     """Its parts count as their mean, each step by itself, a gradient of more than 1 as 1."""
     kind = Line(told=[1.0, 2.0, 3.0, 5.0])

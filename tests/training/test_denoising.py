@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
 from hosting.random_models import generator
 from subject_patches.tests.shared.forwards import counted_forwards
 from subject_patches.tests.shared.models import CONTEXT, small_model
@@ -49,6 +49,38 @@ def test_the_loss_is_that_of_what_the_model_predicts_or_of_v(prediction: str, as
             target = noise if prediction == "eps" and not as_v else alpha * noise - sigma * clean
             expected = (predicted - target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_inpainting_model_is_shown_what_is_known() -> None:
+    """All of a reference, by a mask of zeros; of a picture that is to be drawn nothing."""
+    given: list[Tensor] = []
+    latents = torch.randn(2, 4, 8, 6, generator=generator(1))
+    with with_gradients():
+        denoiser = Denoiser(small_model(in_channels=9), torch.float32, False)
+        known, context = latents.clone(), torch.randn(1, 7, CONTEXT, generator=generator(2))
+        sigmas = torch.tensor([3.0, 1.0])
+        with loaded(denoiser.patcher):
+            network = denoiser.patcher.model.diffusion_model
+            network.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0].clone()))
+            denoiser.denoised(known, sigmas, context, None, known)
+            denoiser.denoised(known, sigmas, context, None)
+    shown, hidden = given
+    assert torch.equal(shown[:, 4], torch.zeros(2, 8, 6))
+    torch.testing.assert_close(shown[:, 5:], latents)
+    assert torch.equal(hidden[:, 4], torch.ones(2, 8, 6))
+    assert not torch.allclose(hidden[:, 5:], latents)
+
+
+def test_an_error_of_v_where_clean_latents_have_another_spread() -> None:
+    """An EDM model's own prediction is v, in units of its sigma_data."""
+    (model,) = ModelSamplingContinuousEDM().patch(small_model(), "edm", 120.0, 0.002)
+    with with_gradients():
+        own, as_v = (Denoiser(model, torch.float32, False, each) for each in (False, True))
+        clean = torch.randn(2, 4, 3, 3, generator=generator(1))
+        off, sigmas = clean + 0.1, torch.tensor([9.0, 0.3])
+        with loaded(own.patcher, as_v.patcher):
+            assert as_v.patcher.model.model_sampling.sigma_data == 0.5
+            torch.testing.assert_close(as_v.errors(off, clean, sigmas), own.errors(off, clean, sigmas))
 
 
 def gradient_of_context(model: Any, dtype: torch.dtype, checkpointing: bool) -> tuple[float, Tensor]:

@@ -103,7 +103,9 @@ def test_recycling_is_equation_4_over_what_is_inside_and_kept() -> None:
     extra = {"n_heads": 2}
     record = recording([site], lent)["attn1"][site.key]
     other = randn(2, 5, 8, seed=4), randn(2, 5, 8, seed=5)
-    record(randn(2, 5, 8, seed=6), *other, extra)
+    # Its caller sets gradients back.
+    with torch.enable_grad():
+        record(randn(2, 5, 8, seed=6), *other, extra)
     assert lent[site][0] is other[0]
     # Computed again in a backward pass, a layer lends nothing new.
     record(query, key, value, extra)
@@ -128,8 +130,11 @@ def test_gradients_go_through_the_references_pass(model: Any) -> None:
     for through in (True, False):
         lent: dict[Site, tuple[Tensor, Tensor]] = {}
         with torch.set_grad_enabled(through):
-            called(network, 3, **recording(sites, lent))
+            unused = called(network, 3, **recording(sites, lent))
         assert lent.keys() == sites
+        assert all(key.requires_grad == through for key, _ in lent.values())
+        # Nothing asks for what comes after the last of them.
+        assert not unused.requires_grad
         bias = {site: sparse_bias(torch.ones(key.shape[:2], dtype=torch.bool), torch.ones(2, dtype=torch.bool))
                 for site, (key, _) in lent.items()}  # fmt: skip
         called(network, 4, **recycling(lent, bias)).square().mean().backward()

@@ -214,6 +214,10 @@ def test_the_hosts_loaders_take_the_files(host_folders: Path) -> None:
         ({"batch_size": 65}, "The batch_size is 65; give a number from 0 to 64"),
         ({"precision": "int4"}, "The precision is 'int4'; choose one of auto, bf16"),
         ({"noun": "dog " * 80}, "is too long for a prompt; write one or two words"),
+        (
+            dict.fromkeys(("words_before", "words_after", "concept_words"), 32),
+            "The noun '.*' and the 96 learnt words are too long for a prompt together; write a noun of one",
+        ),
         ({"words_before": 33}, "The words_before is 33; give a number from 0 to 32"),
         ({"concept_words": 0}, "The concept_words are 0; give a number from 1 to 32"),
         ({"concept_learning_rate": -1.0}, "The concept_learning_rate is -1.0"),

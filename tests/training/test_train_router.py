@@ -59,7 +59,7 @@ def wide(*middles: int) -> dict[str, bytes]:
         mask, end = torch.zeros(40, 200), "" if number == 1 else number
         mask[10:20, middle - 5 : middle + 5] = 1
         made[f"mask{end}.png"] = png(mask)
-        made[f"subject{end}.png"] = png(torch.full((20, 10, 4), number / 4))
+        made[f"subject{end}.png"] = png(torch.full((20, 10, 3), number / 4))
         made[f"subject_mask{end}.png"] = png(torch.ones(20, 10))
     return made
 
@@ -74,7 +74,7 @@ def test_a_sample_of_several() -> None:
     assert made.picture.shape == (40, 40, 3)
     assert made.subjects.shape == (3, 40, 40, 3)
     assert [int(each.sum()) for each in made.masks] == [100, 100, 100]
-    assert made.subjects[:, 5, 5, 0].tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
+    assert made.subjects[:, 20, 20, 0].tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
     assert made.subject_masks[0].sum() == 40 * 20
     assert torch.equal(decoded(raw, 40).subject, made.subjects[0])
 
@@ -84,7 +84,7 @@ def test_who_is_outside_the_square_is_left_out() -> None:
     for middles in ((10, 150, 170), (127, 150, 172)):
         made = decoded_group(parted(wide(*middles)), 40)
         assert [int(each.sum()) for each in made.masks] == [100, 100]
-        middle = made.subjects[:, 5, 5, 0].tolist()
+        middle = made.subjects[:, 20, 20, 0].tolist()
         assert middle in (pytest.approx([0.25, 0.5], abs=0.01), pytest.approx([0.5, 0.75], abs=0.01))
 
 

@@ -59,17 +59,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sample() -> None:
-    """The square of the scene is around its subject; the subject's picture is whole, filled up to a square."""
+    """The square of the scene is around its subject; the subject's picture is whole, in the middle of a square."""
     made = decoded(parted(files_of(3)), 32)
     assert made.caption == "thing 3"
     assert made.picture.shape == made.subject.shape == (32, 32, 3)
     inside = made.mask > 0.9
     assert 60 <= int(inside.sum()) <= 110
     assert difference(made.picture[inside], torch.tensor([1.0, 0.0, 0.0]).expand(int(inside.sum()), 3)) < 0.1
-    # 40 of 60 wide: from 21 on there is no subject.
-    assert float(made.subject_mask[:, 22:].max()) == 0
-    assert float(made.subject_mask[8:, :20].min()) > 0.9
+    # 40 of 60 wide: 21 places, with 5 before them where there is no subject.
+    assert float(made.subject_mask[:, :5].max()) == float(made.subject_mask[:, 26:].max()) == 0
+    assert float(made.subject_mask[8:, 6:25].min()) > 0.9
     assert float(made.subject_mask[:4].max()) < 0.1
+
+
+def test_what_is_transparent_is_white() -> None:
+    """As the nodes show it, whatever lies under it, in scenes and in pictures of subjects."""
+    scene, own = torch.zeros(64, 64, 4), torch.zeros(64, 64, 4)
+    scene[:, 32:, 3] = own[:, :32, 3] = 1
+    mask = torch.zeros(64, 64)
+    mask[20:40, 40:60] = 1
+    files = {"picture.png": png(scene), "mask.png": png(mask), "subject.png": png(own), "txt": b"a logo"}
+    made = decoded(parted(files), 64)
+    assert difference(made.subject, torch.cat([torch.zeros(64, 32, 3), torch.ones(64, 32, 3)], 1)) < 1e-6
+    assert difference(made.picture, torch.cat([torch.ones(64, 32, 3), torch.zeros(64, 32, 3)], 1)) < 1e-6
 
 
 def turned(content: bytes) -> bytes:
@@ -206,6 +218,27 @@ def trained(folder: Path, out: Path, steps: int, make: Any = kind_of, **values: 
 def test_a_vae_of_another_family_is_refused() -> None:
     with pytest.raises(ValueError, match=r"of the shape \(1, 16, 8, 8\), but this model takes pictures of 4 channels"):
         frozen_of(channels=16).latents(torch.rand(1, 64, 64, 3))
+
+
+def test_what_the_host_moves_away_comes_back() -> None:
+    """On a small GPU it makes room for the VAE and the text encoder by unloading what trains."""
+    import comfy.model_management
+    from subject_patches.training.copies import loaded, with_gradients
+
+    frozen = frozen_of()
+    patcher = frozen.denoiser.patcher
+    with with_gradients(), loaded(*frozen.patchers):
+        # What it computes in is set with the loading.
+        assert patcher.model.manual_cast_dtype == torch.float32
+        for read in (
+            lambda: frozen.latents(torch.rand(1, 64, 64, 3)),
+            lambda: frozen.prompts(["a dog"], torch.tensor([False])),
+        ):
+            comfy.model_management.unload_all_models()
+            assert patcher not in comfy.model_management.loaded_models()
+            read()
+            assert patcher in comfy.model_management.loaded_models()
+            assert patcher.model.manual_cast_dtype == torch.float32
 
 
 def test_one_that_goes_on_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:

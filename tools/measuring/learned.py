@@ -175,6 +175,7 @@ def _random_encoded(model: Any, side: int, source: Any) -> Any:
     import torch
     from subject_patches.encoders.reference_net import delivering
     from subject_patches.nodes.image_prompt import layer_channels
+    from subject_patches.patches.families import family_of
     from subject_patches.patches.families.unet import scales
     from subject_patches.patches.mechanisms.encoded_subject import EncodedSubject, KeptReference
     from subject_patches.patches.mechanisms.image_prompt import AdaptedPrompt, in_file_order
@@ -189,7 +190,9 @@ def _random_encoded(model: Any, side: int, source: Any) -> Any:
     # As many tokens as the paper's QFormer has, on the toy its own.
     tokens = 8 if side == 16 else 64
     shown, empty = (tuple(pair(cross[at], tokens) for at in in_file_order(cross)) for _ in range(2))
-    return EncodedSubject((KeptReference("random", "a U-Net", ready),), AdaptedPrompt("random", shown, empty))
+    width = family_of(model).context_width(model)
+    kept = KeptReference("random", "a U-Net", width, ready)
+    return EncodedSubject((kept,), AdaptedPrompt("random", width, shown, empty))
 
 
 def _encoding(model: Any) -> Any:
