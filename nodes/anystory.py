@@ -146,7 +146,7 @@ class AnyStoryNode(io.ComfyNode):
         loras = Loras(anystory, reference_lora, router_lora)
         streams = tuple(
             clean_reference(
-                model.model.process_latent_in(each.latents),
+                model.get_model_object("latent_format").process_in(each.latents),
                 each.inside if reference_mask else None,
                 reference_shift,
                 loras,

@@ -59,7 +59,8 @@ def reference_streams(
     Raises ValueError when they were encoded for another kind of latent."""
     if subject.encoded is not None:
         return ()
-    latent = model.model.latent_format
+    # The one that the run will have: another node may have put its own there.
+    latent = model.get_model_object("latent_format")
     wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
     streams = []
     for number, reference in enumerate(subject.references):
@@ -75,7 +76,7 @@ def reference_streams(
                 f"The subject was encoded with a VAE of {channels} latent channels but this model takes {wanted}; "
                 "connect the VAE of this checkpoint to the Subject Reference node."
             )
-        clean = model.model.process_latent_in(reference.latents)
+        clean = latent.process_in(reference.latents)
         name = ("noised reference", number)
         pixels = reference.pixels or tuple(reference.image.shape[1:3]) or None
         streams.append(NoisedReference(clean, seed, conditioning, reference.mask, subject.cache, name, how, pixels))

@@ -94,7 +94,7 @@ class StepBlendedGuiderNode(io.ComfyNode):
 
 
 def _check_pair(first: Any, second: Any) -> None:
-    formats = [type(model.model.latent_format).__name__ for model in (first, second)]
+    formats = [type(model.get_model_object("latent_format")).__name__ for model in (first, second)]
     if formats[0] != formats[1]:
         raise ValueError(
             f"The two models have different latents ({formats[0]} and {formats[1]}); take a personalised model of the "
@@ -114,7 +114,8 @@ class StepBlendedGuider(CFGGuider):
 
     def __init__(self, first: Any, second: Any, first_steps: int) -> None:
         super().__init__(first)
-        self.second = CFGGuider(second)
+        # Each has hooks of its own: of one MODEL twice the runs would take away each other's.
+        self.second = CFGGuider(second.clone() if second is first else second)
         self.first_steps = first_steps
         self._plan: StepPlan | None = None
         self._second_options: dict[str, Any] = {}

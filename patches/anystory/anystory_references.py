@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..engine.companion import OfThePictureError, companion_call, companion_options
 from ..engine.engine import KEY, SESSION
-from ..engine.passes import RECORDING, own_randomness
+from ..engine.passes import RECORDING
 from ..engine.recording import Recording
 from ..engine.session import Session
 from ..engine.streams import NoiseScaling, Pass
 from ..parts.cache import FeatureCache, Features
 from ..parts.identity import Same
+from ..parts.randomness import own_randomness
 from ..parts.sites import Site
 from .anystory import NEGLIGIBLE, reference_bias
 from .anystory_loras import REFERENCES, Loras
@@ -115,7 +116,7 @@ class References:
         for several in _alike(recording for recording in recordings if not recording.complete):
             self._pass(session, several, conditioning[0], timestep, options)
         for recording in recordings:
-            recording.finish(comfy.model_management.unet_offload_device())
+            recording.finish(comfy.model_management.intermediate_device())
         self._digest, self._features = digest, [recording.features for recording in recordings]
 
     def _pass(
@@ -176,8 +177,10 @@ class _Recorder:
         left_out = {owner for recording in self.recordings for owner in recording.left_out}
         options = companion_call({n: v for n, v in options.items() if n not in (SESSION, RECORDING)}, left_out)
         self.inner = options.get("optimized_attention_override")
-        place = {"shift_x": -float(self.grid[1])}
-        options |= {"optimized_attention_override": self, "rope_options": place}
+        # Where the picture's places are stretched (the host's ScaleROPE), so are the references'.
+        rope = options.get("rope_options") or {}
+        rope = {**rope, "shift_x": -self.grid[1] * rope.get("scale_x", 1.0)}
+        options |= {"optimized_attention_override": self, "rope_options": rope}
         return {**model_options, "transformer_options": options}
 
     @torch.compiler.disable

@@ -39,6 +39,8 @@ _OF_THE_GENERATION = frozenset(
 _OF_THE_PICTURE = frozenset({"concat_latent_image", "concat_mask", "noise_concat"})
 # Pictures that the host shows an editing model beside its own.
 _BESIDE_THE_PICTURE = frozenset({"reference_latents", "reference_latents_method"})
+# How closely a distilled model follows the prompt.
+_GUIDANCE = frozenset({"guidance"})
 # What SDXL is told of a picture's size.
 _SIZES = frozenset({"width", "height", "crop_w", "crop_h", "target_width", "target_height"})
 
@@ -67,7 +69,7 @@ def of_the_stream(
     if isinstance(stream, Denoising):
         entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION - _OF_THE_PICTURE}
         for each in own:
-            for name in (_OF_THE_PICTURE | _SIZES) & each.keys():
+            for name in (_OF_THE_PICTURE | _SIZES | _GUIDANCE) & each.keys():
                 entry.setdefault(name, each[name])
         return entry
     entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION}

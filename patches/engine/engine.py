@@ -43,7 +43,12 @@ SESSION = "subject_patches_session"
 
 def add_edit(model: Any, edit: Edit, models: Sequence[Any] = ()) -> Any:
     """A clone of MODEL with one more edit; the given MODEL stays as it is. `models` are what the host is to move beside
-    it for the edit, each once, whichever edits want it."""
+    it for the edit, each once, whichever edits want it. Raises ValueError where PyTorch is too old."""
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(
+            f"Subject Patches' nodes need PyTorch 2.6 or newer, and this is {torch.__version__}; update ComfyUI's "
+            "PyTorch."
+        )
     patched = model.clone()
     options = patched.model_options["transformer_options"]
     options[KEY] = (*options.get(KEY, ()), edit)
@@ -101,6 +106,7 @@ def _sample(
     parts = [part for edit in begun for part in edit.parts()]
     session = Session(parts, KEY, family_of(guider.model_patcher), start.levels)
     options[SESSION] = session
+    _put_innermost(options["wrappers"][WrappersMP.PREDICT_NOISE])
     try:
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         session.tell()
@@ -109,6 +115,13 @@ def _sample(
     finally:
         del options[SESSION]
         session.close()
+
+
+def _put_innermost(wrappers: dict[Any, Any]) -> None:
+    """Puts ours of a run's wrappers behind all others, in their order: these may change what ours goes by, as CFG
+    Override does."""
+    for key in [key for key in wrappers if str(key).startswith(KEY)]:
+        wrappers[key] = wrappers.pop(key)
 
 
 def _prepare(
@@ -150,7 +163,8 @@ def _start(guider: Any, noise: Tensor, latents: Tensor, sigmas: Tensor, mask: Te
     patcher = guider.model_patcher
     model_sampling = patcher.get_model_object("model_sampling")
     # The host does not shift an empty latent.
-    clean = patcher.model.process_latent_in(latents) if bool(latents.any()) else latents
+    latent_format = patcher.get_model_object("latent_format")
+    clean = latent_format.process_in(latents) if bool(latents.any()) else latents
     most = float(model_sampling.sigma_max)
 
     def noised(other: Tensor, sigma: float) -> Tensor:
@@ -239,7 +253,8 @@ def _apply_model(
 ) -> Tensor:
     options = transformer_options or {}
     session: Session | None = options.get(SESSION)
-    if session is not None:
+    # A guider may run other models with these options, as the host's with a model for the negative prompt does.
+    if session is not None and executor.class_obj is session.guider.inner_model:
         recording: Recording | None = options.get(RECORDING)
         if recording is None:
             forward = session.forward(options, x, c_crossattn, float(t[0]))

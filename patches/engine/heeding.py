@@ -21,18 +21,31 @@ _ATTENTIONS = 16
 
 
 def heeds(output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> bool | None:
-    """Whether `output` of an attention is the one with the mask, not the one without: by some queries of its first row,
-    computed anew. None where the two hardly differ; what is neither counts as one with the mask, which some function
-    went on with."""
-    places = torch.linspace(0, query.shape[-2] - 1, _QUERIES, device=query.device).long().unique()
-    q, k, v = (head_split(each, heads) for each in (query[:1, ..., places, :], key[:1], value[:1]))
+    """Whether `output` of an attention is the one with the mask, not the one without: by some queries of one row,
+    computed anew, at which the mask differs most from key to key. None where the two hardly differ; what is neither
+    counts as one with the mask, which some function went on with."""
+    differs = spread(mask)
+    at = int(differs.amax(1).argmax()) if len(mask) > 1 else 0
+    row = slice(at, at + 1)
+    if mask.shape[1] == 1:
+        places = torch.linspace(0, query.shape[-2] - 1, _QUERIES, device=query.device).long().unique()
+        bias = mask[at : at + 1] if len(mask) > 1 else mask
+    else:
+        places = differs[at].topk(min(_QUERIES, mask.shape[1])).indices
+        bias = mask[at if len(mask) > 1 else 0][None, places]
+    q, k, v = (head_split(each, heads) for each in (query[row, ..., places, :], key[row], value[row]))
     logits = (q @ k.mT) * q.shape[-1] ** -0.5
-    bias = mask[:1] if mask.shape[1] == 1 else mask[:1, places]
     without, right = ((each.softmax(-1) @ v).transpose(1, 2).flatten(2) for each in (logits, logits + per_head(bias)))
     gap = float((right - without).norm())
     if gap < 0.02 * float(without.norm()):
         return None
-    return float((output[:1, places].float() - without).norm()) > 0.25 * gap
+    return float((output[row, places].float() - without).norm()) > 0.25 * gap
+
+
+def spread(mask: Tensor) -> Tensor:
+    """By how much a mask (rows, queries, keys) differs over the keys: (rows, queries) in float32. Where it hides all of
+    them it differs by nothing."""
+    return (mask.amax(-1) - mask.amin(-1)).float().nan_to_num(0.0)
 
 
 @dataclass
@@ -51,6 +64,9 @@ class Heeding:
                 return theirs(query, key, value, mask)
             if self.heeds is None:
                 output = theirs(query, key, value, mask)
+                if not bool(spread(mask).any()):
+                    # The same for all keys does nothing, so nothing can be told of it.
+                    return output
                 self.asked += 1
                 found = heeds(output, query, key, value, mask, heads)
                 self.heeds = True if found is None and self.asked == _ATTENTIONS else found

@@ -11,6 +11,7 @@ from comfy.sampler_helpers import convert_cond
 
 from ..families import Family
 from ..parts.identity import digest_of
+from ..parts.randomness import own_randomness
 from .conditionings import entries_of, of_the_stream
 from .denoising import Denoising
 from .hooks import loaded_of
@@ -50,10 +51,12 @@ class Preparing:
             entry["hooks"] = self._loaded(entry["hooks"], guider)
         entry.update(model_conds={}, uuid=object())
         inner, noise = guider.inner_model, torch.zeros(stream.shape)
-        encoded = comfy.samplers.encode_model_conds(
-            inner.extra_conds, [entry], noise, guider.model_patcher.load_device, "positive",
-            **{"latent_image": noise, "denoise_mask": None, "seed": None, **self._shown(stream, inner)},
-        )  # fmt: skip
+        device = guider.model_patcher.load_device
+        kind = "negative" if any(source is each for each in entries_of(guider, conditioned=False)) else "positive"
+        # unCLIP's pictures are noised by the seed, with the global random numbers.
+        shown = {"latent_image": noise, "denoise_mask": None, "seed": 0, **self._shown(stream, inner)}
+        with own_randomness(device):
+            encoded = comfy.samplers.encode_model_conds(inner.extra_conds, [entry], noise, device, kind, **shown)
         if encoded[0].get("hooks") is not None:
             return encoded, None
         # What only cross-attention reads decides nothing in a pass without it.

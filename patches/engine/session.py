@@ -161,7 +161,9 @@ class Session:
         if how.level is None:
             return self.levels.looked_at(self.sigma, how.every)
         sampling = self.guider.inner_model.model_sampling
-        return max(float(sampling.percent_to_sigma(how.level)), float(sampling.sigma_min))
+        level = float(sampling.percent_to_sigma(how.level))
+        # The host's first share of a schedule is without bound.
+        return min(max(level, float(sampling.sigma_min)), float(sampling.sigma_max))
 
     def heads(self, site: Site) -> int:
         """How many heads a layer has, where another pack's block does not tell."""

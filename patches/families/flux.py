@@ -26,6 +26,10 @@ class Flux(Transformer):
         return model.model.diffusion_model.txt_in.in_features
 
     def shown(self, inner: Any, known: Tensor) -> dict[str, Tensor]:
+        network, own = inner.diffusion_model, inner.model_config.unet_config["out_channels"]
+        if network.img_in.weight.shape[1] // network.patch_size**2 <= 2 * own:
+            # What a control model (Canny, Depth) is shown is no picture.
+            return {"latent_image": known}
         # FLUX Fill: the known picture as the VAE gave it, with nothing of it hidden.
         hidden = torch.zeros((known.shape[0], 1, *known.shape[2:]))
         return {"latent_image": known, "concat_latent_image": inner.process_latent_out(known), "concat_mask": hidden}

@@ -30,7 +30,7 @@ class FeatureCache:
 
     What the present run itself put in or used is never dropped for it: a run visits its keys in one order, so
     dropping its own oldest for its newest would leave the next run nothing. A run too big for the cache keeps
-    what fits. Features are kept on the offload device: they outlive the run, and the host can free no memory of
+    what fits. Features are kept where the host's outputs are: they outlive the run, and the host can free no memory of
     theirs."""
 
     max_bytes: int

@@ -144,8 +144,31 @@ def test_a_function_that_leaves_masks_away(name: str, mechanism: Mechanism, capl
     assert difference(halved, result) > 0.01
 
 
+def test_a_mask_of_few_places_and_rows() -> None:
+    """Wherever it acts, it is looked at there: far from the diagonal of the picture, in the second row alone."""
+    told: list[int] = []
+    query, key, value = (torch.randn(2, 64 * 64, 8, generator=generator(seed)) for seed in range(3))
+    key, value = key[:, :9], value[:, :9]
+    mask = torch.zeros(2, 64, 64, 9)
+    mask[1, 2:12, 54:62, 3:5] = -30.0
+    mask = mask.flatten(1, 2)
+
+    def deaf_to_it(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return dense.attention(q, k, v, 2).float()
+
+    def hosts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return dense.attention(q, k, v, 2, mask).float()
+
+    heeding = Heeding(lambda: told.append(1))
+    result = heeding.attend(deaf_to_it, hosts, 2)(query, key, value, mask)
+    assert told == [1]
+    assert torch.equal(result, hosts(query, key, value, mask))
+
+
 @pytest.mark.parametrize("heeds", [False, True])
-def test_nothing_is_told_of_a_mask_that_changes_nothing(heeds: bool) -> None:
+@pytest.mark.parametrize(("off", "asked"), [(0.0, 0), (0.001, 16)])
+def test_nothing_is_told_of_a_mask_that_changes_nothing(heeds: bool, off: float, asked: int) -> None:
+    """The same for all keys, or nearly so, which after some attentions counts as heeding."""
     told: list[int] = []
     heeding = Heeding(lambda: told.append(1))
     query, key, value = (torch.randn(1, 5, 4, generator=generator(seed)) for seed in range(3))
@@ -154,6 +177,8 @@ def test_nothing_is_told_of_a_mask_that_changes_nothing(heeds: bool) -> None:
         return dense.attention(q, k, v, 2, mask if heeds else None).float()
 
     attend = heeding.attend(theirs, theirs, 2)
+    mask = torch.full((1, 1, 5), 0.5)
+    mask[..., 0] += off
     for _ in range(20):
-        attend(query, key, value, torch.full((1, 1, 5), 0.5))
-    assert (heeding.heeds, heeding.asked, told) == (True, 16, [])
+        attend(query, key, value, mask)
+    assert (heeding.heeds, heeding.asked, told) == (True if asked else None, asked, [])

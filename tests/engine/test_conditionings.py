@@ -37,6 +37,7 @@ from subject_patches.tests.shared.models import (
     subject,
 )
 from subject_patches.tests.shared.references import keys_and_values
+from subject_patches.tests.shared.step_blending import guider_of, sample_with
 from torch import Tensor
 
 import nodes as host_nodes
@@ -270,6 +271,19 @@ def test_hooks_of_a_given_conditioning_alone_are_named(lora: str, model: Any, ca
     assert "hooks that are on none of the sampler's own prompts" in told
     assert torch.equal(result, sample(recycled(model, reference_conditioning=prompt(3))))
     assert len(who.cache) > 0
+
+
+def test_hooks_in_a_run_of_one_model_twice(lora: str, model: Any) -> None:
+    """Step-Blended Guider's two runs do not take away each other's."""
+    (hooks,) = CreateHookLora().create_hook(lora, 1.0, 0.0)
+
+    def result(second: Any, **prompts: Any) -> Tensor:
+        return sample_with(guider_of(model, second, 2, **prompts))
+
+    with_hooks = {"personalised_positive": hooked(11, hooks)}
+    once = result(model, **with_hooks)
+    assert torch.equal(once, result(model.clone(), **with_hooks))
+    assert difference(once, result(model)) > FEW
 
 
 @pytest.mark.parametrize("on", ["positive", "both"])
