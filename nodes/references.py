@@ -59,7 +59,7 @@ def reference_streams(
     Raises ValueError when they were encoded for another kind of latent."""
     if subject.encoded is not None:
         return ()
-    # The one that the run will have: another node may have put its own there.
+    # A node before this one may have put its own there.
     latent = model.get_model_object("latent_format")
     wanted, sides = latent.latent_channels, latent.latent_dimensions + 2
     streams = []

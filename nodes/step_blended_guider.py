@@ -114,8 +114,10 @@ class StepBlendedGuider(CFGGuider):
 
     def __init__(self, first: Any, second: Any, first_steps: int) -> None:
         super().__init__(first)
-        # Each has hooks of its own: of one MODEL twice the runs would take away each other's.
-        self.second = CFGGuider(second.clone() if second is first else second)
+        # Each has hooks of its own: of one MODEL twice the runs would take away each other's. Of a dynamic one the host
+        # takes a copy for each guider that has any, of a model that it keeps with this very object.
+        apart = second is first and not second.is_dynamic()
+        self.second = CFGGuider(second.clone() if apart else second)
         self.first_steps = first_steps
         self._plan: StepPlan | None = None
         self._second_options: dict[str, Any] = {}

@@ -172,7 +172,7 @@ class TrainResidualToken(io.ComfyNode):
         if len(squares) == 1:
             tell(
                 "Train Residual Token has one picture: it will learn the ground and the view along with the subject. "
-                "Give 3 to 6 from different sides if you can."
+                "Give 3 to 5 from different sides if you can."
             )
         _templates(captions, "captions")
         shown = captions_of(captions, noun, len(squares))

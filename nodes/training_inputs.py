@@ -40,7 +40,7 @@ def material_inputs() -> list[Any]:
         vae_input(),
         io.Image.Input(
             "images",
-            tooltip="3 to 6 pictures of the subject, from different sides and in different scenes: a batch, or the "
+            tooltip="3 to 5 pictures of the subject, from different sides and in different scenes: a batch, or the "
             "list that Load Image (from Folder) gives. Of each the middle square is taken.",
         ),
         io.String.Input("noun", default="", tooltip="What the subject is, in a word: backpack, dog, emblem."),

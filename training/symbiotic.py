@@ -157,6 +157,8 @@ class Passes:
         if self.delivering:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.through):
                 extract(recording(self.delivering, lent))
+            # Weights that it cast where no gradients are kept would serve the other pass, too, which needs theirs.
+            torch.clear_autocast_cache()
         kept = kept_layers(self.delivering, rows["reference"], keep, generator)
         bias = {site: sparse_bias(tokens_inside(inside, self._grid(site, inside)), kept[site]) for site in lent}
         tokens = semantic(subject, background)

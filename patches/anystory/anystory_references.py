@@ -179,7 +179,7 @@ class _Recorder:
         self.inner = options.get("optimized_attention_override")
         # Where the picture's places are stretched (the host's ScaleROPE), so are the references'.
         rope = options.get("rope_options") or {}
-        rope = {**rope, "shift_x": -self.grid[1] * rope.get("scale_x", 1.0)}
+        rope = {**rope, "shift_x": rope.get("shift_x", 0.0) - self.grid[1] * rope.get("scale_x", 1.0)}
         options |= {"optimized_attention_override": self, "rope_options": rope}
         return {**model_options, "transformer_options": options}
 

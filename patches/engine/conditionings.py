@@ -68,8 +68,9 @@ def of_the_stream(
     that an editing model is shown beside that."""
     if isinstance(stream, Denoising):
         entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION - _OF_THE_PICTURE}
+        taken = _OF_THE_PICTURE | _SIZES | (_GUIDANCE if given else frozenset())
         for each in own:
-            for name in (_OF_THE_PICTURE | _SIZES | _GUIDANCE) & each.keys():
+            for name in taken & each.keys():
                 entry.setdefault(name, each[name])
         return entry
     entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION}

@@ -254,7 +254,7 @@ def _apply_model(
     options = transformer_options or {}
     session: Session | None = options.get(SESSION)
     # A guider may run other models with these options, as the host's with a model for the negative prompt does.
-    if session is not None and executor.class_obj is session.guider.inner_model:
+    if session is not None and session.runs(executor.class_obj):
         recording: Recording | None = options.get(RECORDING)
         if recording is None:
             forward = session.forward(options, x, c_crossattn, float(t[0]))

@@ -95,6 +95,10 @@ class Session:
         self._acted.update(id(edit) for edit in self.active)
         self._tally.acts(self.active, sigma)
 
+    def runs(self, model: Any) -> bool:
+        """Whether the run's sampler has begun, and calls this model of the host's."""
+        return self.guider is not None and model is self.guider.inner_model
+
     def tell(self) -> None:
         """Says, when the run is over, what each node did in it, and which did nothing because no step was in their
         window."""

@@ -107,7 +107,10 @@ class MapRouting(Routing):
     def observe(self, call: AttentionCall, sigma: float, recorded: Callable[[Stream], Features | None]) -> None:
         if call.site not in self.read or not call.chunk.spans:
             return
-        key, tokens = _key(call), self._tokens_in(call)
+        key = _key(call)
+        if key not in self._tokens:
+            self._tokens[key] = tokens_in_turn(call.chunk.spans, self.phrases)
+        tokens = self._tokens[key]
         maps = attention_maps(call, tokens) if any(tokens) else None
         if maps is None:
             if any(tokens) and (call.grid is None or call.prompt is None):
@@ -127,16 +130,9 @@ class MapRouting(Routing):
         else:
             self._means[key] = MeanMap(maps)
 
-    def _tokens_in(self, call: AttentionCall) -> list[list[int]]:
-        """The tokens of each subject's phrase in a call's prompt."""
-        key = _key(call)
-        if key not in self._tokens:
-            self._tokens[key] = tokens_in_turn(call.chunk.spans, self.phrases)
-        return self._tokens[key]
-
     def knows_all(self, call: AttentionCall) -> bool:
         """Whether a call's prompt has every subject's phrase, each in a place of its own."""
-        return all(self._tokens_in(call))
+        return all(tokens_in_turn(call.chunk.spans, self.phrases))
 
     def _gather(self, key: Hashable, call: AttentionCall, maps: Tensor) -> None:
         """Adds a tile's maps to those of the whole picture: stretched alone, a tile would show some of everything."""

@@ -10,7 +10,8 @@ import comfy.latent_formats
 import comfy.supported_models as known
 import pytest
 import torch
-from comfy.samplers import Sampler
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import Sampler, calc_cond_batch
 from comfy_extras.nodes_custom_sampler import CFGOverride, DualModelGuider
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from hosting.random_models import model_of
@@ -90,6 +91,19 @@ def test_another_model_for_the_negative_prompt_stays_as_it_is(model: Any) -> Non
     torch.testing.assert_close((both - 3 * conditioned) / -2, (plain - 3 * by_itself) / -2, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pass_of_another_pack_before_the_run_has_begun(model: Any) -> None:
+    """Nothing is known of its streams yet, so it is as it would be without nodes of ours."""
+
+    def probing(executor: Any, x: Tensor, timestep: Tensor, options: dict[str, Any], seed: Any = None) -> Tensor:
+        guider = executor.class_obj
+        calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, timestep, options)
+        return executor(x, timestep, options, seed)
+
+    probed = recycled(model)
+    probed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", probing)
+    assert torch.equal(sample(probed), sample(recycled(model)))
+
+
 def test_prompts_with_pictures_of_unclip() -> None:
     """Encoded anew for a reference, with random numbers of its own."""
     model = small_xl(pooled=1280)
@@ -142,6 +156,8 @@ def test_a_branch_has_the_generations_guidance() -> None:
     assert told["guidance"] == 30.0
     own = of_the_stream(branch, {"cross_attn": 1, "guidance": 2.0}, True, [{"guidance": 30.0}], (4, 4))
     assert own["guidance"] == 2.0
+    # Its negative prompt, which is the generation's, has what that has.
+    assert "guidance" not in of_the_stream(branch, {"cross_attn": 1}, False, [{"guidance": 30.0}], (4, 4))
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(16, False), (32, False), (96, True)])

@@ -96,7 +96,8 @@ def test_every_mechanism_in_every_family(mechanism: Mechanism, small: Any) -> No
     result = sample(patched, batch=2)
     assert result.isfinite().all()
     assert difference(result[:1], plain) > 0.01
-    assert difference(sample(patched), result[:1]) < 2e-5
+    for row in (0, 1):
+        assert difference(sample(patched, seed=5 + row), result[row : row + 1]) < 2e-5
     assert torch.equal(sample(mechanism.off(small, "strength 0")), plain)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -91,21 +92,31 @@ def test_a_picture_is_inverted_and_retouched(model: Any) -> None:
 
 
 def test_two_models_take_turns(model: Any) -> None:
-    other = model.clone()
-    other.add_patches({name: (0.1 * value,) for name, value in model.model.state_dict().items() if "blocks.1" in name})
+    other, weights = model.clone(), model.model.state_dict()
+    second = [name for name in weights if re.search(r"(blocks|layers)\.1\.", name)]
+    assert other.add_patches({name: (0.1 * weights[name],) for name in second})
     noise = latent_noise(1, SIZE, 5, model.model.latent_format.latent_channels, frames_of(model))
     positive, negative = prompts(model)
     given = {"positive": positive, "personalised_positive": positive, "negative": negative}
     guider = StepBlendedGuiderNode.execute(
-        model=model, personalised_model=other, first_steps=1, cfg=2.0, personalised_cfg=1.0, **given
+        model=model, personalised_model=other, first_steps=1, cfg=1.0, personalised_cfg=1.0, **given
     ).args[0]
+    euler = comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         result = guider.sample(
-            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas_of(model), seed=0,
-            disable_pbar=True,
+            noise, torch.zeros_like(noise), euler, sigmas_of(model), seed=0, disable_pbar=True
         )  # fmt: skip
     assert result.isfinite().all()
-    assert difference(result, run(model, noise, comfy.samplers.sampler_object("euler"))) > 1e-3
+    # Neither model's own run: the second one acts, and not from the beginning.
+    assert difference(result, run(model, noise, euler)) > 1e-4
+    assert difference(result, run(other, noise, euler)) > 1e-4
+    # All of its steps by the second model.
+    none = StepBlendedGuiderNode.execute(
+        model=model, personalised_model=other, first_steps=0, cfg=1.0, personalised_cfg=1.0, **given
+    ).args[0]
+    with torch.inference_mode():
+        whole = none.sample(noise, torch.zeros_like(noise), euler, sigmas_of(model), seed=0, disable_pbar=True)
+    assert torch.equal(whole, run(other, noise, euler))
 
 
 def test_a_step_done_twice_begins_at_the_same_level(model: Any) -> None:

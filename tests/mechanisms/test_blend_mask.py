@@ -107,6 +107,12 @@ def test_masks_of_any_size_and_their_preview() -> None:
     assert blend_mask(phrase=" subject ")[0].phrase == "subject"
 
 
+@pytest.mark.parametrize(("join", "both"), [("OR", False), ("AND", True)])
+def test_choices_reach_the_mask(join: str, both: bool) -> None:
+    made = blend_mask(mask=torch.ones(1, 8, 9), threshold=0.6, smallest_component=0.05, join=join)[0]
+    assert (made.threshold, made.smallest, made.both) == (0.6, 0.05, both)
+
+
 @pytest.mark.parametrize("mask", [torch.zeros(1, 8, 9), torch.full((8, 9), 0.4), torch.stack([torch.zeros(8, 9)] * 2)])
 def test_an_empty_mask(mask: Tensor) -> None:
     with pytest.raises(

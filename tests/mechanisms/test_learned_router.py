@@ -209,6 +209,15 @@ def test_the_host_moves_the_router(model: Any, encoder: Any) -> None:
     assert bool(sample(patched).isfinite().all())
 
 
+def test_choices_reach_the_router(encoder: Any) -> None:
+    plain, chosen = (
+        RouteByEncoderNode.execute(encoder, **values).args[0]
+        for values in ({}, {"maps": "coarse", "early": "learned maps", "learned_from": 0.7})
+    )
+    assert (plain.refined, plain.early, plain.learned_from) == (True, MapRouter(), 0.3)
+    assert (chosen.refined, chosen.early, chosen.learned_from) == (False, None, 0.7)
+
+
 def test_what_cannot_be_routed_is_said(model: Any, encoder: Any) -> None:
     """In one sentence each: no router in the file, a subject without a feature or of another encoder, another model,
     and inputs that are no choice."""

@@ -24,13 +24,15 @@ from subject_patches.nodes.subject import SubjectNode
 from subject_patches.nodes.train_concept import TrainConceptNode
 from subject_patches.nodes.train_residual import TrainResidualToken
 from subject_patches.nodes.trajectory import InvertToTrajectoryNode
-from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism
+from subject_patches.tests.shared.dit_models import dit_model
+from subject_patches.tests.shared.mechanisms import MECHANISMS, OF_EACH_KIND, Mechanism
 from subject_patches.tests.shared.models import (
     difference,
     integrated,
     known_prompt,
     laid_out,
     latent_noise,
+    mask_router,
     recycled,
     routed,
     sample,
@@ -82,6 +84,34 @@ def test_a_run(mechanism: Mechanism, model: Any, there: Any) -> None:
     assert difference(result, right) < 1e-4
     assert all(parameter.device == DEVICE for parameter in there.model.diffusion_model.parameters())
     AttentionInspectorNode.execute(record, torch.rand(2, 64, 64, 3), show="all")
+
+
+def _placed(mode: str) -> Mechanism:
+    return Mechanism(
+        f"references {mode}",
+        lambda model, who, strength, *_: routed(model, who, mask_router(1), strength=strength, positions=mode),
+    )
+
+
+# Krea repeats heads, SD 3.5 has a second attention of the picture, Wan cross-attentions.
+TRANSFORMERS = [
+    *((name, each) for name in ("FLUX.1", "SD 3.5", "Krea 2", "Wan") for each in OF_EACH_KIND),
+    *(("FLUX.1", _placed(mode)) for mode in ("centred", "beside", "damped")),
+]
+
+
+@pytest.mark.parametrize(("name", "mechanism"), TRANSFORMERS, ids=[f"{name}, {m.name}" for name, m in TRANSFORMERS])
+def test_a_run_of_a_transformer(name: str, mechanism: Mechanism) -> None:
+    right = sample(mechanism.on(dit_model(name), strength=0.6), **RUN)
+    with SecondDevice():
+        model = dit_model(name)
+        model.load_device = DEVICE
+        patched, record = RecordAttentionNode.execute(mechanism.on(model, strength=0.6)).args
+        result = sample(patched, **RUN)
+        AttentionInspectorNode.execute(record, torch.rand(2, 64, 64, 3), show="all")
+        assert all(parameter.device == DEVICE for parameter in model.model.diffusion_model.parameters())
+        comfy.model_management.unload_model_and_clones(model)
+    assert difference(result, right) < 1e-4
 
 
 @pytest.mark.parametrize("guidance", ["shared", "own"])
