@@ -167,6 +167,7 @@ class DualBranchIntegrationNode(io.ComfyNode):
             strength=strength,
             gain=gain,
             by_resolution=gain_mode == BY_RESOLUTION,
+            cell=model.get_model_object("latent_format").spacial_downscale_ratio,
             sharpness=sharpness,
             own_guidance=guidance == OWN,
             noise=partial(auxiliary_noise, seed=seed) if noise == OWN_NOISE else _same,

@@ -108,13 +108,15 @@ class References:
         """Sees to the features for the prompt that is in force: from this run, from the subjects' caches, or by a pass.
         They do not depend on the noise level."""
         options = companion_options(model_options, KEY)
-        conditioning, digest = session.stream_conditioning(self.streams[0])
+        _, digest = session.stream_conditioning(self.streams[0])
         if digest is not None and digest == self._digest:
             return
         sites = frozenset(self.sites.values())
         recordings = [session.recording(s, sites, PARTS, options, timestep.device) for s in self.streams]
         for several in _alike(recording for recording in recordings if not recording.complete):
-            self._pass(session, several, conditioning[0], timestep, options)
+            # What a control model is shown has the size of its picture.
+            (own,), _ = session.stream_conditioning(several[0].stream)
+            self._pass(session, several, own, timestep, options)
         for recording in recordings:
             recording.finish(comfy.model_management.intermediate_device())
         self._digest, self._features = digest, [recording.features for recording in recordings]

@@ -38,7 +38,16 @@ _OF_THE_GENERATION = frozenset(
 # What of it says how an inpainting model is shown the picture, which a branch of the same picture is shown too.
 _OF_THE_PICTURE = frozenset({"concat_latent_image", "concat_mask", "noise_concat"})
 # Pictures that the host shows an editing model beside its own.
-_BESIDE_THE_PICTURE = frozenset({"reference_latents", "reference_latents_method"})
+_BESIDE_THE_PICTURE = frozenset(
+    {
+        "reference_latents",
+        "reference_latents_method",
+        "reference_latents_text_embeds",
+        "clip_vision_outputs",
+        "time_dim_concat",
+        "context_latents",
+    }
+)
 # How closely a distilled model follows the prompt.
 _GUIDANCE = frozenset({"guidance"})
 # What SDXL is told of a picture's size.
@@ -68,7 +77,7 @@ def of_the_stream(
     that an editing model is shown beside that."""
     if isinstance(stream, Denoising):
         entry = {name: value for name, value in source.items() if name not in _OF_THE_GENERATION - _OF_THE_PICTURE}
-        taken = _OF_THE_PICTURE | _SIZES | (_GUIDANCE if given else frozenset())
+        taken = _OF_THE_PICTURE | _SIZES | (_GUIDANCE | _BESIDE_THE_PICTURE if given else frozenset())
         for each in own:
             for name in taken & each.keys():
                 entry.setdefault(name, each[name])

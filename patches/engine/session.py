@@ -26,6 +26,7 @@ from .heeding import Heeding
 from .hooks import HeldHooks
 from .preparing import Prepared, Preparing
 from .recording import Recording
+from .standing import standing_as
 from .streams import UNCONDITIONAL, Features, Stream
 from .tally import Tally
 
@@ -207,7 +208,10 @@ class Session:
         def recorded(stream: Stream) -> Features | None:
             # Several edits may have asked for different parts of one stream's features.
             found = (r.features.get(call.site, {}) for r in self.recordings.values() if r.stream is stream)
-            return {part: call.widened(tensor) for features in found for part, tensor in features.items()} or None
+            features = {part: call.widened(tensor) for each in found for part, tensor in each.items()}
+            (theirs,), _ = self.stream_conditioning(stream)
+            network = self.guider.inner_model.diffusion_model
+            return standing_as(call, features, theirs, self.family, network) if features else None
 
         self._tally.amends(edits, call.site)
         for edit in edits:

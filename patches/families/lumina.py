@@ -29,6 +29,9 @@ class Lumina(Transformer):
         """How many tokens the model makes of so many."""
         return -(-tokens // self.multiple) * self.multiple
 
+    def stands_at(self, context: int) -> int:
+        return self.filled(context) + 1
+
     def tokens(self, kind: Kind, counts: Counts) -> Tokens | None:
         count, context, ahead = counts.picture, counts.context, counts.ahead
         start = counts.queries - self.filled(count)

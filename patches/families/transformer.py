@@ -144,6 +144,10 @@ class Transformer(Family):
         """The rotations by which its attentions know places, or None where they know them in another way."""
         return None
 
+    def stands_at(self, context: int) -> int:
+        """Where on the first axis of `rope` a picture stands, behind a context of so many tokens."""
+        return 0
+
     def first(self, grid: tuple[int, int]) -> tuple[int, int]:
         """The place (row, column) of a picture's first token, of tokens (height, width), on the second and the third
         axis of `rope`."""

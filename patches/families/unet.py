@@ -21,7 +21,9 @@ class UNet(Family):
 
         config = model.model.model_config
         known = isinstance(model.model.diffusion_model, UNetModel) and super().has(model)
-        return known and not config.unet_config.get("use_temporal_attention")
+        # The x4 upscaler's self-attentions read the prompt.
+        other = ("use_temporal_attention", "disable_self_attentions")
+        return known and not any(config.unet_config.get(name) for name in other)
 
     def sites(self, network: Any) -> tuple[Site, ...]:
         return sites_of(network)

@@ -19,8 +19,11 @@ class Wan(Transformer):
     blocks: tuple[Blocks, ...] = (Blocks("block", "double", "blocks"),)
 
     def has(self, model: Any) -> bool:
-        # The others of the host's Wans, which are shown pictures, poses or sounds, are subclasses.
-        return type(model.model.model_config).__name__ == self.description
+        # The others of the host's Wans, which are shown pictures, poses or sounds, are subclasses, or have weights for
+        # them that these lack.
+        network = model.model.diffusion_model
+        plain = type(model.model.model_config).__name__ == self.description
+        return plain and network.ref_conv is None and network.patch_embedding.in_channels == network.out_dim
 
     def kinds(self, network: Any, word: str, number: int) -> tuple[Kind, ...]:
         return ("self", "cross")

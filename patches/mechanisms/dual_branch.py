@@ -34,8 +34,9 @@ from .region import tokens_at
 # The key of a conditioning's dictionary under which its BranchTokens lie.
 BRANCH_KEY = "subject_patches_branch"
 TIMESTEPS = 1000
-# The authors' models make pictures from latents of this many places; their gain is made for them.
-USUAL_PLACES = 64 * 64
+# The authors' models make pictures from latents of this many places, each so many pixels wide; their gain is made for
+# them.
+USUAL_PLACES, USUAL_CELL = 64 * 64, 8
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,10 @@ class DualBranchIntegration(Edit):
 
     `concept` and `auxiliary` say where the two prompts' tokens are, `conditioning` is the auxiliary's. `injection` is
     lambda; 0 still mixes. `strength` 0 to 1 blends the mix with the concept branch's own output. With `by_resolution`
-    the gain is the authors' for latents of 64 x 64 and grows with their number of places, so that a picture's mix does
-    not depend on its size. `noise` makes the auxiliary branch's noise of the concept's. Neither the auxiliary branch
-    nor the unconditional chunk is changed; the branch is looked at, since its mask is of its attention as others, such
-    as Layout Bias, have amended it."""
+    the gain is the authors' for latents of 64 x 64, of 8 x 8 pixels each, and grows with the pixels, so that a
+    picture's mix does not depend on its size; `cell` is how many of them a latent is wide. `noise` makes the auxiliary
+    branch's noise of the concept's. Neither the auxiliary branch nor the unconditional chunk is changed; the branch is
+    looked at, since its mask is of its attention as others, such as Layout Bias, have amended it."""
 
     node: ClassVar[str] = AuxiliaryBranch.node
 
@@ -158,6 +159,7 @@ class DualBranchIntegration(Edit):
     strength: float = 1.0
     gain: float = 500.0
     by_resolution: bool = False
+    cell: int = 8
     sharpness: float = 10.0
     own_guidance: bool = False
     noise: Callable[[Tensor], Tensor] = auxiliary_noise
@@ -283,7 +285,8 @@ class DualBranchIntegration(Edit):
     def gain_at(self, chunk: Chunk) -> float:
         """The gain in a chunk's picture."""
         height, width = chunk.size
-        return self.gain * (height * width / USUAL_PLACES if self.by_resolution else 1.0)
+        places = height * width * (self.cell / USUAL_CELL) ** 2
+        return self.gain * (places / USUAL_PLACES if self.by_resolution else 1.0)
 
 
 def crop(tokens: Tensor, grid: tuple[int, int], call: AttentionCall) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import comfy.supported_models
@@ -48,6 +49,8 @@ def test_gain_by_resolution_is_the_authors_at_64_by_64() -> None:
     assert fixed.gain_at(chunk((32, 96))) == fixed.gain_at(chunk((64, 64))) == grown.gain_at(chunk((64, 64))) == 500
     assert grown.gain_at(chunk((128, 64))) == 1000
     assert grown.gain_at(chunk((128, 64), (64, 32, 8, 8))) == 250
+    # FLUX.2's latents are of 16 pixels.
+    assert replace(grown, cell=16).gain_at(chunk((32, 32))) == 500
     # The same mask on twice as many places: the same weights.
     mask = torch.rand(2, 8, 64, generator=generator(1))
     torch.testing.assert_close(spread(mask, 500).repeat(1, 1, 2), spread(mask.repeat(1, 1, 2), 1000))

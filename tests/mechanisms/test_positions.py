@@ -15,6 +15,7 @@ from comfy.ldm.wan.model import WanModel
 from comfy.quant_ops import ck
 from subject_patches.patches.engine.call import PLACES, AttentionCall
 from subject_patches.patches.engine.chunk import Chunk
+from subject_patches.patches.engine.engine import add_edit
 from subject_patches.patches.engine.streams import NoisedReference
 from subject_patches.patches.families import attention_sites, family_of
 from subject_patches.patches.families.rope import Rope, frequencies
@@ -31,9 +32,11 @@ from subject_patches.patches.mechanisms.positions import (
 from subject_patches.patches.mechanisms.recycled_attention import RecycledSelfAttention
 from subject_patches.patches.parts.window import Window
 from subject_patches.tests.shared.dit_models import dit_model
+from subject_patches.tests.shared.look import Look
 from subject_patches.tests.shared.models import (
     difference,
     frames_of,
+    prompt,
     randn,
     recycled,
     reference,
@@ -175,6 +178,23 @@ def test_turns_add_up(halves: bool) -> None:
     # A turn keeps the length of each pair.
     pair = (lambda t: t.unflatten(-1, (2, 2, -1))[0, 0, 0, :, 3]) if halves else (lambda t: t[0, 0, 6:8])
     torch.testing.assert_close(pair(once).norm(), pair(key).norm())
+
+
+@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2"])
+def test_a_reference_stands_where_the_picture_does(name: str) -> None:
+    """Its prompt may be longer than the picture's, from whose end these models count. The first layer's keys know no
+    more of a prompt than that."""
+    model, lent = dit_model(name), []
+    first = attention_sites(model)[0]
+    # As many tokens as Z-Image fills a picture up to: what fills it up would stand still.
+    who = subject(reference(size=(8, 16), channels=16, masked=False))
+    for length in (7, 40):
+        look, place = Look(frozenset([first]), Window()), f"{first.block}.{first.number}"
+        given = {"sites": "named", "named_sites": place, "reference_conditioning": prompt(3, length)}
+        sample(add_edit(recycled(model, (who,), **given), look), steps=1)
+        lent += [seen.call.extensions[0].key for seen in look.of("positive")]
+    assert len(lent) == 2
+    assert difference(*lent) < 1e-4
 
 
 @pytest.mark.parametrize("mode", [BESIDE, DAMPED])

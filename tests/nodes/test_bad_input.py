@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from comfy import supported_models
+from hosting.random_models import SMALL, model_of
 from subject_patches.nodes.attention_inspector import RecordAttentionNode
 from subject_patches.nodes.subject import SubjectNode
+from subject_patches.tests.shared.dit_models import dit_model
 from subject_patches.tests.shared.mechanisms import MECHANISMS, Mechanism, over_mechanisms
 from subject_patches.tests.shared.models import recycled, reference, subject
 from subject_patches.tests.shared.other_families import OTHERS
@@ -151,6 +154,18 @@ def test_other_families_are_refused_by_name(mechanism: Mechanism, family: str, s
 def test_other_families_are_not_recorded(family: str) -> None:
     with pytest.raises(ValueError, match=rf"family {family}; {KNOWN}"):
         RecordAttentionNode.execute(OTHERS[family])
+
+
+def test_models_that_only_look_like_a_family() -> None:
+    """To the host they are of one: SD 2.x's upscaler, whose self-attentions read the prompt, and Wan's models that are
+    shown pictures."""
+    ones = [1, 1, 1, 1]
+    upscaler = {**SMALL, "channel_mult": ones, "num_res_blocks": ones, "transformer_depth": ones}
+    upscaler["transformer_depth_output"] = 2 * ones
+    others = (model_of(supported_models.SD_X4Upscaler, upscaler), dit_model("Wan", in_dim=36))
+    for other in (*others, dit_model("Wan", in_dim_ref_conv=16)):
+        with pytest.raises(ValueError, match=KNOWN):
+            RecordAttentionNode.execute(other)
 
 
 # What every mechanism refuses: one sentence, with the value and a remedy behind a semicolon
