@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..patches.mechanisms.subject import composite
+
 PICTURES = ("png", "jpg", "jpeg", "webp")
 # Of shards that are no files of this machine.
 _ELSEWHERE = re.compile(r"\w+://|pipe:")
@@ -124,9 +126,8 @@ def opened(value: Path | bytes, mode: str, key: str) -> Tensor:
 
 
 def on_white(picture: Tensor) -> Tensor:
-    """A picture (4, height, width) on white where it is transparent, as the nodes show it: (3, height, width)."""
-    colours, opacity = picture[:3], picture[3:]
-    return colours * opacity + 1 - opacity
+    """A picture (4, height, width) as the nodes show it, on white where it is transparent: (3, height, width)."""
+    return composite(picture.movedim(0, -1)[None], None)[0][0].movedim(-1, 0)
 
 
 def fitted(mask: Tensor, size: Sequence[int], what: str) -> Tensor:

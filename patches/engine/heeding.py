@@ -20,19 +20,20 @@ _QUERIES = 8
 _ATTENTIONS = 16
 
 
-def heeds(output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> bool | None:
+def heeds(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, differs: Tensor, heads: int
+) -> bool | None:
     """Whether `output` of an attention is the one with the mask, not the one without: by some queries of one row,
-    computed anew, at which the mask differs most from key to key. None where the two hardly differ; what is neither
-    counts as one with the mask, which some function went on with."""
-    differs = spread(mask)
+    computed anew, at which the mask `differs` most from key to key (`spread`). None where the two hardly differ; what
+    is neither counts as one with the mask, which some function went on with."""
     at = int(differs.amax(1).argmax()) if len(mask) > 1 else 0
     row = slice(at, at + 1)
     if mask.shape[1] == 1:
         places = torch.linspace(0, query.shape[-2] - 1, _QUERIES, device=query.device).long().unique()
-        bias = mask[at : at + 1] if len(mask) > 1 else mask
+        bias = mask[row]
     else:
         places = differs[at].topk(min(_QUERIES, mask.shape[1])).indices
-        bias = mask[at if len(mask) > 1 else 0][None, places]
+        bias = mask[row, places]
     q, k, v = (head_split(each, heads) for each in (query[row, ..., places, :], key[row], value[row]))
     logits = (q @ k.mT) * q.shape[-1] ** -0.5
     without, right = ((each.softmax(-1) @ v).transpose(1, 2).flatten(2) for each in (logits, logits + per_head(bias)))
@@ -64,11 +65,12 @@ class Heeding:
                 return theirs(query, key, value, mask)
             if self.heeds is None:
                 output = theirs(query, key, value, mask)
-                if not bool(spread(mask).any()):
+                differs = spread(mask)
+                if not bool(differs.any()):
                     # The same for all keys does nothing, so nothing can be told of it.
                     return output
                 self.asked += 1
-                found = heeds(output, query, key, value, mask, heads)
+                found = heeds(output, query, key, value, mask, differs, heads)
                 self.heeds = True if found is None and self.asked == _ATTENTIONS else found
                 if self.heeds is not False:
                     return output

@@ -209,9 +209,10 @@ class Session:
             # Several edits may have asked for different parts of one stream's features.
             found = (r.features.get(call.site, {}) for r in self.recordings.values() if r.stream is stream)
             features = {part: call.widened(tensor) for each in found for part, tensor in each.items()}
+            if not features or call.site.kind != "joint":
+                return features or None
             (theirs,), _ = self.stream_conditioning(stream)
-            network = self.guider.inner_model.diffusion_model
-            return standing_as(call, features, theirs, self.family, network) if features else None
+            return standing_as(call, features, theirs, self.family, self.guider.inner_model.diffusion_model)
 
         self._tally.amends(edits, call.site)
         for edit in edits:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..families import Family, Transformer
+from ..families import Transformer
 from ..parts.cache import Features
 from .call import AttentionCall
 
-# Of a joint attention what is turned by places.
+# What is turned by places.
 _TURNED = ("query", "key")
 
 
 def standing_as(
-    call: AttentionCall, features: Features, theirs: Mapping[str, Any], family: Family, network: Any
+    call: AttentionCall, features: Features, theirs: Mapping[str, Any], family: Transformer, network: Any
 ) -> Features:
-    """A stream's features as if its picture stood where that of a call does: its prompt, `theirs` as the model gets it,
-    may have another length. With pictures of the host's own between prompt and picture they are left as they are."""
-    if call.site.kind != "joint" or not isinstance(family, Transformer):
-        return features
+    """A stream's features in a joint attention as if its picture stood where that of a call does: its prompt, `theirs`
+    as the model gets it, may have another length. With pictures of the host's own between prompt and picture they are
+    left as they are."""
     conds = (call.chunk.conditioning["model_conds"], theirs["model_conds"])
     if any("ref_latents" in each or "c_crossattn" not in each for each in conds):
         return features
